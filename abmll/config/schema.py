@@ -1,0 +1,163 @@
+"""The typed sections of a run's configuration. Defaults are the paper's where the paper states one.
+
+Unknown keys and wrong types are errors; `abmll.config.load` turns them into one message that lists them all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which language model is adapted."""
+
+    name: str = Field(
+        description="Hub id; local folder; path of a .gguf file; `package:NAME/FILE`, a file inside an installed "
+        "package; or `random:ARCHITECTURE` (tiny, llama3-8b, qwen2-7b), random weights."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+
+
+class AdapterConfig(Section):
+    """The low-rank pairs and where they go."""
+
+    rank: int = Field(8, ge=1, le=64)
+    alpha: float = Field(16.0, gt=0, description="The low-rank product is scaled by alpha / rank.")
+    modules: tuple[str, ...] = Field(("q_proj", "v_proj", "o_proj"), min_length=1)
+    posterior: Literal["activation", "weight"] = "activation"
+    log_variance_offset: float = Field(-20.0, description="c, added to every log-variance.")
+
+
+class MethodConfig(Section):
+    """What is learned and how: METHOD section 2."""
+
+    name: Literal["abmll", "reptile", "structured_lora", "lora", "pretrained"] = "abmll"
+    inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
+    inner_lr: float = Field(1e-5, gt=0)
+    outer_lr: float = Field(5e-5, gt=0)
+    test_lr: float = Field(1e-5, gt=0, description="Learning rate of the adaptation to an unseen task.")
+    test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
+    beta: float = Field(1e-8, ge=0, description="Weight of the KL and of the prior.")
+    prior_shape: float = Field(1.0, gt=0, description="a0 of the Gamma prior on the precision.")
+    prior_rate: float = Field(0.01, gt=0, description="b0 of the Gamma prior on the precision.")
+    nll_reduction: Literal["sum", "mean"] = "sum"
+    meta_gradient: Literal["kl", "first_order"] = "kl"
+    outer_batch: Literal["reuse", "query"] = "reuse"
+    reset_inner_optimizer: bool = True
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size, annealed linearly to 0.")
+
+    @property
+    def adaptation_steps(self) -> int:
+        return self.test_steps or self.inner_steps
+
+
+class HubTask(Section):
+    """One task read with `datasets.load_dataset`."""
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    data_files: str | dict[str, str] | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    test_split: str = "test"
+    input: str = Field(description="Template over the columns, such as 'premise: {premise} hypothesis: {hypothesis}'.")
+    label: str = Field(description="Column of the answer: an index into options, or an option's text.")
+    options: tuple[str, ...] | str = Field(description="The options, or the column that holds them.")
+
+
+class BuiltinTasks(Section):
+    """The generator of small text tasks."""
+
+    train_tasks: int = Field(24, ge=1)
+    test_tasks: int = Field(8, ge=1)
+    train_examples: int = Field(64, ge=2)
+    test_examples: int = Field(64, ge=1)
+
+
+class TasksConfig(Section):
+    """Which tasks, from where, and how an example becomes tokens."""
+
+    source: Literal["jsonl", "hub", "builtin"] = "jsonl"
+    folder: str | None = Field(None, description="source jsonl: a folder per task, or MetaICL's own files.")
+    lists: str | None = Field(None, description="YAML file with the keys train, test and (optional) validation.")
+    train: tuple[str, ...] | None = Field(None, description="Task names; overrides the list file's.")
+    test: tuple[str, ...] | None = None
+    validation: tuple[str, ...] | None = Field(None, description="Tasks of the best-so-far tracking; null: test.")
+    hub: dict[str, HubTask] = Field(default_factory=dict)
+    builtin: BuiltinTasks = BuiltinTasks()
+    missing: Literal["warn", "error"] = Field("warn", description="What a listed task that is not there means.")
+    keep_overlap: bool = Field(False, description="Keep a test task that is also in the training list in training.")
+    batch_size: int = Field(2, ge=1, description="Examples a gradient step.")
+    max_tokens: int = Field(1024, ge=16, description="Longest prompt.")
+    too_long: Literal["drop", "truncate"] = "truncate"
+    max_train_examples: int | None = Field(None, ge=2, description="A task's training examples used; null: all.")
+
+
+class TrainerConfig(Section):
+    """The episodic loop."""
+
+    epochs: int = Field(500, ge=1, description="An epoch is one episode for each training task.")
+    episodes: int | None = Field(None, ge=1, description="Total number of episodes; overrides epochs.")
+    tasks_per_step: int | None = Field(None, ge=1, description="Episodes an outer step, over all ranks; null: one a rank.")
+    activation_checkpointing: bool = True
+    max_nonfinite: int = Field(5, ge=1, description="Stop after so many NaN or Inf episodes in a row.")
+    deepspeed: str = "configs/deepspeed/zero2.json"
+    checkpoint_every: int | None = Field(100, ge=1, description="Outer steps between checkpoints; null: only at the end.")
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class EvalConfig(Section):
+    """Scores on unseen tasks."""
+
+    every: int | None = Field(None, ge=1, description="Outer steps between validations; null: only at the end.")
+    batch_size: int = Field(16, ge=1)
+    max_examples: int | None = Field(None, ge=1, description="Test examples scored a task; null: all.")
+    validation_examples: int = Field(50, ge=1, description="Validation examples scored a task.")
+    samples: int = Field(0, ge=0, description="0: the posterior mean; S: average of S sampled predictions.")
+    pretrained: bool = Field(True, description="Also score the pretrained model, at 0 and K steps.")
+    select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = "accuracy"
+
+
+class LoggingConfig(Section):
+    """What is shown and written while it runs; metrics.jsonl is always written."""
+
+    every: int = Field(1, ge=1, description="Outer steps between step lines.")
+    progress_bar: bool = True
+    tensorboard: bool = False
+    csv: bool = False
+    wandb_project: str | None = None
+
+
+class Config(Section):
+    """A run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    output: str = Field("runs/default", description="The run's folder.")
+    model: ModelConfig
+    adapters: AdapterConfig = AdapterConfig()
+    method: MethodConfig = MethodConfig()
+    tasks: TasksConfig = TasksConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        tasks = self.tasks
+        if tasks.source == "jsonl" and not tasks.folder:
+            raise ValueError("tasks.folder: None: source jsonl reads a folder of tasks; set tasks.folder=PATH")
+        if tasks.source != "builtin" and not tasks.lists and not (tasks.train and tasks.test):
+            raise ValueError("tasks.lists: None: name a list file (tasks.lists=PATH), or both tasks.train and tasks.test")
+        return self

