@@ -1,1 +1,16 @@
+"""Low-rank adapters: parameters, layers, and their injection into a model."""
 
+from abmll.adapters.context import AdapterContext, OuterWeights, RecordedTerms
+from abmll.adapters.inject import AdapterSet, inject_adapters, remove_adapters
+from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
+
+__all__ = [
+    "AdapterContext",
+    "AdapterSet",
+    "GaussianLoRALinear",
+    "LoRALinear",
+    "OuterWeights",
+    "RecordedTerms",
+    "inject_adapters",
+    "remove_adapters",
+]

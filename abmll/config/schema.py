@@ -5,13 +5,16 @@ Unknown keys and wrong types are errors; `abmll.config.load` turns them into one
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from .checks import sections_disagree
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -33,7 +36,10 @@ class AdapterConfig(Section):
     alpha: float = Field(16.0, gt=0, description="The low-rank product is scaled by alpha / rank.")
     modules: tuple[str, ...] = Field(("q_proj", "v_proj", "o_proj"), min_length=1)
     posterior: Literal["activation", "weight"] = "activation"
-    log_variance_offset: float = Field(-20.0, description="c, added to every log-variance.")
+    log_variance_offset: float = Field(-20.0, ge=-80, le=80, description="c, added to every log-variance.")
+
+
+AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class MethodConfig(Section):
@@ -52,7 +58,7 @@ class MethodConfig(Section):
     meta_gradient: Literal["kl", "first_order"] = "kl"
     outer_batch: Literal["reuse", "query"] = "reuse"
     reset_inner_optimizer: bool = True
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size, annealed linearly to 0.")
@@ -92,9 +98,11 @@ class TasksConfig(Section):
     source: Literal["jsonl", "hub", "builtin"] = "jsonl"
     folder: str | None = Field(None, description="source jsonl: a folder per task, or MetaICL's own files.")
     lists: str | None = Field(None, description="YAML file with the keys train, test and (optional) validation.")
-    train: tuple[str, ...] | None = Field(None, description="Task names; overrides the list file's.")
-    test: tuple[str, ...] | None = None
-    validation: tuple[str, ...] | None = Field(None, description="Tasks of the best-so-far tracking; null: test.")
+    train: tuple[str, ...] | None = Field(None, min_length=1, description="Task names; overrides the list file's.")
+    test: tuple[str, ...] | None = Field(None, min_length=1)
+    validation: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Tasks of the best-so-far tracking; null: test."
+    )
     hub: dict[str, HubTask] = Field(default_factory=dict)
     builtin: BuiltinTasks = BuiltinTasks()
     missing: Literal["warn", "error"] = Field("warn", description="What a listed task that is not there means.")
@@ -110,11 +118,15 @@ class TrainerConfig(Section):
 
     epochs: int = Field(500, ge=1, description="An epoch is one episode for each training task.")
     episodes: int | None = Field(None, ge=1, description="Total number of episodes; overrides epochs.")
-    tasks_per_step: int | None = Field(None, ge=1, description="Episodes an outer step, over all ranks; null: one a rank.")
+    tasks_per_step: int | None = Field(
+        None, ge=1, description="Episodes an outer step, over all ranks; null: one a rank."
+    )
     activation_checkpointing: bool = True
     max_nonfinite: int = Field(5, ge=1, description="Stop after so many NaN or Inf episodes in a row.")
     deepspeed: str = "configs/deepspeed/zero2.json"
-    checkpoint_every: int | None = Field(100, ge=1, description="Outer steps between checkpoints; null: only at the end.")
+    checkpoint_every: int | None = Field(
+        100, ge=1, description="Outer steps between checkpoints; null: only at the end."
+    )
     keep_checkpoints: int = Field(2, ge=1)
 
 
@@ -155,9 +167,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        tasks = self.tasks
-        if tasks.source == "jsonl" and not tasks.folder:
-            raise ValueError("tasks.folder: None: source jsonl reads a folder of tasks; set tasks.folder=PATH")
-        if tasks.source != "builtin" and not tasks.lists and not (tasks.train and tasks.test):
-            raise ValueError("tasks.lists: None: name a list file (tasks.lists=PATH), or both tasks.train and tasks.test")
+        if found := sections_disagree(self):
+            text = "; ".join(problem.text for problem in found)
+            # the loader reads the problems themselves from the context, to list them one by one
+            raise PydanticCustomError("sections_disagree", "{text}", {"text": text, "problems": found})
         return self

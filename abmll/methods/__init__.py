@@ -1,1 +1,19 @@
+"""The methods by their configured names."""
 
+from abmll.config.schema import MethodConfig
+from abmll.methods.abmll import ABMLL
+from abmll.methods.base import Method, Update
+from abmll.methods.lora import LoRA, StructuredLoRA
+from abmll.methods.pretrained import Pretrained
+from abmll.methods.reptile import Reptile
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ABMLL, Reptile, StructuredLoRA, LoRA, Pretrained)
+}
+
+
+def build_method(config: MethodConfig) -> Method:
+    return METHODS[config.name](config)
+
+
+__all__ = ["METHODS", "Method", "Pretrained", "Update", "build_method"]

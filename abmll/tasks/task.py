@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One multiple-choice question as written: 2 or more distinct options, one of them the output."""
 
@@ -30,11 +31,11 @@ class Task:
     test: tuple[Example, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptedExample:
     """An example as token ids of the prompt; the answer is the letter with index `label` of `num_options`."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]  # the prompter makes an array: a tuple of ints takes nine times the memory
     label: int
     num_options: int
 
@@ -66,7 +67,9 @@ class Batch:
     num_real_tokens: int  # kept as an integer so that counting tokens needs no device synchronisation
 
     def to(self, device: torch.device | str) -> Batch:
-        move = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)}
+        move = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
         return Batch(**{**vars(self), **move})
 
 
@@ -79,3 +82,7 @@ class Episode:
     task: str
     support: tuple[Batch, ...]
     query: Batch | None
+
+    def to(self, device: torch.device | str) -> Episode:
+        query = None if self.query is None else self.query.to(device)
+        return replace(self, support=tuple(batch.to(device) for batch in self.support), query=query)

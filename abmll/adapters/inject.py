@@ -1,0 +1,117 @@
+"""Adapters into a model and out again, and the set of all of them as the trainer sees it."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+from abmll.adapters.context import AdapterContext
+from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
+from abmll.config.schema import AdapterConfig, MethodConfig
+from abmll.kernels import PosteriorSettings, fold_seed
+
+
+class AdapterSet:
+    """All adapted layers of a model: theta and phi by name, the reset of phi, and the context that they share."""
+
+    def __init__(self, layers: dict[str, LoRALinear | GaussianLoRALinear], context: AdapterContext):
+        self.layers = layers
+        self.context = context
+        self.theta = self._named("theta")
+        self.phi = self._named("phi")
+
+    def _named(self, which: str) -> dict[str, nn.Parameter]:
+        return {
+            f"{layer_name}.{name}": parameter
+            for layer_name, layer in self.layers.items()
+            for name, parameter in getattr(layer, which).named_parameters()
+        }
+
+    @property
+    def mean_phi(self) -> list[nn.Parameter]:
+        """Phi's mean factors alone: what a point estimate trains."""
+        return [parameter for name, parameter in self.phi.items() if ".mean." in name]
+
+    def initialise(self, seed: int) -> None:
+        """Theta from the seed alone (not from the global generator), phi its copy."""
+        for name, layer in self.layers.items():
+            generator = torch.Generator().manual_seed(fold_seed(seed, "initialise", name) % 2**63)
+            for pair in layer.theta.children():
+                pair.initialise(generator)
+        self.reset_phi()
+
+    @torch.no_grad()
+    def reset_phi(self) -> None:
+        """phi <- theta, in place: the phi parameters stay the same tensors, as their optimizer expects."""
+        torch._foreach_copy_(list(self.phi.values()), list(self.theta.values()))
+        for parameter in self.phi.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def load_theta(self, tensors: dict[str, Tensor]) -> None:
+        """Theta from saved tensors, phi its copy. ValueError where names or shapes differ from this model's."""
+        wrong = sorted(set(tensors) ^ set(self.theta)) or sorted(
+            name for name, value in tensors.items() if value.shape != self.theta[name].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"adapters: {len(wrong)} tensors do not fit this model, the first {wrong[0]!r}; use the model, rank, "
+                "modules and method that the adapters were trained with"
+            )
+        for name, parameter in self.theta.items():
+            parameter.copy_(tensors[name])
+        self.reset_phi()
+
+    def num_parameters(self) -> int:
+        """Trained numbers, theta's and phi's together."""
+        return sum(p.numel() for p in (*self.theta.values(), *self.phi.values()))
+
+
+def inject_adapters(
+    model: nn.Module, adapters: AdapterConfig, method: MethodConfig, gaussian: bool, seed: int
+) -> AdapterSet:
+    """Replace every linear layer named in `adapters.modules`; freeze all that is not an adapter.
+
+    Raises ValueError where a module name matches no linear layer, naming those that there are.
+    """
+    model.requires_grad_(False)
+    context = AdapterContext()
+    settings = PosteriorSettings(
+        scaling=adapters.alpha / adapters.rank,
+        log_variance_offset=adapters.log_variance_offset,
+        prior_shape=method.prior_shape,
+        prior_rate=method.prior_rate,
+    )
+    targets = _find_targets(model, adapters.modules)
+    layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
+    for index, (name, base) in enumerate(targets.items()):
+        if gaussian:
+            layer = GaussianLoRALinear(base, adapters.rank, adapters.posterior, settings, context, index)
+        else:
+            layer = LoRALinear(base, adapters.rank, settings.scaling)
+        model.set_submodule(name, layer)
+        layers[name] = layer
+    adapter_set = AdapterSet(layers, context)
+    adapter_set.initialise(seed)
+    return adapter_set
+
+
+def remove_adapters(model: nn.Module, adapters: AdapterSet) -> None:
+    """Put the frozen layers back where they were."""
+    for name, layer in adapters.layers.items():
+        model.set_submodule(name, layer.base)
+
+
+def _find_targets(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Linear]:
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    present = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    for module in modules:
+        if module not in present:
+            close = difflib.get_close_matches(module, present, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"adapters.modules: {module!r}: no linear layer has this name; {hint}the model has {', '.join(present)}"
+            )
+    return {name: module for name, module in linear.items() if name.rsplit(".", 1)[-1] in modules}

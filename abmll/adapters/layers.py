@@ -1,0 +1,79 @@
+"""The two adapted linear layers: a point estimate (plain LoRA) and a Gaussian posterior.
+
+Both hold theta (global) and phi (the task's), and always run with phi. theta enters the Gaussian layer's KL alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from abmll.adapters.context import AdapterContext
+from abmll.adapters.pairs import GaussianPairs, MeanPairs
+from abmll.kernels import PosteriorSettings, mean_linear, posterior_projection, theta_gradient
+from abmll.kernels.projection import Posterior
+
+
+class LoRALinear(nn.Module):
+    """y = W0 x + bias + s B A x with a frozen base layer; x [..., in_features] -> y [..., out_features]."""
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float):
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        sizes = (base.in_features, base.out_features, rank, base.weight.device)
+        self.theta, self.phi = MeanPairs(*sizes), MeanPairs(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mean_linear(x, self.base.weight, self.base.bias, self.phi.mean.factors(), self.scaling)
+
+
+class GaussianLoRALinear(nn.Module):
+    """A projection drawn from the task's posterior; its KL to theta's is recorded in the shared context.
+
+    `index` numbers the layer within the model: noise differs from layer to layer.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        posterior: Posterior,
+        settings: PosteriorSettings,
+        context: AdapterContext,
+        index: int,
+    ):
+        super().__init__()
+        self.base, self.posterior, self.settings, self.context, self.index = base, posterior, settings, context, index
+        sizes = (base.in_features, base.out_features, rank, base.weight.device)
+        self.theta, self.phi = GaussianPairs(*sizes), GaussianPairs(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.context
+        phi, theta = self.phi.factors(), self.theta.factors()
+        if context.key is None:
+            return mean_linear(x, self.base.weight, self.base.bias, phi.mean, self.settings.scaling)
+        y, kl = posterior_projection(
+            self.posterior,
+            x,
+            self.base.weight,
+            self.base.bias,
+            phi,
+            theta,
+            self.settings,
+            context.key,
+            self.index,
+            context.token_mask,
+        )
+        if context.recorded is not None:  # closed while checkpointing recomputes
+            context.recorded.kl.append(kl)
+            if context.outer is not None:
+                context.recorded.theta[self.index] = theta_gradient(
+                    self.posterior,
+                    x,
+                    phi,
+                    theta,
+                    self.settings,
+                    context.outer.kl,
+                    context.outer.prior,
+                    context.token_mask,
+                )
+        return y

@@ -1,0 +1,78 @@
+"""What no single key can tell: rules between the keys of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import duplicates, show
+
+if TYPE_CHECKING:
+    from .schema import Config
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule: the key that its line opens with, and every key that it was judged by."""
+
+    key: str
+    text: str
+    judged_by: tuple[str, ...]
+
+
+def sections_disagree(config: Config) -> list[Problem]:
+    """Every broken rule, in the order of the configuration's sections."""
+    found = []
+
+    def rule(broken: object, key: str, remedy: str, *others: str) -> None:
+        if broken:
+            value = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            found.append(Problem(key, f"{key}: {show(value)}: {remedy}", (key, *others)))
+
+    rule(
+        config.model.revision is not None and config.model.name.startswith(("package:", "random:")),
+        "model.revision",
+        f"model.name={config.model.name} has no revisions; remove it, or name a hub model",
+        "model.name",
+    )
+
+    tasks = config.tasks
+    rule(
+        tasks.source == "jsonl" and not tasks.folder,
+        "tasks.folder",
+        "source jsonl reads a folder of tasks; set tasks.folder=PATH",
+        "tasks.source",
+    )
+    rule(
+        tasks.source != "builtin" and not tasks.lists and not (tasks.train and tasks.test),
+        "tasks.lists",
+        "name a list file (tasks.lists=PATH), or set both tasks.train and tasks.test",
+        "tasks.source",
+        "tasks.train",
+        "tasks.test",
+    )
+    rule(
+        tasks.source == "hub" and not tasks.hub,
+        "tasks.hub",
+        "source hub reads the tasks described here; describe them, or set tasks.source=jsonl",
+        "tasks.source",
+    )
+
+    for key in ("train", "test", "validation"):
+        rule(
+            tasks.source == "builtin" and getattr(tasks, key) is not None,
+            f"tasks.{key}",
+            "source builtin makes its own tasks; remove it, or set tasks.source=jsonl",
+            "tasks.source",
+        )
+    for key, names in {
+        "adapters.modules": config.adapters.modules,
+        "tasks.train": tasks.train,
+        "tasks.test": tasks.test,
+        "tasks.validation": tasks.validation,
+    }.items():
+        twice = duplicates(names or ())
+        rule(twice, key, f"{', '.join(twice)} is listed twice; list each name once")
+    return found

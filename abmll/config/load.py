@@ -1,0 +1,184 @@
+"""A YAML file and `section.key=value` overrides become a Config, or one error that lists everything wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from . import yaml_text
+from .errors import ConfigError, did_you_mean, show
+from .messages import Key, describe, dotted, key_of
+from .schema import Config
+
+_SOME_MODEL = {"name": "random:tiny"}  # stands for a model that is not set, so that the rest can be judged
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run that the file describes, with the overrides applied in order.
+
+    An override is `section.key=value`; its value is YAML, so that `tasks.train=[a, b]` and `eval.every=null` work.
+    Values are taken as they are written: `3` is no text and `true` no number; only whole numbers serve as numbers.
+
+    Raises ConfigError (a ValueError) with one line for every unknown key, wrong value, malformed override and broken
+    rule between keys.
+    """
+    problems: list[str] = []
+    data: dict = {}
+    try:
+        data = _with_sections(yaml_text.read_mapping(_existing_file(path)))
+    except ConfigError as error:
+        problems += error.problems
+    readable = not problems
+
+    overridden: list[Key] = []
+    for text in overrides:
+        try:
+            key, value = _parse_override(text)
+            _assign(data, key, value, text)
+            overridden.append(key)
+        except ConfigError as error:
+            problems += error.problems
+
+    data.setdefault("model", {})
+    data = _as_tuples(data)
+    for key, line in _all_problems(data, complete=readable):
+        place = "override" if any(key[: len(part)] == part for part in overridden) else str(path)
+        problems.append(f"{place}: {line}")
+    if problems:
+        raise ConfigError(problems)
+    return Config.model_validate(data, strict=True)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every key, defaults included, so that `load_config` reads an equal Config back. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_text.dump(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def resolve_path(path: str | Path, config_path: str | Path) -> Path:
+    """Where a path of a configuration lies, as an absolute path.
+
+    A relative one is looked up from the working directory, from the configuration file's folder, and from the
+    project's root (the file's nearest ancestor that holds a setup.py); the first that exists counts. Where none
+    exists, the answer is the one in the working directory.
+    """
+    path = Path(path).expanduser()
+    folder = Path(config_path).resolve().parent
+    root = next((parent for parent in (folder, *folder.parents) if (parent / "setup.py").is_file()), folder)
+    candidates = [start / path for start in (Path.cwd(), folder, root)]
+    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+
+
+def _existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(entry.name for entry in path.glob("*.yaml"))
+        hint = f"it is a folder; name a file in it: {', '.join(found)}" if found else "it is a folder; name a YAML file"
+    elif not path.parent.is_dir():
+        hint = f"there is no folder {path.parent}; check the path (the working directory is {Path.cwd()})"
+    else:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+        similar = difflib.get_close_matches(path.name, names, n=3) or names
+        hint = f"in {path.parent} there is {', '.join(similar) or 'no YAML file'}; check the path"
+    raise ConfigError([f"{path}: no such configuration file; {hint}"])
+
+
+def _with_sections(data: dict) -> dict:
+    """A section's header with nothing under it reads as null; it means the section's defaults."""
+    sections = {name for name, field in Config.model_fields.items() if _is_section(field.annotation)}
+    return {key: {} if value is None and key in sections else value for key, value in data.items()}
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _parse_override(text: str) -> tuple[Key, Any]:
+    name, equals, value = text.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key):
+        raise ConfigError([f"override: {text}: is not section.key=value; write for example method.inner_steps=5"])
+    if key[0] not in Config.model_fields:
+        owners = [f"{section}.{name}" for section, field in Config.model_fields.items() if _has(field.annotation, name)]
+        hint = f"did you mean {' or '.join(owners)}?" if owners else did_you_mean(key[0], Config.model_fields)
+        raise ConfigError([f"override: {text}: there is no section or key {key[0]}; {hint}"])
+    return key, yaml_text.parse(value, f"override: {text}")
+
+
+def _has(annotation: Any, name: str) -> bool:
+    return _is_section(annotation) and name in annotation.model_fields
+
+
+def _assign(data: dict, key: Key, value: Any, text: str) -> None:
+    for depth, part in enumerate(key[:-1], start=1):
+        inside = data.get(part)
+        if inside is None:
+            inside = data[part] = {}
+        if not isinstance(inside, dict):
+            raise ConfigError(
+                [f"override: {text}: {dotted(key[:depth])} is {show(inside)}, which has no keys; set it alone"]
+            )
+        data = inside
+    data[key[-1]] = value
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as the tuples that the schema names, and keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _as_tuples(inner) for key, inner in value.items()}
+    return tuple(_as_tuples(inner) for inner in value) if isinstance(value, list) else value
+
+
+def _all_problems(data: dict, complete: bool) -> Iterator[tuple[Key, str]]:
+    """Every problem as (key, line): those of single keys, and then those between keys that are right in themselves.
+
+    Of an incomplete configuration (its file cannot be read) nothing can be said about what is missing.
+    """
+    wrong: dict[Key, list[ErrorDetails]] = {}
+    for error in _errors(data):
+        if error["type"] != "sections_disagree":
+            wrong.setdefault(key_of(error, data), []).append(error)
+    for key, errors in wrong.items():
+        if complete or errors[0]["type"] != "missing":
+            yield key, describe(key, errors)
+    if not complete:
+        return
+    judged = data
+    for key in wrong:
+        judged = _without(judged, key)
+    judged = {**judged, "model": {**_SOME_MODEL, **judged.get("model", {})}}
+    for error in _errors(judged):
+        for problem in error.get("ctx", {}).get("problems", ()):
+            if not any(_touches(key, tuple(other.split("."))) for key in wrong for other in problem.judged_by):
+                yield tuple(problem.key.split(".")), problem.text
+
+
+def _errors(data: dict) -> list[ErrorDetails]:
+    try:
+        Config.model_validate(data, strict=True)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
+
+
+def _without(data: dict, key: Key) -> dict:
+    """A copy without a key. Of a hub task all of it goes, as the rest would miss what the key held."""
+    if key[:2] == ("tasks", "hub"):
+        key = key[:3]
+    if len(key) > 1 and isinstance(data.get(key[0]), dict):
+        return {**data, key[0]: _without(data[key[0]], key[1:])}
+    return {name: value for name, value in data.items() if name != key[0]}
+
+
+def _touches(one: Key, other: Key) -> bool:
+    """Whether one key lies in the other."""
+    length = min(len(one), len(other))
+    return one[:length] == other[:length]

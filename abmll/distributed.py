@@ -1,0 +1,68 @@
+"""The ranks of a run: start, device, and the two exchanges that training needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place. Items are dealt round robin: rank r owns the indices with index % world_size == r."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def owns(self, index: int) -> bool:
+        return index % self.world_size == self.rank
+
+    def sum_table(self, table: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over ranks of a small table; every rank gets the result, on the CPU."""
+        table = table.to(self.device)
+        dist.all_reduce(table)
+        return table.cpu()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's picklable item, in the order of ranks, on every rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that `deepspeed` or `torchrun` prepared; alone without one (plain `python`)."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""The adapted model as the methods see it: forward passes, phi's gradient steps, theta's gradient.
+
+A learner knows nothing of tasks' sources, engines or ranks. Methods are written in its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from abmll.adapters import AdapterSet, OuterWeights
+from abmll.config.schema import MethodConfig
+from abmll.kernels import NoiseKey
+from abmll.models.answers import answer_logits
+from abmll.objective import answer_nll, gradient_norm, inner_objective
+from abmll.tasks.task import Batch
+
+
+class StepTerms(NamedTuple):
+    """One gradient step's terms, scalars on the device: reading them would wait for it."""
+
+    nll: Tensor
+    kl: Tensor
+    prior: Tensor
+    gradient_norm: Tensor
+
+
+class Learner:
+    """A frozen language model with adapters. theta never receives a gradient here except as a returned dict."""
+
+    def __init__(
+        self, model: nn.Module, adapters: AdapterSet, method: MethodConfig, num_train_tasks: int, batch_size: int
+    ):
+        self.model, self.adapters, self.method, self.batch_size = model, adapters, method, batch_size
+        self.outer_weights = OuterWeights(kl=method.beta, prior=method.beta / num_train_tasks)
+        self.zero = torch.zeros((), device=next(iter(adapters.phi.values())).device)
+        for parameter in adapters.theta.values():
+            parameter.requires_grad_(False)  # the engine alone turns it on, for the moment of its backward
+
+    def optimizer(self, lr: float, parameters: Iterable[nn.Parameter] | None = None) -> torch.optim.AdamW:
+        """A fresh AdamW over phi (or some of it), with the configuration's betas and epsilon."""
+        method = self.method
+        return torch.optim.AdamW(
+            list(self.adapters.phi.values() if parameters is None else parameters),
+            lr=lr,
+            betas=method.adam_betas,
+            eps=method.adam_eps,
+            weight_decay=method.weight_decay,
+        )
+
+    def forward(self, batch: Batch, key: NoiseKey | None, outer: OuterWeights | None = None):
+        """Answer logits [B, V] and the recorded terms; `key` None runs the posterior mean."""
+        with self.adapters.context.forward_pass(key, batch.token_mask, outer) as terms:
+            logits = answer_logits(self.model, batch)
+        return logits, terms
+
+    def nll(self, logits: Tensor, batch: Batch) -> Tensor:
+        return answer_nll(logits, batch.target, self.method.nll_reduction)
+
+    def phi_step(self, batch: Batch, key: NoiseKey | None, optimizer: torch.optim.Optimizer) -> StepTerms:
+        """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean)."""
+        terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
+        norm = gradient_norm([p.grad for p in parameters])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return terms._replace(gradient_norm=norm)
+
+    def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
+        self.model.train()
+        logits, recorded = self.forward(batch, key)
+        nll = self.nll(logits, batch)
+        kl = recorded.total_kl() if recorded.kl else self.zero
+        inner_objective(nll, kl, self.method.beta).backward()
+        return StepTerms(nll.detach(), kl.detach(), self.zero, self.zero)
+
+    def theta_gradient_at_mean(self, batch: Batch) -> tuple[dict[str, Tensor], StepTerms]:
+        """The NLL's gradient by phi at the posterior mean, named as theta: for methods without a task level."""
+        terms = self._phi_gradient(batch, key=None)
+        gradient = self._take_phi_gradient()
+        return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
+
+    def theta_gradient_kl(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
+        """Gradient of beta * KL + (beta / M) * (-log prior) by theta: one forward pass, no backward pass."""
+        self.model.train()
+        with torch.no_grad():
+            logits, recorded = self.forward(batch, key, self.outer_weights)
+            return self._outer_result(self.nll(logits, batch), recorded)
+
+    def theta_gradient_first_order(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
+        """As `theta_gradient_kl`, plus the NLL's gradient at the adapted phi, as first-order MAML gives it to theta."""
+        self.model.train()
+        logits, recorded = self.forward(batch, key, self.outer_weights)
+        nll = self.nll(logits, batch)
+        nll.backward()
+        gradient, terms = self._outer_result(nll.detach(), recorded)
+        for name, value in self._take_phi_gradient().items():
+            gradient[name] = gradient[name] + value
+        return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
+
+    def _take_phi_gradient(self) -> dict[str, Tensor]:
+        """Phi's gradients, by theta's names (the names are the same); phi's are cleared."""
+        gradient = {}
+        for name, parameter in self.adapters.phi.items():
+            gradient[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+        return gradient
+
+    def _outer_result(self, nll: Tensor, recorded) -> tuple[dict[str, Tensor], StepTerms]:
+        gradient = {}
+        for (layer_name, _), term in zip(
+            self.adapters.layers.items(), (recorded.theta[i] for i in sorted(recorded.theta)), strict=True
+        ):
+            for kind, pair in zip(term.gradient._fields, term.gradient, strict=True):
+                gradient[f"{layer_name}.{kind}.a"] = pair.a
+                gradient[f"{layer_name}.{kind}.b"] = pair.b
+        norm = gradient_norm(list(gradient.values()))
+        return gradient, StepTerms(nll, recorded.total_theta_kl(), recorded.total_negative_log_prior(), norm)

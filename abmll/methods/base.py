@@ -1,0 +1,73 @@
+"""What a method is: its adapters, what one update of theta consists of, and its adaptation to an unseen task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from abmll.config.schema import MethodConfig
+from abmll.kernels import NoiseKey
+from abmll.learner import Learner, StepTerms
+from abmll.tasks.task import Batch, Episode
+
+
+@dataclass(frozen=True)
+class Update:
+    """An episode's contribution to one step of theta: its gradient by name, and the terms of every step taken."""
+
+    gradient: dict[str, Tensor]
+    inner: tuple[StepTerms, ...]
+    outer: StepTerms
+    batches: tuple[Batch, ...]  # of the forward passes made, for counting tokens
+
+
+class Method:
+    """Base of all methods: plain LoRA adapters, adapted to an unseen task by K steps on the NLL of the mean."""
+
+    name: ClassVar[str]
+    gaussian: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
+
+    def __init__(self, config: MethodConfig):
+        self.config = config
+
+    @property
+    def updates_per_episode(self) -> int:
+        """Steps of theta that one episode gives rise to; 0 trains nothing."""
+        return 1
+
+    def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
+            theta, lr=config.outer_lr, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
+
+    def update(
+        self,
+        learner: Learner,
+        episode: Episode,
+        index: int,
+        keys: Sequence[NoiseKey],
+        optimizer: torch.optim.Optimizer,
+        progress: float,
+    ) -> Update:
+        """Update number `index` of an episode, from phi = theta; phi may be left anywhere.
+
+        keys: K + 1 noise names, one a forward pass; optimizer: the inner one, over phi; progress: in [0, 1).
+        """
+        raise ValueError(f"method.name: {self.name!r}: this method does not train")
+
+    def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
+        return learner.adapters.mean_phi
+
+    def adapt(self, learner: Learner, batches: Sequence[Batch], keys: Sequence[NoiseKey]) -> list[StepTerms]:
+        """Adapt phi (= theta) to an unseen task, one step a batch, with a fresh optimizer."""
+        optimizer = learner.optimizer(self.config.test_lr, self.adaptation_parameters(learner))
+        return [
+            learner.phi_step(batch, key if self.gaussian else None, optimizer)
+            for batch, key in zip(batches, keys, strict=True)
+        ]

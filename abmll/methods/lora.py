@@ -1,0 +1,42 @@
+"""Plain LoRA without a task level: on pooled tasks, or on one task at a time (structured)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from abmll.kernels import NoiseKey
+from abmll.learner import Learner
+from abmll.methods.base import Method, Update
+from abmll.tasks.task import Episode
+
+
+class StructuredLoRA(Method):
+    """K steps of theta on the NLL of one task after another; nothing is reset between tasks."""
+
+    name = "structured_lora"
+
+    @property
+    def updates_per_episode(self) -> int:
+        return self.config.inner_steps
+
+    def update(
+        self,
+        learner: Learner,
+        episode: Episode,
+        index: int,
+        keys: Sequence[NoiseKey],
+        optimizer: torch.optim.Optimizer,
+        progress: float,
+    ) -> Update:
+        batch = episode.support[index]
+        gradient, terms = learner.theta_gradient_at_mean(batch)
+        return Update(gradient, (), terms, (batch,))
+
+
+class LoRA(StructuredLoRA):
+    """The same steps on batches drawn from all training tasks, pooled and shuffled."""
+
+    name = "lora"
+    pooled = True

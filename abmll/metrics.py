@@ -1,0 +1,137 @@
+"""Scores of predictions on multiple-choice tasks: accuracy, calibration, likelihood, and what a majority guess gets.
+
+Every probability over options is over the example's own options only: the letters' probabilities, renormalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.functional import one_hot, pad
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
+
+from abmll.tasks.task import Batch
+
+CALIBRATION_BINS = 15
+# the smallest normal fp32 number: a probability that underflowed to 0 costs 87.3 nats instead of infinitely many
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the scores need of n scored examples, on the CPU.
+
+    options [n, C] float64, probabilities that sum to 1 over the example's options, 0 beyond them;
+    correct_vocabulary [n] bool, whether the likeliest token of the whole vocabulary is the right letter;
+    nll [n] float64, -log probability of the right letter in the whole vocabulary, in nats; label [n] int64.
+    """
+
+    options: torch.Tensor
+    correct_vocabulary: torch.Tensor
+    nll: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one set of examples; all but nll, nll_options (nats) and n are fractions, brier goes up to 2."""
+
+    accuracy: float  # the likeliest option is the right one
+    accuracy_vocabulary: float  # the likeliest token of the whole vocabulary is the right letter: the paper's accuracy
+    ece: float  # |accuracy - mean confidence| of 15 equal bins of the largest option probability, weighted by size
+    ece_paper: float  # mean over examples of |largest option probability - 1 if right else 0|, without bins
+    nll: float  # of the right letter, in the whole vocabulary
+    nll_options: float  # of the right letter, among the options
+    brier: float  # squared distance to the right answer, summed over the options
+    macro_f1: float  # over the letters that occur as a label or as a prediction
+    majority: float  # share of the commonest label: what always answering it would get
+    n: int
+
+
+def score(predictions: Predictions) -> Scores:
+    """Scores of the examples as one set. ValueError if there are none.
+
+    `ece_paper` is near 1 - accuracy for a confident model and cannot be compared with the pooled `ece`.
+    """
+    options, label = predictions.options, predictions.label
+    n, num_letters = options.shape
+    if n == 0:
+        raise ValueError("score: 0 examples: a task needs at least one test example; check the task's test split")
+    confidence, choice = options.max(dim=1)
+    correct = choice == label
+    right = one_hot(label, num_letters)
+    # torchmetrics' bins are closed on the left and it gives a confidence of exactly 1 a bin of its own
+    below_one = confidence.clamp(max=1 - torch.finfo(confidence.dtype).eps)
+    values = {
+        "accuracy": correct.double().mean(),
+        "accuracy_vocabulary": predictions.correct_vocabulary.double().mean(),
+        "ece": binary_calibration_error(below_one, correct.long(), n_bins=CALIBRATION_BINS),
+        "ece_paper": (confidence - correct.double()).abs().mean(),
+        "nll": predictions.nll.mean(),
+        "nll_options": -(options * right).sum(dim=1).clamp(min=SMALLEST).log().mean(),
+        "brier": ((options - right) ** 2).sum(dim=1).mean(),
+        "macro_f1": multiclass_f1_score(choice, label, num_classes=num_letters, average="macro"),
+        "majority": right.double().mean(dim=0).max(),
+    }
+    return Scores(**{name: float(value) for name, value in values.items()}, n=n)
+
+
+def pool(tasks: Sequence[Predictions]) -> dict[str, float]:
+    """Scores of several tasks: each name of `Scores` is the mean over tasks, with `pooled_` before it that of all
+    examples as one set. `n` counts examples and `tasks` the tasks."""
+    per_task = [asdict(score(predictions)) for predictions in tasks]
+    pooled = asdict(score(concatenate(tasks)))
+    n = pooled.pop("n")
+    macro = {name: sum(scores[name] for scores in per_task) / len(per_task) for name in pooled}
+    return {**macro, **{f"pooled_{name}": value for name, value in pooled.items()}, "n": n, "tasks": len(per_task)}
+
+
+def concatenate(parts: Sequence[Predictions]) -> Predictions:
+    """One set of examples from several, whose numbers of letters may differ."""
+    if not parts:
+        raise ValueError("score: 0 sets of predictions: nothing was scored; check that the tasks have test examples")
+    num_letters = max(part.options.shape[1] for part in parts)
+    return Predictions(
+        options=torch.cat([pad(part.options, (0, num_letters - part.options.shape[1])) for part in parts]),
+        correct_vocabulary=torch.cat([part.correct_vocabulary for part in parts]),
+        nll=torch.cat([part.nll for part in parts]),
+        label=torch.cat([part.label for part in parts]),
+    )
+
+
+class ScoreAccumulator:
+    """Collects one task's predictions batch by batch; keeps a few numbers an example."""
+
+    def __init__(self) -> None:
+        self._parts: list[Predictions] = []
+
+    def update(self, probabilities: torch.Tensor, batch: Batch) -> None:
+        """Adds a batch. `probabilities` [B, V], over the whole vocabulary, on the batch's device.
+
+        ValueError if they are not finite: a score of a diverged model would say nothing.
+        """
+        letters = probabilities.gather(1, batch.letter_ids).double()
+        # above 0, so that where all letters underflowed the options come out equally likely and not as 0 / 0
+        letters = letters.clamp(min=SMALLEST).where(batch.option_mask, 0.0)
+        target = probabilities.gather(1, batch.target[:, None])[:, 0].double()
+        part = Predictions(
+            options=(letters / letters.sum(dim=1, keepdim=True)).cpu(),
+            correct_vocabulary=(probabilities.argmax(dim=1) == batch.target).cpu(),
+            nll=-target.clamp(min=SMALLEST).log().cpu(),
+            label=batch.label.cpu(),
+        )
+        if not (part.options.isfinite().all() and part.nll.isfinite().all()):
+            raise ValueError(
+                "score: probabilities are not finite: training diverged; lower method.inner_lr, method.test_lr or "
+                "method.beta, or start from an earlier checkpoint"
+            )
+        self._parts.append(part)
+
+    def predictions(self) -> Predictions:
+        """All examples so far, in the order they were added."""
+        return concatenate(self._parts)
+
+    def score(self) -> Scores:
+        return score(self.predictions())

@@ -1,0 +1,126 @@
+"""What a run shows and writes while it goes: a bar with time left, a step line, metrics.jsonl, the monitors."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from abmll.config.schema import LoggingConfig
+from abmll.engine import ThetaEngine
+from abmll.objective import kl_dominates
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One outer step: means over its finite episodes (terms in nats), tokens of its forward passes, wall time."""
+
+    step: int
+    episode: int
+    epoch: int
+    terms: dict[str, float]
+    weighted_kl: float
+    real_tokens: int
+    padded_tokens: int
+    seconds: float
+    skipped: int
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "episode": self.episode,
+            "epoch": self.epoch,
+            **self.terms,
+            "weighted_kl": self.weighted_kl,
+            "real_tokens_per_second": self.real_tokens / self.seconds,
+            "padded_tokens_per_second": self.padded_tokens / self.seconds,
+            "seconds": self.seconds,
+            "skipped_episodes": self.skipped,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the GPU's allocator, or (without a GPU) of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Progress:
+    """Writes on the main rank only; on the others every call returns at once."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, is_main: bool, engine: ThetaEngine):
+        self.path, self.config, self.is_main, self.engine = folder / "metrics.jsonl", config, is_main, engine
+        self.bar: tqdm | None = None
+        self.warned_of_kl = False
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
+        if self.is_main and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def start(self, step: int, total: int) -> None:
+        if self.is_main:
+            disable = not self.config.progress_bar
+            self.bar = tqdm(total=total, initial=step, unit="step", desc="meta-training", disable=disable)
+
+    def report(self, report: StepReport) -> None:
+        if not self.is_main:
+            return
+        record = report.record()
+        self.write(record)
+        self.engine.write_events({f"train/{k}": v for k, v in record.items() if k != "step"}, report.step)
+        if report.step % self.config.every == 0:
+            self.say(_step_line(report))
+        if report.terms and kl_dominates(report.terms["nll_last"], report.weighted_kl) and not self.warned_of_kl:
+            self.warned_of_kl = True
+            self.say(
+                f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_last']:.3g}: the KL grows "
+                "with the square of phi's steps; lower method.beta as you raise the learning rates"
+            )
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.is_main:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; a line cut off by a kill belongs to no step that was reached."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return 2**62
+
+
+def _step_line(report: StepReport) -> str:
+    head = f"step {report.step} · episode {report.episode} · epoch {report.epoch}"
+    if not report.terms:
+        return f"{head} · skipped: NaN or Inf in every episode ({report.skipped} skipped so far)"
+    terms, skipped = report.terms, f" · skipped {report.skipped}" if report.skipped else ""
+    return (
+        f"{head} · NLL {terms['nll_first']:.3f} > {terms['nll_last']:.3f} (outer {terms['nll_outer']:.3f}) · "
+        f"beta*KL {report.weighted_kl:.3g} · KL {terms['kl_outer']:.3g} · -log prior {terms['prior']:.3g} · "
+        f"|g phi| {terms['gradient_norm_phi']:.3g} · |g theta| {terms['gradient_norm_theta']:.3g} · "
+        f"{report.real_tokens / report.seconds:,.0f} tokens/s ({report.padded_tokens / report.seconds:,.0f} padded) · "
+        f"{peak_memory() / 2**30:.2f} GiB peak{skipped}"
+    )

@@ -1,0 +1,78 @@
+"""What a run tells a reader: every derived number before it starts, and tables of scores when it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from abmll.build import Parts
+from abmll.config import Config
+from abmll.distributed import Ranks
+from abmll.evaluation import Evaluation
+from abmll.memory import estimate
+from abmll.trainer import Trainer
+
+# Scores in the tables: name, heading, factor. Accuracies and F1 in percent.
+COLUMNS = (
+    ("accuracy", "accuracy %", 100.0),
+    ("accuracy_vocabulary", "acc. vocab %", 100.0),
+    ("macro_f1", "macro-F1 %", 100.0),
+    ("ece", "ECE", 1.0),
+    ("ece_paper", "ECE paper", 1.0),
+    ("nll", "NLL", 1.0),
+    ("brier", "Brier", 1.0),
+)
+
+
+def derived_numbers(
+    config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, deepspeed_config: dict[str, Any]
+) -> str:
+    """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
+    tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
+    per_step = trainer.tasks_per_step * (method.inner_steps + 1)
+    base = sum(p.numel() for p in parts.model.parameters()) - adapters.num_parameters()
+    rows = {
+        "model": f"{config.model.name}, {base:,} frozen parameters in {config.model.dtype} on {ranks.device}",
+        "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} trained "
+        f"parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
+        "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
+        + (f", {config.adapters.posterior} posterior, beta {method.beta:g}" if parts.method.gaussian else ""),
+        "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
+        f"{sum(len(task.train) for task in tasks.train):,} training and "
+        f"{sum(len(task.test) for task in tasks.test):,} test examples",
+        "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks "
+        f"({trainer.num_episodes:,} episodes, {trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",
+        "tokens a step": f"at most {per_step * config.tasks.batch_size * config.tasks.max_tokens:,} in {per_step} "
+        "forward passes",
+    }
+    text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
+    memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config)
+    notes = "".join(f"\nnote: {note}" for note in tasks.notes)
+    return f"{text}{notes}\nestimated memory of each rank\n{memory.format()}"
+
+
+def score_table(evaluations: list[Evaluation]) -> str:
+    """Markdown: the means over tasks of every method at 0 and K steps, then the accuracy task by task."""
+    head = "| method | steps | " + " | ".join(heading for _, heading, _ in COLUMNS) + " | pooled ECE |"
+    lines = [head, "|" + "---|" * (len(COLUMNS) + 3)]
+    for evaluation in evaluations:
+        for steps in evaluation.steps:
+            overall = evaluation.overall[steps]
+            values = [_number(overall[name], factor) for name, _, factor in COLUMNS]
+            lines.append(f"| {evaluation.method} | {steps} | {' | '.join(values)} | {overall['pooled_ece']:.3f} |")
+    return "\n".join(lines) + "\n\n" + _by_task(evaluations)
+
+
+def _by_task(evaluations: list[Evaluation]) -> str:
+    runs = [(evaluation, steps) for evaluation in evaluations for steps in evaluation.steps]
+    lines = [
+        "| accuracy % | n | majority % | " + " | ".join(f"{e.method}, {steps} steps" for e, steps in runs) + " |",
+        "|" + "---|" * (len(runs) + 3),
+    ]
+    for task, first in evaluations[0].tasks[0].items():
+        values = [_number(evaluation.tasks[steps][task]["accuracy"], 100.0) for evaluation, steps in runs]
+        lines.append(f"| {task} | {first['n']} | {100 * first['majority']:.1f} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float, factor: float) -> str:
+    return f"{value * factor:.1f}" if factor == 100.0 else f"{value:.3f}"

@@ -1,0 +1,102 @@
+"""Which examples an episode sees: pure functions of (seed, index), so a run's position in its data is one integer.
+
+Ranks and groups only decide who asks for which index; the sequence of episodes is the same for any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from abmll.tasks.batch import collate
+from abmll.tasks.shuffle import EndlessShuffle
+from abmll.tasks.task import Batch, Episode, PromptedExample, PromptedTask
+
+
+class EpisodeSampler:
+    """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen."""
+
+    def __init__(
+        self,
+        tasks: Sequence[PromptedTask],
+        letter_ids: Sequence[int],
+        seed: int,
+        inner_steps: int,
+        batch_size: int,
+        query: bool,
+    ):
+        """An episode holds `inner_steps` support batches of `batch_size` examples, and one more as query if asked."""
+        _check_trainable(tasks)
+        self.tasks = tuple(tasks)
+        self.letter_ids = tuple(letter_ids)
+        self.inner_steps = inner_steps
+        self.batch_size = batch_size
+        self.query = query
+        self._order = EndlessShuffle(len(self.tasks), seed, "tasks")
+        self._data = [EndlessShuffle(len(task.train), seed, "train", task.name) for task in self.tasks]
+
+    @property
+    def episodes_per_epoch(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def examples_per_visit(self) -> int:
+        return (self.inner_steps + self.query) * self.batch_size
+
+    def episode(self, index: int) -> Episode:
+        epoch = index // self.episodes_per_epoch
+        (number,) = self._order.take(index, 1)
+        task = self.tasks[number]
+        places = self._data[number].take(epoch * self.examples_per_visit, self.examples_per_visit)
+        return self._join(index, epoch, task.name, [task.train[place] for place in places])
+
+    def _join(self, index: int, epoch: int, name: str, examples: list[PromptedExample]) -> Episode:
+        batches = tuple(_batches(examples, self.batch_size, self.letter_ids))
+        return Episode(index, epoch, name, batches[: self.inner_steps], batches[-1] if self.query else None)
+
+
+class PooledSampler(EpisodeSampler):
+    """Episodes of the same size from all tasks' examples in one shuffled pool, for training that ignores tasks."""
+
+    def __init__(
+        self,
+        tasks: Sequence[PromptedTask],
+        letter_ids: Sequence[int],
+        seed: int,
+        inner_steps: int,
+        batch_size: int,
+        query: bool,
+    ):
+        super().__init__(tasks, letter_ids, seed, inner_steps, batch_size, query)
+        self._pool = [example for task in self.tasks for example in task.train]
+        self._places = EndlessShuffle(len(self._pool), seed, "pooled")
+
+    def episode(self, index: int) -> Episode:
+        places = self._places.take(index * self.examples_per_visit, self.examples_per_visit)
+        return self._join(index, index // self.episodes_per_epoch, "pooled", [self._pool[place] for place in places])
+
+
+def support_batches(
+    task: PromptedTask, letter_ids: Sequence[int], steps: int, batch_size: int, seed: int
+) -> tuple[Batch, ...]:
+    """The batches on which an unseen task is adapted, the same for every method that is given the same seed."""
+    _check_trainable([task])
+    places = EndlessShuffle(len(task.train), seed, "support", task.name).take(0, steps * batch_size)
+    return tuple(_batches([task.train[place] for place in places], batch_size, letter_ids))
+
+
+def scoring_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """Every example once, shortest first, which keeps padding small; the last batch may be smaller."""
+    yield from _batches(sorted(examples, key=lambda example: len(example.token_ids)), batch_size, letter_ids)
+
+
+def _batches(examples: Sequence[PromptedExample], batch_size: int, letter_ids: Sequence[int]) -> Iterator[Batch]:
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], letter_ids)
+
+
+def _check_trainable(tasks: Sequence[PromptedTask]) -> None:
+    if not tasks:
+        raise ValueError("tasks.train: []: there is no task to train on")
+    for task in tasks:
+        if not task.train:
+            raise ValueError(f"task {task.name}: no training examples: take it out of the list")

@@ -1,0 +1,195 @@
+"""The episodic meta-training loop, read from top to bottom.
+
+Each outer step visits `tasks_per_step` tasks, dealt to the ranks. A rank adapts phi to its task without communication;
+then the engine averages the theta gradients of all tasks and takes one step, and phi is reset from theta.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abmll.checkpoint import Checkpoint, CheckpointStore
+from abmll.config.schema import Config
+from abmll.distributed import Ranks
+from abmll.engine import ThetaEngine
+from abmll.kernels import NoiseKey, fold_seed
+from abmll.learner import Learner, StepTerms
+from abmll.methods import Method, Update
+from abmll.progress import Progress, StepReport
+from abmll.tasks.episodes import EpisodeSampler
+
+# One row an episode; the rows of all ranks are summed into one table, the only exchange besides theta's gradient.
+COLUMNS = (
+    "visited",
+    "finite",
+    "nll_first",
+    "nll_last",
+    "kl",
+    "nll_outer",
+    "kl_outer",
+    "prior",
+    "gradient_norm_phi",
+    "gradient_norm_theta",
+    "real_tokens",
+    "padded_tokens",
+)
+
+
+@dataclass
+class Position:
+    """All that decides how training goes on, besides theta, the optimizers and the generators."""
+
+    step: int = 0
+    nonfinite_in_a_row: int = 0
+    skipped_episodes: int = 0
+    best: dict[str, Any] | None = None
+
+
+@dataclass
+class Trainer:
+    """Runs episodes `step * tasks_per_step + slot`; where they are drawn from does not depend on the ranks."""
+
+    config: Config
+    learner: Learner
+    method: Method
+    sampler: EpisodeSampler
+    engine: ThetaEngine
+    store: CheckpointStore
+    ranks: Ranks
+    progress: Progress
+    validate: Callable[[Position], None] | None = None
+    after_save: Callable[[], None] | None = None
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.tasks_per_step = config.trainer.tasks_per_step or self.ranks.world_size
+        if self.tasks_per_step < self.ranks.world_size:
+            raise ValueError(
+                f"trainer.tasks_per_step: {self.tasks_per_step}: fewer than the {self.ranks.world_size} ranks, some "
+                f"would idle; use at least {self.ranks.world_size}, or fewer ranks"
+            )
+        self.num_episodes = config.trainer.episodes or config.trainer.epochs * self.sampler.episodes_per_epoch
+        self.num_steps = -(-self.num_episodes // self.tasks_per_step) if self.method.updates_per_episode else 0
+        self.inner_optimizer = self.learner.optimizer(config.method.inner_lr)
+        self.noise_seed = fold_seed(config.seed, "training")
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue exactly where the checkpoint was written."""
+        rank_state = self.store.load(checkpoint, self.engine)
+        self.position = Position(**checkpoint.state["position"])
+        self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
+        self.learner.adapters.reset_phi()
+        self.progress.rewind(self.position.step)
+
+    def run(self) -> None:
+        """Train to the last step. RuntimeError after `max_nonfinite` NaN or Inf episodes in a row."""
+        trainer, evaluation, position = self.config.trainer, self.config.eval, self.position
+        self.progress.start(position.step, self.num_steps)
+        while position.step < self.num_steps:
+            started = time.perf_counter()
+            table = self._outer_step(position.step)
+            position.step += 1
+            self._count_nonfinite(table)
+            self.progress.report(self._report(table, time.perf_counter() - started))
+            last = position.step == self.num_steps
+            if self.validate and evaluation.every and (position.step % evaluation.every == 0 or last):
+                self.validate(position)
+            if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
+                self._save()
+        self.progress.close()
+
+    def _outer_step(self, step: int) -> Tensor:
+        """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns]."""
+        first = step * self.tasks_per_step
+        slots = [s for s in range(self.tasks_per_step) if self.ranks.owns(s) and first + s < self.num_episodes]
+        episodes = {slot: self.sampler.episode(first + slot).to(self.ranks.device) for slot in slots}
+        for index in range(self.method.updates_per_episode):
+            table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
+            gradient = {name: torch.zeros_like(theta) for name, theta in self.learner.adapters.theta.items()}
+            for slot, episode in episodes.items():
+                update = self._update(episode, index, step)
+                table[slot] = torch.tensor(_row(update), dtype=torch.float64)
+                if table[slot, COLUMNS.index("finite")]:
+                    torch._foreach_add_([gradient[name] for name in update.gradient], list(update.gradient.values()))
+                else:
+                    self.inner_optimizer.state.clear()  # its moments are poisoned
+            table = self.ranks.sum_table(table)
+            finite = int(table[:, COLUMNS.index("finite")].sum())
+            if finite:  # the engine averages over ranks; theta's gradient is the mean over finite episodes
+                scale = self.ranks.world_size / finite
+                self.engine.step({name: value * scale for name, value in gradient.items()})
+            self.learner.adapters.reset_phi()
+        return table
+
+    def _update(self, episode, index: int, step: int) -> Update:
+        method = self.config.method
+        if method.reset_inner_optimizer:
+            self.inner_optimizer.state.clear()
+        self.learner.adapters.reset_phi()
+        passes = method.inner_steps + 1
+        keys = [NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)]
+        return self.method.update(
+            self.learner, episode, index, keys, self.inner_optimizer, progress=step / self.num_steps
+        )
+
+    def _count_nonfinite(self, table: Tensor) -> None:
+        position = self.position
+        for visited, finite in table[:, :2].bool().tolist():
+            if visited:
+                position.nonfinite_in_a_row = 0 if finite else position.nonfinite_in_a_row + 1
+                position.skipped_episodes += not finite
+        if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
+            raise RuntimeError(
+                f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; lower method.inner_lr, "
+                "method.outer_lr or method.beta, or raise trainer.max_nonfinite; the last checkpoint is unharmed"
+            )
+
+    def _report(self, table: Tensor, seconds: float) -> StepReport:
+        """Means over the step's finite episodes, sums of tokens."""
+        finite = table[table[:, COLUMNS.index("finite")].bool()]
+        means = dict(zip(COLUMNS, finite.mean(dim=0).tolist(), strict=True)) if len(finite) else {}
+        episodes = self.position.step * self.tasks_per_step
+        return StepReport(
+            step=self.position.step,
+            episode=min(episodes, self.num_episodes),
+            epoch=(min(episodes, self.num_episodes) - 1) // self.sampler.episodes_per_epoch,
+            terms={name: means[name] for name in COLUMNS[2:-2]} if means else {},
+            weighted_kl=self.config.method.beta * means["kl"] if means else float("nan"),
+            real_tokens=int(table[:, COLUMNS.index("real_tokens")].sum()) * self.method.updates_per_episode,
+            padded_tokens=int(table[:, COLUMNS.index("padded_tokens")].sum()) * self.method.updates_per_episode,
+            seconds=seconds,
+            skipped=self.position.skipped_episodes,
+        )
+
+    def _save(self) -> None:
+        state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
+        inner = self.inner_optimizer
+        if self.config.method.reset_inner_optimizer:
+            inner.state.clear()  # the next episode would clear it anyway
+        self.store.save(self.position.step, self.engine, state, {"inner_optimizer": inner.state_dict()})
+        if self.after_save:
+            self.after_save()
+
+
+def _row(update: Update) -> list[float]:
+    """An episode's row of the table, with one synchronisation for all of its numbers."""
+    steps = (*update.inner, update.outer)
+    values = torch.stack([torch.stack(terms) for terms in steps]).double()
+    finite = values.isfinite().all()
+    *numbers, is_finite = torch.cat([values.flatten(), finite.double().reshape(1)]).tolist()
+    terms = [StepTerms(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
+    outer, inner = terms[-1], terms[:-1] or terms
+    tokens = [
+        float(sum(batch.num_real_tokens for batch in update.batches)),
+        float(sum(batch.input_ids.numel() for batch in update.batches)),
+    ]
+    row = [inner[0].nll, inner[-1].nll, inner[-1].kl, outer.nll, outer.kl, outer.prior]
+    row += [inner[-1].gradient_norm, outer.gradient_norm]
+    return [1.0, is_finite, *row, *tokens]

@@ -1,0 +1,92 @@
+"""Standard normals as a pure function of integers: Philox 4x32-10 and the Box-Muller transform.
+
+The same (seed, layer, step, group, row, column) gives the same normal in the forward pass, in the recomputation of
+activation checkpointing, on every device and for every block size. Nothing is stored and nothing is advanced.
+
+Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+WORD = 0xFFFFFFFF
+MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+
+# One Philox call yields four words, hence four normals. They stand in one row, 32 columns apart within an aligned
+# block of 128 columns, so that a GPU tile of 128 columns gets whole 32-column sub-tiles from each lane.
+LANES = 4
+LANE_WIDTH = 32
+BLOCK = LANES * LANE_WIDTH
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names the noise of one forward pass: `seed` in [0, 2**64), `step` in [0, 2**32)."""
+
+    seed: int
+    step: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: {self.seed}: must be in [0, 2**64)")
+        if not 0 <= self.step < 2**32:
+            raise ValueError(f"step: {self.step}: must be in [0, 2**32); use another seed for a longer run")
+
+
+def fold_seed(seed: int, *stream: str | int) -> int:
+    """A 64-bit seed for a named stream of a run, such as ("evaluation", task): streams do not overlap."""
+    text = "/".join(str(part) for part in (seed, *stream))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def philox(counter: tuple, key: tuple[int, int]) -> tuple:
+    """Philox 4x32-10. `counter`: four words (ints or int64 tensors holding 32-bit values); returns four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1  # int64 wraps: the low 64 bits are exact
+        c0, c2 = ((product_1 >> 32) & WORD) ^ c1 ^ k0, ((product_0 >> 32) & WORD) ^ c3 ^ k1
+        c1, c3 = product_1 & WORD, product_0 & WORD
+        k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
+    return c0, c1, c2, c3
+
+
+def box_muller(word_0: torch.Tensor, word_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two words to two fp32 normals. 24 bits of each word are used, so that the uniforms are exact in fp32."""
+    radius = ((word_0 >> 8) + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()  # uniform in (0, 1]
+    angle = (word_1 >> 8).float().mul_(2.0**-24 * 6.283185307179586)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def standard_normal(
+    rows: int, columns: int, key: NoiseKey, layer: int, group: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """fp32 normals [rows, columns] of one layer (index), forward pass (`key`) and group (episode side by side).
+
+    Element (row, column) comes from the Philox counter (quad, group, step, layer) with
+    quad = row * Q + (column // 128) * 32 + column % 32, Q = 32 * ceil(columns / 128), lane (column % 128) // 32.
+
+    Raises ValueError where rows * Q does not fit 32 bits (some 17 billion elements a layer and group).
+    """
+    blocks = -(-columns // BLOCK)
+    quads = blocks * LANE_WIDTH
+    if rows * quads > WORD:
+        raise ValueError(f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds; split the batch")
+    normals = torch.empty(rows, blocks, LANES, LANE_WIDTH, dtype=torch.float32, device=device)
+    key_words = (key.seed & WORD, key.seed >> 32)
+    # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.
+    chunk = max(1, (2**16 if normals.device.type == "cpu" else 2**22) // max(quads, 1))
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        quad = torch.arange(start * quads, stop * quads, device=device)
+        words = philox((quad, group, key.step, layer), key_words)
+        lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+        for lane, values in enumerate(lanes):
+            normals[start:stop, :, lane] = values.view(stop - start, blocks, LANE_WIDTH)
+    return normals.view(rows, blocks * BLOCK)[:, :columns]

@@ -1,0 +1,219 @@
+"""The contract in plain PyTorch: low-rank Gaussian posteriors over activations or weights, their KL and prior.
+
+Fast versions are held to these functions. Low-rank arithmetic is done in fp32, or in fp64 for fp64 inputs; only the
+frozen product W0 x runs in the model's own dtype. A leading group dimension G (several episodes side by side) is
+plain broadcasting: x [G, T, K] with phi factors [G, r, K] and [G, N, r] works as x [T, K] does.
+
+Source of the formulas: Zhang, Snell and Griffiths, "Amortized Bayesian meta-learning for low-rank adaptation of large
+language models", section 4; the Gamma prior follows Ravi and Beatson, "Amortized Bayesian meta-learning", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class LowRank(NamedTuple):
+    """A low-rank product B A: `a` [r, K], `b` [N, r] (or with a leading G)."""
+
+    a: Tensor
+    b: Tensor
+
+
+class GaussianFactors(NamedTuple):
+    """Factors of a posterior's mean and log-variance."""
+
+    mean: LowRank
+    log_variance: LowRank
+
+
+class PosteriorSettings(NamedTuple):
+    """scaling = alpha / rank; log_variance_offset = c; shape and rate of the Gamma prior on the precision."""
+
+    scaling: float
+    log_variance_offset: float
+    prior_shape: float
+    prior_rate: float
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the adapter's arithmetic: bf16 has a spacing of 0.125 near -20, so never less than fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def low_rank_product(x: Tensor, pair: LowRank, scaling: float) -> Tensor:
+    """s * B (A x): x [..., T, K] -> [..., T, N]."""
+    return scaling * ((x @ pair.a.mT) @ pair.b.mT)
+
+
+def low_rank_matrix(pair: LowRank, scaling: float) -> Tensor:
+    """s * B A: [..., N, K]."""
+    return scaling * (pair.b @ pair.a)
+
+
+def kl_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
+    """KL( N(mean_q, exp log_variance_q) || N(mean_p, exp log_variance_p) ), elementwise, in nats."""
+    ratio = (log_variance_q - log_variance_p).exp()
+    shift = (mean_q - mean_p).square() * (-log_variance_p).exp()
+    return 0.5 * (log_variance_p - log_variance_q + ratio + shift - 1.0)
+
+
+def negative_log_prior(mean: Tensor, log_variance: Tensor, settings: PosteriorSettings) -> Tensor:
+    """-log[ N(mean; 0, 1) Gamma(exp(-log_variance); shape, rate) ] without its constants, elementwise, in nats."""
+    precision = (-log_variance).exp()
+    return 0.5 * mean.square() + (settings.prior_shape - 1.0) * log_variance + settings.prior_rate * precision
+
+
+def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, scaling: float) -> Tensor:
+    """The posterior mean's output W0 x + bias + s B A x, in x's dtype: also a plain LoRA layer."""
+    dtype = compute_dtype(x)
+    return (linear(x, weight, bias).to(dtype) + low_rank_product(x.to(dtype), mean, scaling)).to(x.dtype)
+
+
+def _activation_statistics(x: Tensor, factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of every token's activation, [..., T, N] each."""
+    log_variance = low_rank_product(x, factors.log_variance, settings.scaling) + settings.log_variance_offset
+    return low_rank_product(x, factors.mean, settings.scaling), log_variance
+
+
+def _weight_statistics(factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
+    """Mean (of the change to W0) and log-variance of every weight, [..., N, K] each."""
+    log_variance = low_rank_matrix(factors.log_variance, settings.scaling) + settings.log_variance_offset
+    return low_rank_matrix(factors.mean, settings.scaling), log_variance
+
+
+def activation_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    noise: Tensor,
+    token_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Activation posterior: y = W0 x + bias + m_phi(x) + exp(l_phi(x) / 2) * noise, and the KL to theta's.
+
+    x [..., T, K]; weight [N, K]; noise [..., T, N]; token_mask [..., T], true where a token counts (None: all).
+    Returns y [..., T, N] in x's dtype and the KL summed over counted tokens and output units (a scalar, in nats).
+    """
+    dtype = compute_dtype(x)
+    inputs = x.to(dtype)
+    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
+    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
+    sample = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    if token_mask is not None:
+        kl = kl * token_mask.unsqueeze(-1)
+    return (linear(x, weight, bias).to(dtype) + sample).to(x.dtype), kl.sum()
+
+
+def weight_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weight posterior: y = (W0 + M_phi + exp(L_phi / 2) * noise) x + bias, and the KL to theta's.
+
+    x [..., T, K]; weight [N, K]; noise [..., N, K], shared by all tokens. W0 x and the sampled change are multiplied
+    separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype and the
+    KL summed over all N x K weights (a scalar, in nats).
+    """
+    dtype = compute_dtype(x)
+    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
+    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
+    change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta).sum()
+    return (linear(x, weight, bias).to(dtype) + x.to(dtype) @ change.mT).to(x.dtype), kl
+
+
+class ThetaGradient(NamedTuple):
+    """Local gradient of kl_weight * KL + prior_weight * (-log prior) at theta, and the two unweighted sums."""
+
+    gradient: GaussianFactors
+    kl: Tensor
+    negative_log_prior: Tensor
+
+
+def activation_theta_gradient(
+    x: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    token_mask: Tensor | None,
+    kl_weight: float,
+    prior_weight: float,
+) -> ThetaGradient:
+    """Theta's gradient in the activation posterior, in closed form: no graph is built, so a forward pass suffices.
+
+    Theta enters the objective only through this layer's KL and prior, given the layer's input.
+    """
+    inputs = x.detach().to(compute_dtype(x))
+    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
+    mean, log_variance = _activation_statistics(inputs, theta, settings)
+    mask = 1.0 if token_mask is None else token_mask.unsqueeze(-1).to(mean.dtype)
+    by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
+        mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, mask
+    )
+    gradient = GaussianFactors(
+        _factor_gradient(inputs, theta.mean, by_mean, settings.scaling),
+        _factor_gradient(inputs, theta.log_variance, by_log_variance, settings.scaling),
+    )
+    return ThetaGradient(gradient, kl, prior)
+
+
+def weight_theta_gradient(
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    kl_weight: float,
+    prior_weight: float,
+) -> ThetaGradient:
+    """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone."""
+    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
+    mean, log_variance = _weight_statistics(theta, settings)
+    by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
+        mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, 1.0
+    )
+
+    def factors(pair: LowRank, gradient: Tensor) -> LowRank:
+        return LowRank(settings.scaling * pair.b.mT @ gradient, settings.scaling * gradient @ pair.a.mT)
+
+    gradient = GaussianFactors(factors(theta.mean, by_mean), factors(theta.log_variance, by_log_variance))
+    return ThetaGradient(gradient, kl, prior)
+
+
+def _elementwise_theta_gradient(
+    mean_phi: Tensor,
+    log_variance_phi: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    settings: PosteriorSettings,
+    kl_weight: float,
+    prior_weight: float,
+    mask: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by theta's means and log-variances, and the masked sums of KL and -log prior."""
+    precision = (-log_variance).exp()
+    shift = mean - mean_phi
+    expected_square = log_variance_phi.exp() + shift.square()
+    by_mean = kl_weight * shift * precision + prior_weight * mean
+    by_log_variance = 0.5 * kl_weight * (1.0 - expected_square * precision)
+    by_log_variance = by_log_variance + prior_weight * (settings.prior_shape - 1.0 - settings.prior_rate * precision)
+    kl = (kl_divergence(mean_phi, log_variance_phi, mean, log_variance) * mask).sum()
+    prior = (negative_log_prior(mean, log_variance, settings) * mask).sum()
+    return by_mean * mask, by_log_variance * mask, kl, prior
+
+
+def _factor_gradient(x: Tensor, pair: LowRank, gradient: Tensor, scaling: float) -> LowRank:
+    """Gradients of the factors of s B (A x), given the product's gradient [..., T, N]; leading dimensions summed."""
+    x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+    return LowRank(scaling * (gradient @ pair.b).mT @ x, scaling * gradient.mT @ (x @ pair.a.mT))

@@ -1,0 +1,37 @@
+"""Meta-train a model: deepspeed launch/train.py --config configs/quickstart.yaml [section.key=value ...]"""
+
+import argparse
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the file")
+    parser.add_argument("--validate", action="store_true", help="check everything without training")
+    parser.add_argument("--resume", choices=["auto"], help="continue from the newest whole checkpoint of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    arguments = parser.parse_intermixed_args()
+
+    from abmll.config import load_config  # behind the parser: --help should not wait for torch
+
+    try:
+        if arguments.validate:
+            from abmll.preflight import preflight
+
+            report, good = preflight(load_config(arguments.config, arguments.overrides), arguments.config)
+            print(report)
+            return 0 if good else 2
+
+        from abmll.run import train
+
+        train(arguments.config, arguments.overrides, resume=arguments.resume == "auto", overwrite=arguments.overwrite)
+        return 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""A file and overrides become a Config, or one error that lists everything wrong."""
+
+import re
+
+import pytest
+
+from abmll.config import Config, ConfigError, load_config, resolve_path, save_config
+
+GOOD = """\
+model: {name: "random:tiny"}
+method:
+  inner_lr: 1e-5
+  inner_steps: 3
+tasks:
+  folder: data
+  train: [a, b]
+  test: [c]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert isinstance(caught.value, ValueError)
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+    return caught.value.problems
+
+
+def test_reads_a_file_and_fills_in_defaults(write):
+    config = load_config(write(GOOD))
+    assert config.method.inner_lr == 1e-5
+    assert config.method.inner_steps == 3
+    assert config.tasks.train == ("a", "b")
+    assert config.method.outer_lr == 5e-5
+
+
+def test_overrides_win_in_order_and_reach_nested_keys(write):
+    overrides = ["method.beta=1e-6", "tasks.train=[x, y, z]", "tasks.builtin.train_tasks=5", "seed=7", "method.beta=2"]
+    config = load_config(write(GOOD), [*overrides, "trainer.checkpoint_every=null", "output=runs/a=b"])
+    assert config.method.beta == 2.0
+    assert config.tasks.train == ("x", "y", "z")
+    assert config.tasks.builtin.train_tasks == 5
+    assert config.seed == 7
+    assert config.trainer.checkpoint_every is None
+    assert config.output == "runs/a=b"
+
+
+def test_an_empty_section_means_its_defaults(write):
+    assert load_config(write(GOOD + "eval:\n  # every: 10\n")).eval == Config.model_fields["eval"].default
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("1E3", 1e3), ("3", 3.0), (".5", 0.5), ("2.5e+1", 25.0), ("+0.1", 0.1)]
+)
+def test_numbers_as_written(write, text, value):
+    assert load_config(write(GOOD), [f"adapters.alpha={text}"]).adapters.alpha == value
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong"),
+    [
+        ("method.inner_steps=yes", "'yes': must be a whole number"),
+        ("method.inner_steps=true", "True: must be a whole number"),
+        ("method.inner_steps=010", "'010': must be a whole number"),
+        ("method.inner_steps=1:30", "'1:30': must be a whole number"),
+        ("method.inner_steps=5.0", "5.0: must be a whole number; write 5"),
+        ("method.inner_steps='5'", "'5': must be a whole number; write it without quotes"),
+        ("method.inner_steps=0", "0: must be greater than or equal to 1"),
+        ("method.inner_lr=true", "True: must be a number"),
+        ("method.inner_lr=.inf", "inf: must be a finite number"),
+        ("method.adam_betas=[0.9, 1.5]", "1.5: must be less than 1"),
+        ("trainer.activation_checkpointing=1", "1: must be true or false"),
+        ("trainer.activation_checkpointing=no", "'no': must be true or false"),
+        ("adapters.modules=q_proj", "'q_proj': must be a list, [a, b]; write [q_proj]"),
+        ("adapters.modules=[]", "[]: must hold at least 1"),
+        ("model.revision=12", "12: must be text; write it in quotes"),
+        ("model.dtype=bfloat", "'bfloat': must be one of .*; did you mean bfloat16"),
+        ("seed=x", "'x': must be a whole number; .* default, 0$"),
+        ("eval=3", "3: must be a mapping"),
+    ],
+)
+def test_wrong_values_are_not_coerced(write, override, wrong):
+    (line,) = problems(write(GOOD), [override])
+    key = override.partition("=")[0]
+    assert re.search(rf"^override: {key}(\[\d\])?: {wrong.replace('[', chr(92) + '[')}", line), line
+
+
+def test_unknown_keys_say_what_was_meant(write):
+    lines = problems(write(GOOD.replace("inner_steps", "inner_step") + "trainer: {beta: 1, batch_size: 2, qqq: 1}\n"))
+    assert "run.yaml: method.inner_step: 3: unknown key; did you mean inner_steps?" in lines[0]
+    assert "trainer.beta: 1: unknown key; it belongs elsewhere: write method.beta" in lines[1]
+    assert "write tasks.batch_size or eval.batch_size" in lines[2]
+    assert "trainer.qqq: 1: unknown key; known: epochs, episodes" in lines[3]
+    assert len(lines) == 4
+
+
+def test_misplaced_overrides_say_what_was_meant(write):
+    lines = problems(write(GOOD), ["beta=1", "methd.beta=1", "method.beta", "method..beta=1", "method.inner_lr.x=1"])
+    assert "no section or key beta; did you mean method.beta?" in lines[0]
+    assert "no section or key methd; did you mean method?" in lines[1]
+    assert "method.beta: is not section.key=value" in lines[2]
+    assert "method..beta=1: is not section.key=value" in lines[3]
+    assert "method.inner_lr is 1e-05, which has no keys" in lines[4]
+    assert len(lines) == 5
+
+
+def test_everything_wrong_is_reported_at_once(write):
+    text = "seed: -1\nmethod: {inner_lr: fast, bta: 1}\ntasks: {source: hub, train: [a, a]}\n"
+    lines = problems(write(text), ["nothing", "eval.every=0"])
+    keys = [re.match(r"(\S*run\.yaml|override): ([\w.]+):", line) for line in lines]
+    assert [match[2] for match in keys] == [
+        "nothing",
+        "seed",
+        "model.name",
+        "method.inner_lr",
+        "method.bta",
+        "eval.every",
+        "tasks.lists",
+        "tasks.hub",
+        "tasks.train",
+    ]
+    assert keys[5][1] == "override"
+
+
+def test_rules_between_keys_do_not_judge_wrong_keys(write):
+    lines = problems(write(GOOD.replace("folder: data", "folder: 3")))
+    assert [line.partition("run.yaml: ")[2].split(":")[0] for line in lines] == ["tasks.folder"]
+    lines = problems(write("model: {name: x}\ntasks: {source: hub, test: [a], train: [b, b], hub: {a: {path: p}}}"))
+    assert {line.partition("run.yaml: ")[2].split(":")[0] for line in lines} == {
+        "tasks.hub.a.input",
+        "tasks.hub.a.label",
+        "tasks.hub.a.options",
+        "tasks.train",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["tasks.folder=null"], "tasks.folder"),
+        (["tasks.test=null"], "tasks.lists"),
+        (["tasks.source=hub"], "tasks.hub"),
+        (["tasks.source=builtin", "tasks.test=null"], "tasks.train"),
+        (["tasks.validation=[a, a]"], "tasks.validation"),
+        (["adapters.modules=[q_proj, q_proj]"], "adapters.modules"),
+        (["model.revision=main"], "model.revision"),
+    ],
+)
+def test_rules_between_keys(write, overrides, key):
+    (line,) = problems(write(GOOD), overrides)
+    assert f": {key}: " in line
+
+
+def test_rules_between_keys_hold_without_the_loader():
+    with pytest.raises(ValueError, match=r"tasks\.folder: None: .*; tasks\.lists: None: "):
+        Config(model={"name": "random:tiny"})
+
+
+def test_keys_written_twice(write):
+    lines = problems(write(GOOD + "method:\n  beta: 1\nlogging: {csv: true, csv: false}\n"))
+    assert ":9: method: written twice, first in line 2" in lines[0]
+    assert ":11: csv: written twice, first in line 11" in lines[1]
+    assert len(lines) == 2
+
+
+def test_text_that_is_not_yaml(write):
+    lines = problems(write("model:\n  name: [a\nseed: 0\n"), ["tasks.train=[a", "method.bta=1"])
+    assert re.search(r"run\.yaml:3: not valid YAML", lines[0])
+    assert lines[1].startswith("override: tasks.train=[a:1: not valid YAML")
+    assert lines[2] == "override: method.bta: 1: unknown key; did you mean beta?"
+    assert len(lines) == 3
+    assert "holds a list; write `key: value` lines" in problems(write("- a\n"))[0]
+
+
+def test_a_file_that_is_not_there(write, tmp_path):
+    write(GOOD, "cls23.yaml")
+    assert "in " + str(tmp_path) + " there is cls23.yaml" in problems(tmp_path / "cls32.yaml")[0]
+    assert "there is no folder" in problems(tmp_path / "nowhere" / "run.yaml")[0]
+    assert "it is a folder; name a file in it: cls23.yaml" in problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["1e5", "null", "true", "no", "0x10", "2024-01-01", "a: b", "1_000", "", "ä #b", "~"])
+def test_saved_configuration_reads_back_equal(write, tmp_path, name):
+    overrides = ["method.beta=1e-12", "tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}"]
+    config = load_config(write(GOOD), overrides)
+    config = config.model_copy(update={"output": name, "model": config.model.model_copy(update={"name": name})})
+    save_config(config, tmp_path / "new" / "folder" / "config.yaml")
+    assert load_config(tmp_path / "new" / "folder" / "config.yaml") == config
+
+
+def test_paths_are_looked_up_in_three_places(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    (root / "configs" / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    (root / "setup.py").touch()
+    monkeypatch.chdir(elsewhere)
+    config = root / "configs" / "deep" / "run.yaml"
+    assert resolve_path("x.json", config) == elsewhere / "x.json"
+    for place in (root, root / "configs" / "deep", elsewhere):  # from the last choice to the first
+        (place / "x.json").touch()
+        assert resolve_path("x.json", config) == place / "x.json"
+    assert resolve_path(root / "x.json", config) == root / "x.json"

