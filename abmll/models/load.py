@@ -30,21 +30,20 @@ from abmll.models.source import Source, resolve
 def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, frozen and in evaluation mode, and its tokenizer. ValueError, with the remedy, if it cannot be had."""
     device, source = torch.device(device), resolve(config)
-    architecture = model_config(config)
+    architecture, tokenizer = model_config(config), load_tokenizer(config)  # before the weights: errors cost less here
     dtype, attention = getattr(torch, config.dtype), attention_implementation(config, device, architecture)
     with _model_errors(config, source), _quiet():
         if source.kind == "random":
-            model, tokenizer = random_model(architecture, device, dtype, attention), byte_tokenizer()
+            model = random_model(architecture, device, dtype, attention)
         else:
-            where = {**source.pretrained, "revision": config.revision or "main"}
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            where["quantization_config"] = GgufConfig(dequantize=True) if source.kind == "gguf" else None
             # with accelerate the weights go to the GPU as they are read; without it they pass through host memory.
             # Either way the GPU holds them once.
             direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
             model = AutoModelForCausalLM.from_pretrained(
-                **where,
+                **source.pretrained,
+                revision=config.revision or "main",
                 config=architecture,
+                quantization_config=GgufConfig(dequantize=True) if source.kind == "gguf" else None,
                 dtype=dtype,
                 attn_implementation=attention,
                 device_map={"": device} if direct else None,
@@ -52,6 +51,17 @@ def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrai
     model.requires_grad_(False).eval()
     check_supported(model)
     return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone; that of random weights is one token a byte."""
+    source = resolve(config)
+    if source.kind == "random":
+        return byte_tokenizer()
+    if source.kind == "gguf":
+        _require_gguf(config)
+    with _model_errors(config, source), _quiet():
+        return AutoTokenizer.from_pretrained(**source.pretrained, revision=config.revision or "main")
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:

@@ -22,7 +22,9 @@ def hub_task(tmp_path, write_rows):
             "train": str(write_rows(tmp_path / "hub/train.json", rows)),
             "test": str(write_rows(tmp_path / "hub/test.json", rows if test_rows is None else test_rows)),
         }
-        return HubTask(**{"path": "json", "data_files": files, "input": "{q}", "label": "a", "options": ("no", "yes"), **fields})
+        return HubTask(
+            **{"path": "json", "data_files": files, "input": "{q}", "label": "a", "options": ("no", "yes"), **fields}
+        )
 
     return make
 

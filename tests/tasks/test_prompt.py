@@ -84,15 +84,17 @@ def test_letters_that_cannot_serve_name_the_tokenizer(make_tokenizer, chat_token
         Prompter(joins_letters, 1024, "drop")
 
 
-@pytest.mark.parametrize("template", ["no message", "{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] | lower }}"])
+@pytest.mark.parametrize(
+    "template", ["no message", "{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] | lower }}"]
+)
 def test_template_that_changes_the_message_is_an_error(template, make_tokenizer):
     with pytest.raises(ValueError, match="tokenizer bytes: its chat template"):
         Prompter(make_tokenizer(template=template), 1024, "drop")
 
 
 def test_template_variables_make_prompts_the_same_every_day(make_tokenizer):
-    template = "{{ date_string }}|{{ enable_thinking }}|{{ messages[0]['content'] }}\n"
-    assert Prompter(make_tokenizer(template=template), 1024, "drop").prompt(EXAMPLE) == f"26 Jul 2024|False|{TEXT}\n"
+    template = "{{ date_string }}|{{ enable_thinking }}|{{ messages[0]['content'] }}"
+    assert Prompter(make_tokenizer(template=template), 1024, "drop").prompt(EXAMPLE) == f"26 Jul 2024|False|{TEXT}"
 
 
 @pytest.mark.parametrize("kind", ["plain_tokenizer", "chat_tokenizer"])
@@ -105,7 +107,10 @@ def test_truncation_shortens_the_question_only(kind, request):
     assert " ... " in text
     assert "end\n\nChoices:\nA) Jason\nB) Steven" in text
     assert text.endswith(prompter.prompt(EXAMPLE)[-8:])
-    assert prompted.train[1].token_ids == Prompter(prompter.tokenizer, 999, "drop").prompt_task(task(EXAMPLE)).train[0].token_ids
+    assert (
+        prompted.train[1].token_ids
+        == Prompter(prompter.tokenizer, 999, "drop").prompt_task(task(EXAMPLE)).train[0].token_ids
+    )
     counts = prompter.report.tasks["t"]
     assert (counts.total, counts.truncated, counts.dropped) == (2, 1, 0)
     assert counts.longest == max(len(example.token_ids) for example in prompted.train)
@@ -138,8 +143,12 @@ def test_what_cannot_be_truncated_is_dropped(plain_tokenizer):
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_split_left_empty_names_the_remedy(split, plain_tokenizer):
     splits = {"train": [EXAMPLE], "validation": [EXAMPLE], "test": [EXAMPLE], split: [LONG]}
-    with pytest.raises(ValueError, match=rf"task t: none of its 1 {split} prompts fits in tasks\.max_tokens: 180; raise it"):
-        Prompter(plain_tokenizer, 180, "drop").prompt_task(Task("t", **{name: tuple(rows) for name, rows in splits.items()}))
+    with pytest.raises(
+        ValueError, match=rf"task t: none of its 1 {split} prompts fits in tasks\.max_tokens: 180; raise it"
+    ):
+        Prompter(plain_tokenizer, 180, "drop").prompt_task(
+            Task("t", **{name: tuple(rows) for name, rows in splits.items()})
+        )
 
 
 def test_limits_draw_the_same_examples_before_tokenising(plain_tokenizer, monkeypatch):
