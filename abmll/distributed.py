@@ -57,8 +57,9 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores
+        if "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

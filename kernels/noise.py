@@ -50,11 +50,13 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1  # int64 wraps: the low 64 bits are exact
-        c0, c2 = ((product_1 >> 32) & WORD) ^ c1 ^ k0, ((product_0 >> 32) & WORD) ^ c3 ^ k1
-        c1, c3 = product_1 & WORD, product_0 & WORD
+        # int64 products wrap: their low 64 bits are exact. Words 1 and 3 may carry bits above the 32nd until the end,
+        # because they meet words 0 and 2 in an xor that is masked.
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0, c2 = ((product_1 >> 32) ^ (c1 ^ k0)) & WORD, ((product_0 >> 32) ^ (c3 ^ k1)) & WORD
+        c1, c3 = product_1, product_0
         k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
-    return c0, c1, c2, c3
+    return c0, c1 & WORD, c2, c3 & WORD
 
 
 def box_muller(word_0: torch.Tensor, word_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
