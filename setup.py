@@ -12,6 +12,7 @@ setup(
     version="0.1.0",
     description="Amortized Bayesian meta-learning of LoRA adapters for large language models",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["abmll", "abmll.kernels", *(f"abmll.{name}" for name in SUBPACKAGES)],
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},

@@ -75,6 +75,14 @@ def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> Run
     return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=[*notes, *loaded.notes, *prompter.report.lines()])
 
 
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:  # its name before transformers 5.2x
+        model.gradient_checkpointing_enable(arguments)
+
+
 def build(config: Config, config_path: str | Path, device: torch.device) -> Parts:
     """Everything but the engine. ValueError, with the remedy, for whatever the configuration names and is not there."""
     loaded = read_tasks(config, config_path)  # first: a wrong path should not cost the loading of a model
@@ -83,6 +91,6 @@ def build(config: Config, config_path: str | Path, device: torch.device) -> Part
     method = build_method(config.method)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
     if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     learner = Learner(model, adapters, config.method, len(tasks.train), config.tasks.batch_size)
     return Parts(model, learner, method, tasks)

@@ -39,8 +39,15 @@ class Ranks:
         dist.all_gather_object(items, item)
         return items
 
+    def from_main(self, item: Any) -> Any:
+        """The main rank's picklable item, on every rank."""
+        return self.gather(item)[0]
+
     def barrier(self) -> None:
         dist.barrier()
+
+
+_set_here: list[str] = []  # names of environment variables
 
 
 def start_ranks() -> Ranks:
@@ -51,6 +58,7 @@ def start_ranks() -> Ranks:
             port = probe.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in alone.items()})
+        _set_here.extend(alone)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -65,5 +73,9 @@ def start_ranks() -> Ranks:
 
 
 def stop_ranks() -> None:
+    """Leave the process group, so that the process can join another one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+    deepspeed.comm.comm.cdb = None
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)

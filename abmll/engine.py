@@ -29,7 +29,7 @@ class _Theta(nn.Module):
 class _HandOver(torch.autograd.Function):
     """A scalar zero whose backward gives each parameter a ready gradient.
 
-    ZeRO-2 reduces and shards gradients in hooks that a backward pass fires; this fires them without recomputing anything.
+    ZeRO-2 reduces and shards gradients in hooks that a backward pass fires; this fires them without computing anything.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class _HandOver(torch.autograd.Function):
         return parameters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[None | Tensor, ...]:
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *(scale * gradient for gradient in ctx.gradients))
 
 
@@ -65,10 +65,12 @@ class ThetaEngine:
         }
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._set_trainable(True)  # the engine hooks only what requires a gradient when it starts
-        self.engine, *_ = deepspeed.initialize(
-            model=_Theta(list(theta.values())), optimizer=optimizer, config=config
-        )
+        self.engine, *_ = deepspeed.initialize(model=_Theta(list(theta.values())), optimizer=optimizer, config=config)
         self._set_trainable(False)
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.engine.zero_optimization_stage())
 
     def step(self, gradient: dict[str, Tensor]) -> None:
         """Average the ranks' gradients (named as theta) and take one optimizer step. Communicates."""
@@ -89,7 +91,9 @@ class ThetaEngine:
         self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="engine")
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:  # DeepSpeed only warns
+            raise ValueError(f"checkpoint {folder}: DeepSpeed finds no state in it; remove the folder and resume again")
         self._set_trainable(False)
 
     def _set_trainable(self, trainable: bool) -> None:

@@ -59,7 +59,8 @@ class Evaluator:
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
         """All ranks call this with the same tasks. ValueError where predictions are not finite."""
-        mine = {task.name: self._evaluate_task(method, task, split) for i, task in enumerate(tasks) if self.ranks.owns(i)}
+        own = [task for index, task in enumerate(tasks) if self.ranks.owns(index)]
+        mine = {task.name: self._evaluate_task(method, task, split) for task in own}
         by_task = {name: found for part in self.ranks.gather(mine) for name, found in part.items()}
         steps = (0, method.config.adaptation_steps)
         return Evaluation(
@@ -82,9 +83,7 @@ class Evaluator:
         return found
 
     @torch.inference_mode()
-    def _predict(
-        self, method: Method, task: str, examples: Sequence[PromptedExample], adapted: int
-    ) -> Predictions:
+    def _predict(self, method: Method, task: str, examples: Sequence[PromptedExample], adapted: int) -> Predictions:
         self.learner.model.eval()
         accumulator = ScoreAccumulator()
         keys = self._prediction_keys(method, task, adapted)

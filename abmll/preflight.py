@@ -20,13 +20,15 @@ def preflight(config: Config, config_path: str) -> tuple[str, bool]:
     lines: list[str] = []
     good = True
 
-    def check(name: str, look: Callable[[], str]) -> None:
+    def check(name: str, look: Callable[[], str]) -> bool:
         nonlocal good
         try:
             lines.append(f"ok      {name}: {look()}")
+            return True
         except (ValueError, OSError) as error:
             good = False
             lines.append(f"FAILED  {name}: {error}")
+            return False
 
     def model() -> str:
         return describe(config.model)
@@ -36,7 +38,7 @@ def preflight(config: Config, config_path: str) -> tuple[str, bool]:
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         table = estimate(architecture, config, world_size, engine).format()
-        return f"estimated for each of {world_size} ranks\n" + "\n".join(f"        {line}" for line in table.splitlines())
+        return "\n        ".join([f"estimated for each of {world_size} ranks", *table.splitlines()])
 
     def deepspeed() -> str:
         path = resolve_path(config.trainer.deepspeed, config_path)
@@ -44,14 +46,18 @@ def preflight(config: Config, config_path: str) -> tuple[str, bool]:
         return f"{path}, ZeRO stage {stage}"
 
     def tasks() -> str:
+        loaded = read_tasks(config, config_path)  # first: a fault of the model's must not hide one of the tasks
+        if not has_model:
+            return f"{len(loaded.train)} to train on, {len(loaded.test)} unseen, {len(loaded.missing)} missing"
         prompter = Prompter(load_tokenizer(config.model), config.tasks.max_tokens, config.tasks.too_long)
-        found = prompt_tasks(read_tasks(config, config_path), prompter, config)
+        found = prompt_tasks(loaded, prompter, config)
         summary = f"{len(found.train)} to train on, {len(found.validation)} to validate on, {len(found.test)} unseen"
         return summary + "".join(f"\n        note: {note}" for note in found.notes)
 
     lines.append(f"ok      configuration: {config_path}")
     check("deepspeed", deepspeed)
-    check("model", model)
+    has_model = check("model", model)
     check("tasks", tasks)
-    check("memory", memory)
+    if has_model:
+        check("memory", memory)
     return "\n".join(lines), good

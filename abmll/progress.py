@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from abmll.config.schema import LoggingConfig
 from abmll.engine import ThetaEngine
+from abmll.files import write_whole
 from abmll.objective import kl_dominates
 
 
@@ -24,7 +28,7 @@ class StepReport:
     episode: int
     epoch: int
     terms: dict[str, float]
-    weighted_kl: float
+    weighted_kl: float | None
     real_tokens: int
     padded_tokens: int
     seconds: float
@@ -36,7 +40,7 @@ class StepReport:
             "episode": self.episode,
             "epoch": self.epoch,
             **self.terms,
-            "weighted_kl": self.weighted_kl,
+            **({} if self.weighted_kl is None else {"weighted_kl": self.weighted_kl}),
             "real_tokens_per_second": self.real_tokens / self.seconds,
             "padded_tokens_per_second": self.padded_tokens / self.seconds,
             "seconds": self.seconds,
@@ -64,11 +68,12 @@ class Progress:
         """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
         if self.is_main and self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def start(self, step: int, total: int) -> None:
         if self.is_main:
-            disable = not self.config.progress_bar
+            self.total, self.first, self.started = total, step, time.monotonic()
+            disable = None if self.config.progress_bar else True  # None: no bar in a log file
             self.bar = tqdm(total=total, initial=step, unit="step", desc="meta-training", disable=disable)
 
     def report(self, report: StepReport) -> None:
@@ -78,12 +83,12 @@ class Progress:
         self.write(record)
         self.engine.write_events({f"train/{k}": v for k, v in record.items() if k != "step"}, report.step)
         if report.step % self.config.every == 0:
-            self.say(_step_line(report))
+            self.say(_step_line(report, self.total, self._time_left(report.step)))
         if report.terms and kl_dominates(report.terms["nll_last"], report.weighted_kl) and not self.warned_of_kl:
             self.warned_of_kl = True
             self.say(
-                f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_last']:.3g}: the KL grows "
-                "with the square of phi's steps; lower method.beta as you raise the learning rates"
+                f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_last']:.3g}: the KL "
+                "grows with the square of phi's steps; lower method.beta as you raise the learning rates"
             )
         if self.bar is not None:
             self.bar.update()
@@ -98,6 +103,12 @@ class Progress:
         """A line above the bar."""
         if self.is_main:
             tqdm.write(text)
+            sys.stdout.flush()
+
+    def _time_left(self, step: int) -> str:
+        """Of training, at the pace since this process started, validations included."""
+        seconds = (time.monotonic() - self.started) / (step - self.first) * (self.total - step)
+        return str(timedelta(seconds=round(seconds)))
 
     def close(self) -> None:
         if self.bar is not None:
@@ -112,15 +123,22 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def _step_line(report: StepReport) -> str:
-    head = f"step {report.step} · episode {report.episode} · epoch {report.epoch}"
+def _step_line(report: StepReport, total: int, left: str) -> str:
+    head = f"step {report.step}/{total} · epoch {report.epoch} · {left} left"
     if not report.terms:
         return f"{head} · skipped: NaN or Inf in every episode ({report.skipped} skipped so far)"
-    terms, skipped = report.terms, f" · skipped {report.skipped}" if report.skipped else ""
-    return (
-        f"{head} · NLL {terms['nll_first']:.3f} > {terms['nll_last']:.3f} (outer {terms['nll_outer']:.3f}) · "
-        f"beta*KL {report.weighted_kl:.3g} · KL {terms['kl_outer']:.3g} · -log prior {terms['prior']:.3g} · "
-        f"|g phi| {terms['gradient_norm_phi']:.3g} · |g theta| {terms['gradient_norm_theta']:.3g} · "
-        f"{report.real_tokens / report.seconds:,.0f} tokens/s ({report.padded_tokens / report.seconds:,.0f} padded) · "
-        f"{peak_memory() / 2**30:.2f} GiB peak{skipped}"
-    )
+    terms = report.terms
+    parts = [head, f"NLL {terms['nll_first']:.3f} > {terms['nll_last']:.3f} (outer {terms['nll_outer']:.3f})"]
+    if terms["kl_outer"] or terms["prior"]:  # a Gaussian method
+        parts += [
+            f"beta*KL {report.weighted_kl:.3g}",
+            f"KL {terms['kl_outer']:.3g}",
+            f"-log prior {terms['prior']:.3g}",
+        ]
+    parts += [
+        f"|g phi| {terms['gradient_norm_phi']:.3g}",
+        f"|g theta| {terms['gradient_norm_theta']:.3g}",
+        f"{report.real_tokens / report.seconds:,.0f} tokens/s ({report.padded_tokens / report.seconds:,.0f} padded)",
+        f"{peak_memory() / 2**30:.2f} GiB peak",
+    ]
+    return " · ".join([*parts, f"skipped {report.skipped}"] if report.skipped else parts)

@@ -32,8 +32,8 @@ def derived_numbers(
     base = sum(p.numel() for p in parts.model.parameters()) - adapters.num_parameters()
     rows = {
         "model": f"{config.model.name}, {base:,} frozen parameters in {config.model.dtype} on {ranks.device}",
-        "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} trained "
-        f"parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
+        "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} "
+        f"trained parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
         "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
         + (f", {config.adapters.posterior} posterior, beta {method.beta:g}" if parts.method.gaussian else ""),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "

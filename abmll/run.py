@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from abmll.build import Parts, build
-from abmll.checkpoint import Checkpoint, CheckpointStore, load_summary, save_summary
+from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, load_config, resolve_path, save_config
 from abmll.config.deepspeed import load_deepspeed
 from abmll.distributed import Ranks, start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
+from abmll.files import damage, remove_whole, sweep, write_whole
 from abmll.methods import Pretrained
 from abmll.progress import Progress
 from abmll.report import derived_numbers, score_table
+from abmll.summary import load_summary, save_summary
 from abmll.trainer import Position, Trainer
 
-# What a checkpoint's training depends on: a resumed run must agree. The rest (length, logging, scoring) may change.
+# What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
+# scoring) may change.
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
+FIXED_KEYS = ("trainer.tasks_per_step", "eval.select_by", "eval.validation_examples")
+
+# All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
+WRITTEN = ("checkpoints", "best", "final", "monitor", "metrics.jsonl", "scores.json", "scores.md", "config.yaml")
 
 
 @dataclass
@@ -46,6 +53,18 @@ class Session:
         found = self.evaluator.evaluate(Pretrained(self.config.method), self.parts.tasks.test, "test")
         self._write_scores([found])
         return found
+
+    def saved_pretrained(self) -> Evaluation | None:
+        """The pretrained model's scores as the interrupted run wrote them; the main rank alone needs them."""
+        if not self.config.eval.pretrained or self.config.method.name == "pretrained" or not self.ranks.is_main:
+            return None
+        path = self.folder / "scores.json"
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path}: {error}; the pretrained model's scores are left out", stacklevel=2)
+            return None
+        return next((Evaluation.from_json(item) for item in saved if item["method"] == "pretrained"), None)
 
     def validate(self, position: Position) -> None:
         """Score the validation split; keep theta if it is the best so far."""
@@ -85,12 +104,22 @@ class Session:
         return evaluations
 
     def prune_best(self) -> None:
-        """Remove the summaries of steps that a later validation beat, once a checkpoint has recorded the better one."""
-        best = self.trainer.position.best
-        if self.ranks.is_main and best is not None:
+        """Keep the best summary, and those that kept checkpoints name: a run may have to go back to one of them."""
+        if self.ranks.is_main:
+            states = [vars(self.trainer.position), *(state["position"] for state in self.trainer.store.states())]
+            named = {self._best(state["best"]["step"]) for state in states if state["best"] is not None}
             for folder in (self.folder / "best").glob("step-*"):
-                if folder != self._best(best["step"]):
-                    shutil.rmtree(folder)
+                if folder not in named:
+                    remove_whole(folder)
+            sweep(self.folder / "best")
+
+    def check_best(self) -> None:
+        """After a resume: forget a best step whose summary is gone, rather than fail when training is over."""
+        best = self.trainer.position.best
+        problem = self.ranks.from_main(best and self.ranks.is_main and damage(self._best(best["step"])))
+        if problem:
+            self.progress.say(f"warning: {self._best(best['step'])}: {problem}; the best step is tracked from here on")
+            self.trainer.position.best = None
 
     def _best(self, step: int) -> Path:
         return self.folder / "best" / f"step-{step:08d}"
@@ -101,36 +130,34 @@ class Session:
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
             text = json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1)
-            (self.folder / "scores.json").write_text(text)
+            write_whole(self.folder / "scores.json", text)
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
-    """The command `launch/train.py`. ValueError for a mistake of the user's, RuntimeError where training diverges."""
+    """The command `launch/train.py`. ValueError for a mistake of the user's, TrainingDiverged for NaN in a row."""
     config = load_config(config_path, overrides)
     ranks = start_ranks()
     try:
-        session, checkpoint = _open(config, config_path, ranks, resume, overwrite)
-        if checkpoint is None:
-            pretrained = session.score_pretrained()
-        else:
-            pretrained = _saved_pretrained(session.folder)
+        session, checkpoint = open_session(config, config_path, ranks, resume, overwrite)
+        pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
         session.trainer.run()
         evaluations = session.finish(pretrained)
         if ranks.is_main:
             table = score_table(evaluations)
-            (session.folder / "scores.md").write_text(table)
+            write_whole(session.folder / "scores.md", table)
             session.progress.say(f"\n{table}\n{_where(session.folder)}")
     finally:
         stop_ranks()
 
 
-def _open(
+def open_session(
     config: Config, config_path: str, ranks: Ranks, resume: bool, overwrite: bool
 ) -> tuple[Session, Checkpoint | None]:
     folder = Path(config.output)
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-    _prepare_folder(folder, ranks, resume, overwrite)
+    _check_folder(folder, resume, overwrite)
     parts = build(config, config_path, ranks.device)
+    _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
     learner, method = parts.learner, parts.method
     theta = learner.adapters.theta
     optimizer = method.outer_optimizer(theta.values())
@@ -142,46 +169,49 @@ def _open(
     evaluator = Evaluator(learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
     session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress)
     trainer.validate, trainer.after_save = session.validate, session.prune_best
-    if ranks.is_main:
-        save_config(config, folder / "config.yaml")
     checkpoint = store.newest_whole() if resume else None
     progress.say(derived_numbers(config, parts, trainer, ranks, deepspeed_config))
     if checkpoint is not None:
         _check_same_run(config, checkpoint)
         trainer.resume(checkpoint)
+        session.check_best()
         progress.say(f"resumed from {checkpoint.folder}, after step {trainer.position.step} of {trainer.num_steps}")
     elif resume:
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
+    if ranks.is_main:
+        save_config(config, folder / "config.yaml")
     return session, checkpoint
 
 
-def _prepare_folder(folder: Path, ranks: Ranks, resume: bool, overwrite: bool) -> None:
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """An output folder that holds a run is neither mixed with another nor lost by accident."""
-    holds_run = (folder / "config.yaml").exists()
+    if any((folder / name).exists() for name in ("config.yaml", "checkpoints")) and not (resume or overwrite):
+        raise ValueError(
+            f"output: {folder}: already holds a run; continue it with --resume auto, start another with "
+            "output=FOLDER, or replace it with --overwrite"
+        )
+
+
+def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
+    """The folder, without an older run where that is to be replaced; other files in it are nobody's to remove."""
     ranks.barrier()
-    if holds_run and not resume:
-        if not overwrite:
-            raise ValueError(
-                f"output: {folder}: already holds a run; continue it with --resume auto, start another with "
-                "output=FOLDER, or replace it with --overwrite"
-            )
-        if ranks.is_main:
-            shutil.rmtree(folder)
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in WRITTEN if overwrite):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     ranks.barrier()
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
-    saved, now = checkpoint.state["config"], config.model_dump(mode="json")
+    saved, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
     different = [
-        f"{section}: {saved[section]!r} in the checkpoint, {now[section]!r} now"
-        if not isinstance(now[section], dict)
-        else f"{section}.{key}: {saved[section].get(key)!r} in the checkpoint, {value!r} now"
-        for section in FIXED_BY_CHECKPOINT
-        for key, value in (now[section].items() if isinstance(now[section], dict) else [("", now[section])])
-        if (saved[section].get(key) if isinstance(now[section], dict) else saved[section]) != value
+        f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in dict.fromkeys((*now, *saved))
+        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in FIXED_KEYS) and saved.get(key) != now.get(key)
     ]
     if different:
         raise ValueError(
@@ -191,14 +221,13 @@ def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _saved_pretrained(folder: Path) -> Evaluation | None:
-    """The pretrained model's scores as the interrupted run wrote them."""
-    try:
-        saved = json.loads((folder / "scores.json").read_text())
-    except (OSError, ValueError):
-        warnings.warn(f"{folder / 'scores.json'}: not readable; the pretrained model's scores are left out", stacklevel=2)
-        return None
-    return next((Evaluation.from_json(item) for item in saved if item["method"] == "pretrained"), None)
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Values by `section.key`."""
+    return {
+        f"{section}.{key}" if key else section: value
+        for section, values in config.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
 
 
 def _where(folder: Path) -> str:

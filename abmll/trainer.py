@@ -41,6 +41,10 @@ COLUMNS = (
 )
 
 
+class TrainingDiverged(RuntimeError):
+    """Too many episodes in a row gave NaN or Inf."""
+
+
 @dataclass
 class Position:
     """All that decides how training goes on, besides theta, the optimizers and the generators."""
@@ -89,27 +93,34 @@ class Trainer:
         self.progress.rewind(self.position.step)
 
     def run(self) -> None:
-        """Train to the last step. RuntimeError after `max_nonfinite` NaN or Inf episodes in a row."""
+        """Train to the last step. TrainingDiverged after `max_nonfinite` NaN or Inf episodes in a row."""
+        self.progress.start(self.position.step, self.num_steps)
+        try:
+            self._run()
+        finally:
+            self.progress.close()
+
+    def _run(self) -> None:
         trainer, evaluation, position = self.config.trainer, self.config.eval, self.position
-        self.progress.start(position.step, self.num_steps)
         while position.step < self.num_steps:
             started = time.perf_counter()
             table = self._outer_step(position.step)
             position.step += 1
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
+            self._stop_if_diverged()
             last = position.step == self.num_steps
             if self.validate and evaluation.every and (position.step % evaluation.every == 0 or last):
                 self.validate(position)
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
                 self._save()
-        self.progress.close()
 
     def _outer_step(self, step: int) -> Tensor:
         """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns]."""
         first = step * self.tasks_per_step
         slots = [s for s in range(self.tasks_per_step) if self.ranks.owns(s) and first + s < self.num_episodes]
         episodes = {slot: self.sampler.episode(first + slot).to(self.ranks.device) for slot in slots}
+        tables = []
         for index in range(self.method.updates_per_episode):
             table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
             gradient = {name: torch.zeros_like(theta) for name, theta in self.learner.adapters.theta.items()}
@@ -121,12 +132,13 @@ class Trainer:
                 else:
                     self.inner_optimizer.state.clear()  # its moments are poisoned
             table = self.ranks.sum_table(table)
+            tables.append(table)
             finite = int(table[:, COLUMNS.index("finite")].sum())
             if finite:  # the engine averages over ranks; theta's gradient is the mean over finite episodes
                 scale = self.ranks.world_size / finite
                 self.engine.step({name: value * scale for name, value in gradient.items()})
             self.learner.adapters.reset_phi()
-        return table
+        return _merge(tables)
 
     def _update(self, episode, index: int, step: int) -> Update:
         method = self.config.method
@@ -145,8 +157,11 @@ class Trainer:
             if visited:
                 position.nonfinite_in_a_row = 0 if finite else position.nonfinite_in_a_row + 1
                 position.skipped_episodes += not finite
+
+    def _stop_if_diverged(self) -> None:
+        position = self.position
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
-            raise RuntimeError(
+            raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; lower method.inner_lr, "
                 "method.outer_lr or method.beta, or raise trainer.max_nonfinite; the last checkpoint is unharmed"
             )
@@ -161,9 +176,9 @@ class Trainer:
             episode=min(episodes, self.num_episodes),
             epoch=(min(episodes, self.num_episodes) - 1) // self.sampler.episodes_per_epoch,
             terms={name: means[name] for name in COLUMNS[2:-2]} if means else {},
-            weighted_kl=self.config.method.beta * means["kl"] if means else float("nan"),
-            real_tokens=int(table[:, COLUMNS.index("real_tokens")].sum()) * self.method.updates_per_episode,
-            padded_tokens=int(table[:, COLUMNS.index("padded_tokens")].sum()) * self.method.updates_per_episode,
+            weighted_kl=self.config.method.beta * means["kl"] if means else None,
+            real_tokens=int(table[:, COLUMNS.index("real_tokens")].sum()),
+            padded_tokens=int(table[:, COLUMNS.index("padded_tokens")].sum()),
             seconds=seconds,
             skipped=self.position.skipped_episodes,
         )
@@ -176,6 +191,16 @@ class Trainer:
         self.store.save(self.position.step, self.engine, state, {"inner_optimizer": inner.state_dict()})
         if self.after_save:
             self.after_save()
+
+
+def _merge(tables: list[Tensor]) -> Tensor:
+    """One table for the updates of a step's episodes: finite where all were, tokens of all, the last one's terms."""
+    merged = tables[-1].clone()
+    first, finite, tokens = COLUMNS.index("nll_first"), COLUMNS.index("finite"), COLUMNS.index("real_tokens")
+    merged[:, first] = tables[0][:, first]
+    merged[:, finite] = torch.stack([table[:, finite] for table in tables]).amin(dim=0)
+    merged[:, tokens:] = torch.stack([table[:, tokens:] for table in tables]).sum(dim=0)
+    return merged
 
 
 def _row(update: Update) -> list[float]:

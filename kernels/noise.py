@@ -79,7 +79,9 @@ def standard_normal(
     blocks = -(-columns // BLOCK)
     quads = blocks * LANE_WIDTH
     if rows * quads > WORD:
-        raise ValueError(f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds; split the batch")
+        raise ValueError(
+            f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds; split the batch"
+        )
     normals = torch.empty(rows, blocks, LANES, LANE_WIDTH, dtype=torch.float32, device=device)
     key_words = (key.seed & WORD, key.seed >> 32)
     # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.

@@ -177,7 +177,10 @@ def weight_theta_gradient(
     kl_weight: float,
     prior_weight: float,
 ) -> ThetaGradient:
-    """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone."""
+    """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone.
+
+    The sum over phi's groups, each with its own prior term, as G calls with one group would give.
+    """
     mean_phi, log_variance_phi = _weight_statistics(phi, settings)
     mean, log_variance = _weight_statistics(theta, settings)
     by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
@@ -185,6 +188,7 @@ def weight_theta_gradient(
     )
 
     def factors(pair: LowRank, gradient: Tensor) -> LowRank:
+        gradient = gradient.reshape(-1, *gradient.shape[-2:]).sum(dim=0)
         return LowRank(settings.scaling * pair.b.mT @ gradient, settings.scaling * gradient @ pair.a.mT)
 
     gradient = GaussianFactors(factors(theta.mean, by_mean), factors(theta.log_variance, by_log_variance))
@@ -209,7 +213,7 @@ def _elementwise_theta_gradient(
     by_log_variance = 0.5 * kl_weight * (1.0 - expected_square * precision)
     by_log_variance = by_log_variance + prior_weight * (settings.prior_shape - 1.0 - settings.prior_rate * precision)
     kl = (kl_divergence(mean_phi, log_variance_phi, mean, log_variance) * mask).sum()
-    prior = (negative_log_prior(mean, log_variance, settings) * mask).sum()
+    prior = (negative_log_prior(mean, log_variance, settings) * mask).expand_as(shift).sum()
     return by_mean * mask, by_log_variance * mask, kl, prior
 
 

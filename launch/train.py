@@ -1,6 +1,7 @@
 """Meta-train a model: deepspeed launch/train.py --config configs/quickstart.yaml [section.key=value ...]"""
 
 import argparse
+import os
 import sys
 
 
@@ -9,28 +10,36 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the file")
     parser.add_argument("--validate", action="store_true", help="check everything without training")
-    parser.add_argument("--resume", choices=["auto"], help="continue from the newest whole checkpoint of the run")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", choices=["auto"], help="continue from the newest whole checkpoint of the run")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
 
     from abmll.config import load_config  # behind the parser: --help should not wait for torch
 
+    diverged: type[Exception] | tuple = ()  # known once the trainer is imported
     try:
         if arguments.validate:
             from abmll.preflight import preflight
 
             report, good = preflight(load_config(arguments.config, arguments.overrides), arguments.config)
-            print(report)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(report)
             return 0 if good else 2
 
+        load_config(arguments.config, arguments.overrides)  # a slip should not wait for the imports below
         from abmll.run import train
+        from abmll.trainer import TrainingDiverged as diverged
 
         train(arguments.config, arguments.overrides, resume=arguments.resume == "auto", overwrite=arguments.overwrite)
         return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .errors import duplicates, show
-
-if TYPE_CHECKING:
-    from .schema import Config
 
 
 @dataclass(frozen=True)
@@ -20,8 +17,8 @@ class Problem:
     judged_by: tuple[str, ...]
 
 
-def sections_disagree(config: Config) -> list[Problem]:
-    """Every broken rule, in the order of the configuration's sections."""
+def sections_disagree(config: Any) -> list[Problem]:
+    """Every broken rule of a schema.Config, which calls this, in the order of its sections."""
     found = []
 
     def rule(broken: object, key: str, remedy: str, *others: str) -> None:

@@ -1,0 +1,43 @@
+"""Score what a run learned again: on other tasks, with posterior samples, on more examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from abmll.build import build
+from abmll.config import load_config
+from abmll.distributed import start_ranks, stop_ranks
+from abmll.evaluation import Evaluator
+from abmll.methods import Pretrained
+from abmll.report import score_table
+from abmll.summary import load_summary
+
+
+def evaluate(run: str, overrides: list[str], output: str | None) -> None:
+    """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
+
+    The configuration is the run's own, with `overrides` (of tasks and eval; the adapters must fit the model's).
+    ValueError where the folder holds no finished run.
+    """
+    folder = Path(run)
+    config_path = folder / "config.yaml"
+    if not config_path.is_file():
+        raise ValueError(f"--run: {run}: holds no config.yaml; name the output folder of a run")
+    theta, facts = load_summary(folder / "final")
+    config = load_config(config_path, overrides)
+    ranks = start_ranks()
+    try:
+        parts = build(config, config_path, ranks.device)
+        evaluator = Evaluator(parts.learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
+        evaluations = []
+        if config.eval.pretrained:  # theta is still at its start, where the adapters are zero
+            evaluations.append(evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
+        parts.learner.adapters.load_theta(theta)
+        evaluations.append(evaluator.evaluate(parts.method, parts.tasks.test, "test"))
+        if ranks.is_main:
+            print(f"{folder / 'final'}, after step {facts['step']}\n\n{score_table(evaluations)}")
+            if output:
+                Path(output).write_text(json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
+    finally:
+        stop_ranks()

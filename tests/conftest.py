@@ -1,0 +1,94 @@
+"""Tiny runs on built-in tasks: random weights, no file, no network, well under a second each."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from abmll.build import Parts, build
+from abmll.config import Config
+from abmll.kernels import NoiseKey
+from abmll.tasks.task import Batch, Episode
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The parts of a run and the configuration that they were built from."""
+
+    config: Config
+    parts: Parts
+
+    @property
+    def learner(self):
+        return self.parts.learner
+
+    @property
+    def adapters(self):
+        return self.parts.learner.adapters
+
+    @property
+    def model(self):
+        return self.parts.model
+
+    @property
+    def method(self):
+        return self.parts.method
+
+    def episode(self, index: int = 0) -> Episode:
+        return self.parts.tasks.sampler(self.config, self.method).episode(index)
+
+    @property
+    def batch(self) -> Batch:
+        return self.episode().support[0]
+
+    @property
+    def keys(self) -> list[NoiseKey]:
+        """K + 1 noise names, as an update takes them."""
+        return [NoiseKey(2024, step) for step in range(self.config.method.inner_steps + 1)]
+
+    def scatter(self, size: float = 0.02, seed: int = 1) -> Tiny:
+        """Move theta, and phi away from it, off the initial point where many gradients are zero."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for side in (self.adapters.theta, self.adapters.phi):
+                for parameter in side.values():
+                    parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return self
+
+
+def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
+    """A tiny run; `sections` override keys, as in build_tiny(method={"beta": 0.0}).
+
+    float64 converts the built model, adapters included. Checkpointing is off unless trainer asks for it. c = -8 and
+    beta = 1e-4 give NLL and KL gradients of comparable size.
+    """
+    defaults = {
+        "model": {"name": "random:tiny", "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32"},
+        "adapters": {"log_variance_offset": -8.0},
+        "method": {"inner_steps": 3, "inner_lr": 1e-2, "outer_lr": 1e-2, "test_lr": 1e-2, "beta": 1e-4},
+        "tasks": {
+            "source": "builtin",
+            "batch_size": 2,
+            "max_tokens": 320,
+            "builtin": {"train_tasks": 2, "test_tasks": 3, "train_examples": 8, "test_examples": 4},
+        },
+        "trainer": {"activation_checkpointing": False},
+        "eval": {"validation_examples": 2, "batch_size": 4},
+    }
+    assert set(sections) <= {*defaults, "seed"}, sections
+    values = {name: {**section, **sections.get(name, {})} for name, section in defaults.items()}
+    config = Config.model_validate({**values, "seed": sections.get("seed", 0)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = build(config, "tiny.yaml", torch.device("cpu"))
+    if dtype == torch.float64:
+        parts.model.double()
+    return Tiny(config, parts)
+
+
+@pytest.fixture(name="build_tiny", scope="session")
+def build_tiny_fixture():
+    return build_tiny

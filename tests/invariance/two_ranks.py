@@ -1,0 +1,55 @@
+"""Run by the deepspeed launcher on two ranks: the runs that test_two_ranks.py compares, in one start of the processes.
+
+usage: two_ranks.py FOLDER PORT...   FOLDER/RUN.yaml holds the configuration of each run; each takes a port.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+
+from runs import Run, Stopped
+
+from abmll.trainer import Trainer
+
+
+def main() -> None:
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    folder, ports = Path(arguments[0]), iter(arguments[1:])
+    torch.set_num_threads(1)
+
+    def train(name: str, *overrides: str, **keywords: bool) -> None:
+        os.environ["MASTER_PORT"] = next(ports)
+        Run(folder / name).train(*overrides, **keywords)
+
+    train("zero2")
+    train("zero0", "trainer.deepspeed=configs/deepspeed/zero0.json")
+    train("idle", "trainer.episodes=5")  # the second rank has no episode in the last step
+    train("two each", "trainer.tasks_per_step=4")
+
+    outer_step = Trainer._outer_step
+    Trainer._outer_step = lambda trainer, step: stop() if step == 2 else outer_step(trainer, step)
+    try:
+        train("stopped", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1")
+    except Stopped:
+        Trainer._outer_step = outer_step
+    train("stopped", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1", resume=True)
+    train("whole", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1")
+
+    (folder / f"done-{os.environ['RANK']}").touch()
+    if os.environ["RANK"] == "1":
+        Trainer._outer_step = lambda trainer, step: stop()  # the other rank is left waiting
+    train("alone")
+
+
+def stop():
+    raise Stopped
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Every method's update on one episode against a plain loop that shares no code with it but the noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Gamma, Normal, kl_divergence
+
+from abmll.kernels import standard_normal
+from abmll.methods import build_method
+from abmll.models.architectures import architecture_config, random_model
+from abmll.tasks.episodes import EpisodeSampler, PooledSampler
+
+MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj", "o_proj")]
+
+
+class ByHand:
+    """The tiny model with forward hooks instead of adapters, and tensors instead of modules; all in float64."""
+
+    def __init__(self, tiny):
+        self.config = tiny.config
+        self.num_tasks = len(tiny.parts.tasks.train)
+        self.model = random_model(architecture_config("tiny"), torch.device("cpu"), torch.float32, "sdpa").double()
+        self.model.requires_grad_(False).eval()
+        self.theta, self.phi = (
+            {name: value.detach().clone().requires_grad_(True) for name, value in side.items()}
+            for side in (tiny.adapters.theta, tiny.adapters.phi)
+        )
+
+    def statistics(self, side, module, x):
+        adapters = self.config.adapters
+        mean, log_variance = (
+            adapters.alpha / adapters.rank * side[f"{module}.{kind}.b"] @ side[f"{module}.{kind}.a"]
+            for kind in ("mean", "log_variance")
+        )
+        if adapters.posterior == "activation":
+            mean, log_variance = x @ mean.T, x @ log_variance.T
+        return mean, (log_variance + adapters.log_variance_offset).exp()
+
+    def terms(self, batch, key):
+        """NLL at phi, KL(phi || theta) and -log prior(theta); without a key the NLL of phi's mean alone."""
+        kl, prior = torch.zeros(()), torch.zeros(())
+        per_token = self.config.adapters.posterior == "activation"
+        method = self.config.method
+
+        def hook(index, module):
+            def run(linear, arguments, y):
+                nonlocal kl, prior
+                x = arguments[0]
+                if key is None:
+                    scaling = self.config.adapters.alpha / self.config.adapters.rank
+                    return y + scaling * x @ (self.phi[f"{module}.mean.b"] @ self.phi[f"{module}.mean.a"]).T
+                mean, variance = self.statistics(self.phi, module, x)
+                mean_theta, variance_theta = self.statistics(self.theta, module, x.detach())
+                # by phi, the divergence's gradient also passes through x; by theta, every layer's input is given
+                mean_p, variance_p = self.statistics(self.theta, module, x)
+                shape = (x.shape[:-1].numel(), y.shape[-1]) if per_token else linear.weight.shape
+                noise = standard_normal(*shape, key, index).double().view(mean.shape)
+                draw = mean + variance.sqrt() * noise
+                elements = kl_divergence(Normal(mean, variance.sqrt()), Normal(mean_p, variance_p.sqrt()))
+                gamma = Gamma(*torch.tensor([method.prior_shape, method.prior_rate], dtype=torch.float64))
+                density = Normal(0.0, 1.0).log_prob(mean_theta) + gamma.log_prob(1 / variance_theta)
+                if per_token:
+                    elements, density = elements[batch.token_mask], density[batch.token_mask]
+                kl, prior = kl + elements.sum(), prior - density.sum()
+                return y + (draw if per_token else x @ draw.T)
+
+            return run
+
+        hooks = [
+            self.model.get_submodule(module).register_forward_hook(hook(index, module))
+            for index, module in enumerate(MODULES)
+        ]
+        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        for handle in hooks:
+            handle.remove()
+        rows = torch.arange(len(batch.target))
+        nll = -logits[rows, batch.answer_position].log_softmax(dim=-1)[rows, batch.target].sum()
+        return nll, kl, prior
+
+    def gradient(self, loss, side):
+        found = torch.autograd.grad(loss, list(side.values()), allow_unused=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(side.items(), found, strict=True)}
+
+    def adamw(self, gradients, lr):
+        """Steps of Adam with decoupled weight decay on phi, from zero moments; `gradients` yields one dict a step."""
+        method, first, second = self.config.method, {}, {}
+        beta_1, beta_2 = method.adam_betas
+        for step, gradient in enumerate(gradients, start=1):
+            with torch.no_grad():
+                for name, g in gradient.items():
+                    first[name] = beta_1 * first.get(name, 0.0) + (1 - beta_1) * g
+                    second[name] = beta_2 * second.get(name, 0.0) + (1 - beta_2) * g * g
+                    denominator = (second[name] / (1 - beta_2**step)).sqrt() + method.adam_eps
+                    self.phi[name] -= lr * method.weight_decay * self.phi[name]
+                    self.phi[name] -= lr * first[name] / (1 - beta_1**step) / denominator
+
+
+def relative_error(found, expected):
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name].detach() - value).square().sum()) for name, value in expected.items())
+    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
+
+
+def moved(side, start):
+    return {name: value.detach() - start[name].detach() for name, value in side.items()}
+
+
+def run_update(tiny, index=0, progress=0.0):
+    return tiny.method.update(
+        tiny.learner, tiny.episode(), index, tiny.keys, tiny.learner.optimizer(tiny.config.method.inner_lr), progress
+    )
+
+
+@pytest.mark.parametrize(
+    ("posterior", "meta_gradient", "outer_batch"),
+    [
+        ("activation", "kl", "reuse"),
+        ("weight", "kl", "query"),
+        ("activation", "first_order", "query"),
+        ("weight", "first_order", "reuse"),
+    ],
+)
+def test_abmll(posterior, meta_gradient, outer_batch, build_tiny):
+    method = {
+        "meta_gradient": meta_gradient,
+        "outer_batch": outer_batch,
+        "weight_decay": 0.1,
+        "adam_betas": (0.8, 0.95),
+    }
+    tiny = build_tiny(torch.float64, adapters={"posterior": posterior}, method=method)
+    tiny.scatter()
+    tiny.adapters.reset_phi()
+    hand, start = ByHand(tiny), {name: value.clone() for name, value in tiny.adapters.theta.items()}
+    update, episode = run_update(tiny), tiny.episode()
+    beta, values = tiny.config.method.beta, []
+
+    def gradients():
+        for batch, key in zip(episode.support, tiny.keys, strict=False):
+            nll, kl, _ = hand.terms(batch, key)
+            values.append((float(nll.detach()), float(kl.detach())))
+            yield hand.gradient(nll + beta * kl, hand.phi)
+
+    hand.adamw(gradients(), tiny.config.method.inner_lr)
+    # the NLL is fp32 in both, which Adam's division shows
+    assert relative_error(moved(tiny.adapters.phi, start), moved(hand.phi, start)) < 1e-4
+    for (nll, kl), terms in zip(values, update.inner, strict=True):
+        assert float(terms.nll) == pytest.approx(nll, rel=1e-5)
+        assert float(terms.kl) == pytest.approx(kl, rel=1e-5, abs=1e-6)
+
+    hand.phi = {name: value.detach().clone().requires_grad_(True) for name, value in tiny.adapters.phi.items()}
+    batch = episode.support[-1] if outer_batch == "reuse" else episode.query
+    nll, kl, prior = hand.terms(batch, tiny.keys[-1])
+    expected = hand.gradient(beta * kl + beta / hand.num_tasks * prior, hand.theta)
+    if meta_gradient == "first_order":
+        nll_gradient = hand.gradient(hand.terms(batch, tiny.keys[-1])[0], hand.phi)
+        expected = {name: value + nll_gradient[name] for name, value in expected.items()}
+    assert relative_error(update.gradient, expected) < 1e-5
+    assert float(update.outer.nll) == pytest.approx(float(nll.detach()), rel=1e-5)
+    assert float(update.outer.kl) == pytest.approx(float(kl.detach()), rel=1e-6)
+    assert len(update.batches) == tiny.config.method.inner_steps + 1
+    assert torch.equal(update.batches[-1].input_ids, batch.input_ids)
+    assert all(torch.equal(value, start[name]) for name, value in tiny.adapters.theta.items())
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.75])
+def test_reptile_moves_theta_towards_phi_by_an_annealed_step(progress, build_tiny):
+    tiny = build_tiny(torch.float64, method={"name": "reptile", "reptile_step": 0.4})
+    hand, start = ByHand(tiny), {name: value.clone() for name, value in tiny.adapters.theta.items()}
+    update = run_update(tiny, progress=progress)
+    hand.adamw(
+        (hand.gradient(hand.terms(batch, None)[0], hand.phi) for batch in tiny.episode().support),
+        tiny.config.method.inner_lr,
+    )
+    change = moved(hand.phi, start)
+    assert relative_error(moved(tiny.adapters.phi, start), change) < 1e-4
+    step = 0.4 * (1 - progress)
+    assert relative_error(update.gradient, {name: -step * value for name, value in change.items()}) < 1e-4
+
+    optimizer = tiny.method.outer_optimizer(tiny.adapters.theta.values())
+    for name, value in tiny.adapters.theta.items():
+        value.grad = update.gradient[name]
+    optimizer.step()
+    expected = {name: value + step * (tiny.adapters.phi[name] - value) for name, value in start.items()}
+    for name, value in tiny.adapters.theta.items():
+        torch.testing.assert_close(value.detach(), expected[name].detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["structured_lora", "lora"])
+def test_lora_takes_the_nll_gradient_at_theta(name, build_tiny):
+    tiny = build_tiny(torch.float64, method={"name": name}).scatter()
+    tiny.adapters.reset_phi()
+    hand, episode = ByHand(tiny), tiny.episode()
+    assert tiny.method.updates_per_episode == tiny.config.method.inner_steps
+    for index in range(tiny.method.updates_per_episode):
+        update = run_update(tiny, index)
+        nll, _, _ = hand.terms(episode.support[index], None)
+        assert relative_error(update.gradient, hand.gradient(nll, hand.phi)) < 1e-5
+        assert float(update.outer.nll) == pytest.approx(float(nll.detach()), rel=1e-5)
+        assert update.inner == () and len(update.batches) == 1
+    assert all(torch.equal(value, tiny.adapters.theta[key]) for key, value in tiny.adapters.phi.items())
+
+
+def test_lora_is_pooled_and_structured_lora_is_not(build_tiny):
+    pooled, structured = (build_tiny(method={"name": name}) for name in ("lora", "structured_lora"))
+    samplers = [tiny.parts.tasks.sampler(tiny.config, tiny.method) for tiny in (pooled, structured)]
+    assert [type(sampler) for sampler in samplers] == [PooledSampler, EpisodeSampler]
+
+
+def test_the_outer_optimizer_is_adamw_as_configured(build_tiny):
+    method = {"outer_lr": 3e-3, "adam_eps": 1e-6, "adam_betas": (0.7, 0.9), "weight_decay": 0.2}
+    tiny = build_tiny(method=method)
+    optimizer = tiny.method.outer_optimizer(tiny.adapters.theta.values())
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["eps"], group["betas"], group["weight_decay"]) == (3e-3, 1e-6, (0.7, 0.9), 0.2)
+    assert {id(p) for p in group["params"]} == {id(p) for p in tiny.adapters.theta.values()}
+
+
+def test_pretrained_does_not_train(build_tiny):
+    tiny = build_tiny(method={"name": "pretrained"})
+    assert tiny.method.updates_per_episode == 0
+    with pytest.raises(ValueError, match="does not train"):
+        run_update(tiny)
+
+
+@pytest.mark.parametrize("name", ["abmll", "reptile", "structured_lora", "lora", "pretrained"])
+def test_adaptation_is_k_steps_at_the_test_rate_with_a_fresh_optimizer(name, build_tiny):
+    tiny = build_tiny(torch.float64, method={"name": name, "test_lr": 3e-3, "inner_lr": 0.5})
+    gaussian = name == "abmll"
+    hand, start, episode = ByHand(tiny), dict(tiny.adapters.theta.items()), tiny.episode()
+    found = tiny.method.adapt(tiny.learner, episode.support, tiny.keys[:-1])
+    assert len(found) == tiny.config.method.inner_steps
+
+    def gradients():
+        for batch, key in zip(episode.support, tiny.keys, strict=False):
+            nll, kl, _ = hand.terms(batch, key if gaussian else None)
+            yield hand.gradient(nll + tiny.config.method.beta * kl, hand.phi)
+
+    hand.adamw(gradients(), 3e-3)
+    change = moved(hand.phi, start)
+    assert max(float(value.abs().max()) for value in change.values()) > 5e-3
+    assert relative_error(moved(tiny.adapters.phi, start), change) < 1e-3
+
+
+def test_pretrained_adapts_the_mean_of_gaussian_adapters_alone(build_tiny):
+    """It is scored on the adapters of whatever method is trained beside it, and must not depend on which."""
+    gaussian, point = build_tiny(), build_tiny(method={"name": "lora"})
+    for tiny in (gaussian, point):
+        method = build_method(tiny.config.method.model_copy(update={"name": "pretrained"}))
+        method.adapt(tiny.learner, gaussian.episode().support, tiny.keys[:-1])
+    for name, value in gaussian.adapters.phi.items():
+        expected = point.adapters.phi[name] if ".mean." in name else gaussian.adapters.theta[name]
+        assert torch.equal(value, expected), name

@@ -1,0 +1,250 @@
+"""Evaluation: what it scores, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from abmll.evaluation import Evaluation, Evaluator
+from abmll.kernels import NoiseKey, fold_seed
+from abmll.methods import Pretrained
+from abmll.models.architectures import architecture_config, random_model
+from abmll.tasks.episodes import scoring_batches, support_batches
+
+
+class OneRank:
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def owns(self, index):
+        return index % self.world_size == self.rank
+
+    def gather(self, item):
+        return [item]
+
+
+class Meeting:
+    """Several ranks as threads of this process."""
+
+    def __init__(self, world_size):
+        self.items, self.barrier = [None] * world_size, threading.Barrier(world_size, timeout=60)
+
+    def rank(self, number):
+        ranks = OneRank()
+        ranks.rank, ranks.world_size = number, len(self.items)
+
+        def gather(item):
+            self.items[number] = item
+            self.barrier.wait()
+            return list(self.items)
+
+        ranks.gather = gather
+        return ranks
+
+
+def evaluator(tiny, ranks=None, **changes):
+    config = tiny.config.eval.model_copy(update=changes)
+    return Evaluator(tiny.learner, tiny.parts.tasks.letter_ids, config, tiny.config.seed, ranks or OneRank())
+
+
+def evaluate(tiny, split="test", method=None, **changes):
+    return evaluator(tiny, **changes).evaluate(method or tiny.method, tiny.parts.tasks.test, split)
+
+
+def predictions(tiny, method=None, **changes):
+    """The stored predictions of the first task, by adaptation steps."""
+    return evaluator(tiny, **changes)._evaluate_task(method or tiny.method, tiny.parts.tasks.test[0], "test")
+
+
+def scattered(tiny, size=0.03):
+    """As between two outer steps: theta somewhere, phi its copy."""
+    tiny.scatter(size)
+    tiny.adapters.reset_phi()
+    return tiny
+
+
+METHODS = ("abmll", "reptile", "lora", "pretrained")
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_leaves_no_trace(name, samples, build_tiny):
+    tiny = scattered(build_tiny(method={"name": name}))
+    learner, adapters = tiny.learner, tiny.adapters
+    optimizer = learner.optimizer(1e-3)
+    learner.phi_step(tiny.batch, NoiseKey(0, 0) if tiny.method.gaussian else None, optimizer)
+    adapters.reset_phi()
+    everything = {key: value.clone() for key, value in tiny.model.state_dict().items()}
+    flags = {key: value.requires_grad for key, value in tiny.model.named_parameters()}
+    moments = copy.deepcopy(optimizer.state_dict())
+    generator = torch.get_rng_state()
+
+    evaluate(tiny, samples=samples)
+    for key, value in tiny.model.state_dict().items():
+        assert torch.equal(value, everything[key]), key
+    assert {key: value.requires_grad for key, value in tiny.model.named_parameters()} == flags
+    assert all(value.grad is None for value in tiny.model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == moments["param_groups"]
+    for index, state in moments["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["abmll", "reptile"])
+def test_training_goes_on_as_if_there_had_been_no_evaluation(name, build_tiny):
+    gradients = []
+    for validate in (False, True):
+        tiny = scattered(build_tiny(method={"name": name}))
+        optimizer = tiny.learner.optimizer(1e-2)
+        for step in range(2):
+            tiny.adapters.reset_phi()
+            update = tiny.method.update(tiny.learner, tiny.episode(step), 0, tiny.keys, optimizer, 0.0)
+            if validate:
+                tiny.adapters.reset_phi()
+                evaluate(tiny, "validation", samples=1)
+        gradients.append(update.gradient)
+    assert all(torch.equal(value, gradients[1][key]) for key, value in gradients[0].items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_before_and_after_adaptation(name, build_tiny):
+    tiny = scattered(build_tiny(method={"name": name, "test_steps": 2}))
+    found = evaluate(tiny)
+    names = [task.name for task in tiny.parts.tasks.test]
+    assert found.method == name and found.split == "test" and found.steps == [0, 2]
+    for steps in (0, 2):
+        assert list(found.tasks[steps]) == names
+        mean = sum(scores["nll"] for scores in found.tasks[steps].values()) / len(names)
+        assert found.overall[steps]["nll"] == pytest.approx(mean)
+        assert found.overall[steps]["n"] == sum(len(task.test) for task in tiny.parts.tasks.test)
+    assert all(found.tasks[0][task]["nll"] != found.tasks[2][task]["nll"] for task in names)
+
+
+@pytest.mark.parametrize("name", ["abmll", "reptile"])
+def test_both_scores_equal_a_loop_by_hand(name, build_tiny):
+    tiny = scattered(build_tiny(method={"name": name}))
+    found = predictions(tiny)
+    task, letters, seed = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids, tiny.config.seed
+
+    def nll():
+        tokens = []
+        for batch in scoring_batches(task.test, letters, 3):
+            with torch.no_grad():
+                log_probabilities = tiny.learner.forward(batch, None)[0].log_softmax(dim=-1)
+            tokens.append(-log_probabilities.gather(1, batch.target[:, None])[:, 0].double())
+        return torch.cat(tokens)
+
+    torch.testing.assert_close(found[0].nll, nll(), rtol=0, atol=1e-5)
+    optimizer = tiny.learner.optimizer(tiny.config.method.test_lr)
+    support = support_batches(task, letters, 3, tiny.config.tasks.batch_size, seed)
+    for step, batch in enumerate(support):
+        key = NoiseKey(fold_seed(seed, "adaptation", task.name), step) if name == "abmll" else None
+        tiny.learner.phi_step(batch, key, optimizer)
+    torch.testing.assert_close(found[3].nll, nll(), rtol=0, atol=1e-4)
+    assert (found[3].nll - found[0].nll).abs().max() > 0.01
+
+
+def test_pretrained_at_no_steps_is_the_base_model(build_tiny):
+    tiny = build_tiny()
+    found = predictions(tiny, Pretrained(tiny.config.method))[0]
+    base = random_model(architecture_config("tiny"), torch.device("cpu"), torch.float32, "sdpa").eval()
+    row = 0
+    for batch in scoring_batches(tiny.parts.tasks.test[0].test, tiny.parts.tasks.letter_ids, 1):
+        with torch.no_grad():
+            logits = base(input_ids=batch.input_ids).logits[0, -1].double()
+        options = logits[batch.letter_ids[0][batch.option_mask[0]]].softmax(dim=-1)
+        torch.testing.assert_close(found.options[row, : len(options)], options, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.nll[row], -logits.log_softmax(dim=-1)[batch.target[0]], rtol=0, atol=1e-5)
+        row += 1
+    assert row == len(found.label)
+
+
+def test_pretrained_scores_the_same_beside_every_method(build_tiny):
+    tinies = [build_tiny(method={"name": name}) for name in ("abmll", "reptile", "pretrained")]
+    scores = [evaluate(tiny, method=Pretrained(tiny.config.method)).to_json() for tiny in tinies]
+    assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
+    tiny = scattered(build_tiny(adapters={"posterior": posterior, "log_variance_offset": -4.0}))
+    found, again = (predictions(tiny, samples=samples, batch_size=3) for _ in range(2))
+    mean = predictions(tiny)
+    task, letters = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids
+    seed, step, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), 0, [], []
+    for batch in scoring_batches(task.test, letters, 3):
+        drawn = []
+        for _ in range(samples):
+            with torch.no_grad():
+                drawn.append(tiny.learner.forward(batch, NoiseKey(seed, step))[0].double().softmax(dim=-1))
+            step += 1
+        target = batch.target[None, :, None].expand(samples, -1, 1)
+        at_target = torch.stack(drawn).gather(2, target)[..., 0]
+        rows.append(-at_target.mean(dim=0).log())
+        geometric.append(-at_target.log().mean(dim=0))
+    assert len(task.test) > 3 and len(rows) > 1
+    torch.testing.assert_close(found[0].nll, torch.cat(rows), rtol=0, atol=1e-5)
+    if samples > 1:
+        assert (found[0].nll - torch.cat(geometric)).abs().max() > 1e-3
+    for steps in (0, 3):
+        assert torch.equal(found[steps].options, again[steps].options)
+        assert (found[steps].nll - mean[steps].nll).abs().max() > 1e-3  # not the mean's
+
+
+def test_point_estimates_have_no_samples(build_tiny):
+    tiny = scattered(build_tiny(method={"name": "reptile"}))
+    assert evaluate(tiny, samples=5) == evaluate(tiny, samples=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_means_scores_do_not_depend_on_the_batch_size(batch_size, build_tiny):
+    tiny = scattered(build_tiny())
+    found, expected = predictions(tiny, batch_size=batch_size), predictions(tiny, batch_size=4)
+    for steps in (0, 3):
+        assert torch.equal(found[steps].label, expected[steps].label)
+        torch.testing.assert_close(found[steps].options, expected[steps].options, rtol=0, atol=1e-6)
+        torch.testing.assert_close((-found[steps].nll).exp(), (-expected[steps].nll).exp(), rtol=0, atol=1e-6)
+
+
+def test_the_split_decides_which_examples_are_scored(build_tiny):
+    tiny = scattered(build_tiny())
+    tasks = tiny.parts.tasks.test
+    test, few, validation = evaluate(tiny), evaluate(tiny, max_examples=2), evaluate(tiny, "validation")
+    assert [test.tasks[0][task.name]["n"] for task in tasks] == [len(task.test) for task in tasks]
+    assert {scores["n"] for scores in few.tasks[0].values()} == {2}
+    assert [validation.tasks[0][task.name]["n"] for task in tasks] == [len(task.validation) for task in tasks]
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_two_ranks_gather_what_one_scores(samples, build_tiny):
+    alone = evaluate(scattered(build_tiny()), samples=samples)
+    meeting, tinies = Meeting(2), [scattered(build_tiny()) for _ in range(2)]
+
+    def run(number):
+        tiny = tinies[number]
+        ranks = meeting.rank(number)
+        return evaluator(tiny, ranks, samples=samples).evaluate(tiny.method, tiny.parts.tasks.test, "test")
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, range(2)))
+    assert [len(item) for item in meeting.items] == [2, 1] and not set(meeting.items[0]) & set(meeting.items[1])
+    assert found[0] == found[1] == alone
+
+
+def test_scores_survive_json(build_tiny):
+    found = evaluate(build_tiny())
+    assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_diverged_model_is_not_scored(build_tiny):
+    tiny = build_tiny()
+    with torch.no_grad():
+        next(iter(tiny.adapters.theta.values())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(tiny)

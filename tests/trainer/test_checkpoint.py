@@ -1,0 +1,307 @@
+"""Checkpoints: whole or absent, found again, pruned; what a resumed run must agree on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Run, Stopped, stop_before
+
+from abmll.checkpoint import CheckpointStore
+from abmll.config import load_config
+from abmll.distributed import Ranks
+from abmll.run import Session
+
+
+class OneProcess(Ranks):
+    """The main rank of any number, without a process group."""
+
+    def gather(self, item):
+        return [item]
+
+    def barrier(self):
+        pass
+
+
+class FakeEngine:
+    """Writes and reads one file where DeepSpeed would."""
+
+    zero_stage = 2
+
+    def save(self, folder: Path) -> None:
+        (folder / "engine").mkdir()
+        (folder / "engine/states.pt").write_bytes(b"theta" * 100)
+
+    def load(self, folder: Path) -> None:
+        assert (folder / "engine/states.pt").read_bytes() == b"theta" * 100
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints", 2, OneProcess(0, 1, torch.device("cpu")))
+
+
+def save(store: CheckpointStore, *steps: int) -> list[Path]:
+    return [store.save(step, FakeEngine(), {"position": {"best": None}}, {"inner_optimizer": step}) for step in steps]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda folder: truncate(folder / "engine/states.pt"),
+    "a flipped bit": lambda folder: flip(folder / "rank-00000.pt"),
+    "a missing file": lambda folder: (folder / "trainer.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "a manifest of something else": lambda folder: (folder / "manifest.json").write_text("[1]"),
+    "a manifest with a wrong key": lambda folder: (folder / "manifest.json").write_text('{"trainer.json": {"b": 1}}'),
+    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(store, damage):
+    older, newer = save(store, 4, 6)
+    assert store.newest_whole().folder == newer
+    damage(newer)
+    with pytest.warns(UserWarning, match=f"checkpoint {newer}: .*; trying the one before"):
+        assert store.newest_whole().folder == older
+    damage(older)
+    with pytest.warns(UserWarning):
+        assert store.newest_whole() is None
+
+
+def test_any_flipped_bit_of_the_manifest_is_survived(store):
+    _, newer = save(store, 4, 6)
+    manifest = newer / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        manifest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert store.newest_whole() is not None
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(store, monkeypatch):
+    """Every call that changes the disk is once the last one: what is found again is step 2 or step 4, whole."""
+    found, calls = set(), 0
+    for last in range(10_000):
+        shutil.rmtree(store.folder, ignore_errors=True)
+        save(store, 1, 2)
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, after=last)
+            try:
+                save(store, 4)
+            except Stopped:
+                pass
+            else:
+                break
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing half written under a final name
+            checkpoint = store.newest_whole()
+        assert store.load(checkpoint, FakeEngine()) == {"inner_optimizer": checkpoint.state["step"]}
+        found.add(checkpoint.state["step"])
+        (survivor,) = save(store, 4)
+        assert store.newest_whole().folder == survivor
+        assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000002", "step-00000004"]
+    assert found == {2, 4} and calls[0] > 10
+
+
+def interrupt(patch, after: int) -> list[int]:
+    """Raise Stopped instead of the disk call number `after`; returns the counter. A removal stops halfway."""
+    calls = [0]
+
+    def killing(function):
+        def call(*arguments, **keywords):
+            calls[0] += 1
+            if calls[0] > after:
+                raise Stopped
+            return function(*arguments, **keywords)
+
+        return call
+
+    def remove(folder, ignore_errors=False):
+        for path in sorted(Path(folder).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        Path(folder).rmdir() if Path(folder).exists() else None
+
+    for owner, name in (
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "unlink"),
+        (Path, "rmdir"),
+        (torch, "save"),
+    ):
+        patch.setattr(owner, name, killing(getattr(owner, name)))
+    patch.setattr("os.fsync", killing(lambda descriptor: None))
+    patch.setattr("shutil.rmtree", remove)
+    return calls
+
+
+def test_leftovers_of_a_kill_are_ignored_and_removed(store):
+    (older,) = save(store, 4)
+    shutil.copytree(older, store.folder / ".partial-step-00000006")
+    assert store.newest_whole().folder == older
+    save(store, 8)
+    assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000004", "step-00000008"]
+
+
+def test_only_the_newest_are_kept(store):
+    save(store, 2, 4, 6, 8)
+    assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000006", "step-00000008"]
+
+
+def test_a_run_that_went_back_keeps_what_it_writes_then(store):
+    """The damaged checkpoints of later steps must not take the places of the new ones."""
+    _, damaged = save(store, 4, 10)
+    flip(damaged / "trainer.json")
+    store.keep = 1
+    (kept,) = save(store, 6)
+    assert list(store.folder.iterdir()) == [kept] and store.newest_whole().folder == kept
+
+
+def test_another_number_of_ranks_is_refused(store):
+    save(store, 4)
+    checkpoint = store.newest_whole()
+    two = CheckpointStore(store.folder, 2, OneProcess(0, 2, torch.device("cpu")))
+    with pytest.raises(ValueError, match="was written by 1 ranks and this run has 2; start it with 1, or"):
+        two.load(checkpoint, FakeEngine())
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """A run that was stopped in its fifth step, with a checkpoint after the fourth."""
+    run = Run(tmp_path_factory.mktemp("half") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 4)
+        with pytest.raises(Stopped):
+            run.train("eval.every=2")
+    return run
+
+
+def test_another_zero_stage_is_refused(half_done):
+    with (
+        pytest.raises(ValueError, match=r"was written at ZeRO stage 2 and trainer\.deepspeed has stage 0"),
+        half_done.session("trainer.deepspeed=configs/deepspeed/zero0.json", resume=True),
+    ):
+        pass
+
+
+def test_a_changed_run_is_refused_with_its_keys_and_without_a_trace(half_done):
+    changes = {
+        "seed": "1",
+        "method.beta": "1e-9",
+        "tasks.batch_size": "4",
+        "model.dtype": "bfloat16",
+        "adapters.rank": "4",
+        "trainer.tasks_per_step": "3",
+        "eval.select_by": "nll",
+    }
+    before = (half_done.folder / "config.yaml").read_bytes()
+    with (
+        pytest.raises(ValueError) as error,
+        half_done.session(*(f"{key}={value}" for key, value in changes.items()), resume=True),
+    ):
+        pass
+    lines = str(error.value).splitlines()
+    assert "the configuration differs from the checkpoint's" in lines[0]
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
+        *("seed", "model.dtype", "adapters.rank", "method.beta", "tasks.batch_size", "trainer.tasks_per_step"),
+        "eval.select_by",
+    ]
+    assert "method.beta: 1e-12 in the checkpoint, 1e-09 now" in str(error.value)
+    assert "output=FOLDER" in lines[-1]
+    assert (half_done.folder / "config.yaml").read_bytes() == before
+
+
+def test_length_logging_and_scoring_may_change(half_done, capsys):
+    changes = ("trainer.episodes=5", "logging.csv=true", "eval.batch_size=3", "eval.every=null")
+    with half_done.session(*changes, resume=True) as session:
+        assert (session.trainer.position.step, session.trainer.num_steps) == (4, 5)
+    assert "after step 4 of 5" in capsys.readouterr().out
+    assert load_config(half_done.folder / "config.yaml").trainer.episodes == 5
+
+
+def test_base_weights_are_not_in_a_checkpoint(half_done):
+    with half_done.session(resume=True) as session:
+        trained = sum(value.numel() for value in session.parts.learner.adapters.theta.values())
+    folder = half_done.folder / "checkpoints/step-00000004"
+    states = torch.load(folder / "engine/mp_rank_00_model_states.pt", weights_only=False)
+    assert sum(value.numel() for value in states["module"].values()) == trained
+    tensors = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    assert tensors < 4 * trained * 4 + 60_000  # theta, its fp32 copy and two moments, and the pickles' own bytes
+
+
+@pytest.fixture
+def tracked(run, monkeypatch):
+    """Runs whose validation scores are written here, one a validation; returns the summaries' steps afterwards."""
+
+    def train(values: list[float], *overrides: str, **keywords) -> list[str]:
+        scores, evaluator = iter(values), Session.validate
+
+        def validate(session, position):
+            evaluate = session.evaluator.evaluate
+            value = next(scores)
+
+            def scored(*arguments):
+                found = evaluate(*arguments)
+                for overall in found.overall.values():
+                    overall["accuracy"] = value
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(session.evaluator, "evaluate", scored)
+                evaluator(session, position)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "validate", validate)
+            run.train("eval.every=2", *overrides, **keywords)
+        return sorted(path.name for path in (run.folder / "best").iterdir())
+
+    return train
+
+
+def test_the_best_step_is_kept_and_scored(run, tracked):
+    assert tracked([0.25, 0.75, 0.5]) == ["step-00000004"]
+    final = json.loads((run.folder / "final/summary.json").read_text())
+    assert final["best"] == {"step": 4, "value": 0.75}
+    best = (run.folder / "best/step-00000004/theta.safetensors").read_bytes()
+    assert run.theta_bytes == best
+    # theta of step 4 is not that of step 6, and the scores are those of step 4
+    with run.session(resume=True) as session:
+        last = {name: value.clone() for name, value in session.parts.learner.adapters.theta.items()}
+        assert any(not torch.equal(last[name], value) for name, value in run.theta.items())
+        session.parts.learner.adapters.load_theta(run.theta)
+        found = session.evaluator.evaluate(session.parts.method, session.parts.tasks.test, "test")
+    assert json.loads(json.dumps(found.to_json())) == run.scores[0]
+
+
+def test_a_summary_stays_while_a_checkpoint_names_it(run, tracked):
+    """A run that goes back to the checkpoint before must find the best step of that time."""
+    assert tracked([0.25, 0.5, 0.75]) == ["step-00000004", "step-00000006"]
+    flip(run.folder / "checkpoints/step-00000006/trainer.json")
+    with pytest.warns(UserWarning, match="trying the one before"):
+        tracked([0.5], resume=True)
+    assert run.theta_bytes == (run.folder / "best/step-00000004/theta.safetensors").read_bytes()
+
+
+def test_a_lost_best_summary_is_not_fatal(run, tracked, capsys):
+    tracked([0.25, 0.5, 0.75], "trainer.keep_checkpoints=1")
+    shutil.rmtree(run.folder / "best")
+    run.train("eval.every=2", resume=True)
+    assert "the best step is tracked from here on" in capsys.readouterr().out

@@ -1,0 +1,122 @@
+"""launch/train.py as a user meets it: what it prints, what it returns, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+from runs import TRAIN, Run, call
+
+
+@pytest.fixture
+def command(run, monkeypatch):
+    """The command in this process, which saves the imports; returns its exit status."""
+
+    def execute(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", run.command(*arguments)[1:])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        return end.value.code
+
+    return execute
+
+
+@pytest.fixture
+def jsonl(run, tmp_path):
+    """Overrides for two tasks in files, and one that is not there."""
+    for task in ("red", "blue", "green"):
+        for split, rows in (("train", 8), ("test", 4)):
+            path = tmp_path / "tasks" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"task": task, "input": "Which?", "output": "yes", "options": ["yes", "no"]}
+            path.write_text("".join(json.dumps({**row, "input": f"Which {n}?"}) + "\n" for n in range(rows)))
+    folder = f"tasks.folder={tmp_path / 'tasks'}"
+    return ("tasks.source=jsonl", folder, "tasks.train=[red, blue, absent]", "tasks.test=[green]")
+
+
+def test_validate_checks_a_good_configuration_and_writes_nothing(run):
+    found = call(run.command("--validate"))
+    assert found.returncode == 0, found.stderr
+    for name in ("configuration", "deepspeed", "model", "tasks", "memory"):
+        assert f"ok      {name}: " in found.stdout
+    assert "FAILED" not in found.stdout and "step 1" not in found.stdout
+    assert not run.folder.exists()
+
+
+def test_validate_reports_every_fault_at_once(run, tmp_path):
+    (tmp_path / "broken.json").write_text('{"zero_optimization": ')
+    found = call(
+        run.command(
+            *("--validate", "model.name=package:no_such_package/model.gguf", "tasks.source=jsonl"),
+            *(f"tasks.folder={tmp_path / 'nowhere'}", "tasks.train=[a]", "tasks.test=[b]"),
+            f"trainer.deepspeed={tmp_path / 'broken.json'}",
+        )
+    )
+    assert found.returncode == 2
+    assert "FAILED  deepspeed: " in found.stdout and "not valid JSON" in found.stdout
+    assert "FAILED  model: " in found.stdout and "no_such_package" in found.stdout
+    assert "FAILED  tasks: " in found.stdout and "nowhere" in found.stdout
+    assert "Traceback" not in found.stdout + found.stderr
+    assert not run.folder.exists()
+
+
+def without_torch(*arguments: str) -> list[str]:
+    """The command in a process that cannot import torch: what answers at once must not need it."""
+    program = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = {[str(TRAIN), *arguments]!r}\n"
+    return [sys.executable, "-c", program + f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"]
+
+
+def test_an_unknown_key_is_answered_with_the_likely_one_at_once(run):
+    found = call(without_torch("--config", str(run.config), "method.inner_step=3", "trainer.episode=4"))
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ") and "Traceback" not in found.stderr
+    assert "inner_steps?" in found.stderr and "episodes?" in found.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    found = call(without_torch("--help"), timeout=20)
+    assert found.returncode == 0, found.stderr
+    for option in ("--config", "--validate", "--resume", "--overwrite", "section.key=value"):
+        assert option in found.stdout
+    assert "local_rank" not in found.stdout
+
+
+def test_resume_and_overwrite_exclude_each_other(command, capsys):
+    assert command("--resume", "auto", "--overwrite") == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_missing_tasks_are_told(run: Run, command, jsonl, capsys):
+    assert command("--validate", *jsonl) == 0
+    out = capsys.readouterr().out
+    assert "note: missing task absent: " in out and "2 to train on" in out
+    assert command(*jsonl, "trainer.episodes=1") == 0
+    assert "note: missing task absent: " in capsys.readouterr().out
+    assert [sorted(found["tasks"]["0"]) for found in run.scores] == [["green"]]
+
+
+def test_missing_tasks_are_an_error_on_request(run: Run, command, jsonl, capsys):
+    assert command("--validate", *jsonl, "tasks.missing=error") == 2
+    assert "absent" in capsys.readouterr().out
+    assert command(*jsonl, "tasks.missing=error") == 2
+    error = capsys.readouterr().err
+    assert "tasks.missing: error: 1 listed tasks are not there" in error and "absent" in error
+    assert not run.folder.exists()
+
+
+def test_a_run_says_where_everything_is(run: Run, command, capsys):
+    assert command("trainer.episodes=1") == 0
+    out = capsys.readouterr().out
+    for path in ("final", "scores.md", "metrics.jsonl", "checkpoints"):
+        assert str(run.folder / path) in out and (run.folder / path).exists()
+    assert (run.folder / "scores.md").read_text().strip() in out
+
+
+def test_divergence_is_an_error_line(run: Run, command, capsys):
+    """A step of this size gives NaN at once."""
+    assert command("method.inner_lr=1e30", "trainer.episodes=9", "trainer.max_nonfinite=2") == 1
+    captured = capsys.readouterr()
+    assert "error: 2 episodes in a row gave NaN or Inf" in captured.err and "Traceback" not in captured.err
+    assert [line["skipped_episodes"] for line in run.metrics] == [1, 2]

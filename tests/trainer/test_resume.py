@@ -1,0 +1,121 @@
+"""A run that is stopped and resumed is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from runs import Run, Stopped, environment, stop_before
+
+LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")
+
+
+def killed(run: Run, *arguments: str, when) -> int | None:
+    """Start the command and SIGKILL it once `when()`; its exit status."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(run.command(*LONG, *arguments), env=environment(), **quiet) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not when():
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    return process.returncode
+
+
+def lines(run: Run) -> int:
+    path = run.folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_runs_resumed_equal_the_uninterrupted_one(make_run):
+    """Kills: after a step and a random moment, and while a checkpoint is being written."""
+    seed = int.from_bytes(os.urandom(2), "little")
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    whole, run = make_run("whole").train(*LONG), make_run("killed")
+    first, pause = draw.randint(1, 5), draw.uniform(0, 0.1)
+
+    def after_a_step() -> bool:
+        return lines(run) >= first and not time.sleep(pause)
+
+    assert killed(run, when=after_a_step) == -signal.SIGKILL
+    assert first <= lines(run) < lines(whole)
+    reached = lines(run)
+
+    def while_saving() -> bool:
+        return lines(run) > reached + 2 and any(run.folder.glob("checkpoints/.partial-step-*"))
+
+    assert killed(run, "--resume", "auto", when=while_saving) == -signal.SIGKILL
+    assert reached < lines(run) < lines(whole)
+    finished = subprocess.run(
+        run.command(*LONG, "--resume", "auto"), env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "resumed from" in finished.stdout
+    run.same_as(whole)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("method.reset_inner_optimizer=false",),
+        ("method.name=reptile", "trainer.tasks_per_step=2", "trainer.episodes=9"),
+        ("method.name=structured_lora",),
+        ("method.name=lora",),
+        ("adapters.posterior=weight", "trainer.deepspeed=configs/deepspeed/zero0.json"),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "abmll",
+)
+def test_stopped_and_resumed_equals_uninterrupted(make_run, monkeypatch, overrides):
+    """Stopped a step after the checkpoint: the lines behind it are written again, the inner moments are restored."""
+    overrides = ("eval.every=3", *overrides)
+    whole, run = make_run("whole").train(*overrides), make_run("stopped")
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train(*overrides)
+    assert [line["step"] for line in run.metrics if "episode" in line] == [1, 2, 3]
+    run.train(*overrides, resume=True)
+    run.same_as(whole)
+
+
+def test_inner_moments_matter(make_run):
+    """The test above would not see a loss of moments that change nothing."""
+    kept = make_run("kept").train("method.reset_inner_optimizer=false")
+    assert kept.theta_bytes != make_run("reset").train().theta_bytes
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(make_run, monkeypatch, finished, capsys):
+    run = make_run()
+    with monkeypatch.context() as patch:
+        stop_before(patch, 1)
+        with pytest.raises(Stopped):
+            run.train("eval.every=2")
+    run.train("eval.every=2", resume=True)
+    assert "no checkpoint" in capsys.readouterr().out
+    run.same_as(finished)
+
+
+def test_resume_of_a_finished_run_changes_nothing(make_run):
+    run = make_run().train("eval.every=2", "eval.pretrained=true")
+    metrics, scores, theta = run.metrics, run.scores, run.theta_bytes
+    run.train("eval.every=2", "eval.pretrained=true", resume=True)
+    assert (run.metrics, run.scores, run.theta_bytes) == (metrics, scores, theta)
+
+
+def test_a_line_cut_off_by_a_kill_is_written_again(make_run, monkeypatch, finished):
+    run = make_run()
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train("eval.every=2")
+    with (run.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "epi')
+    run.train("eval.every=2", resume=True)
+    run.same_as(finished)

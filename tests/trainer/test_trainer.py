@@ -1,0 +1,300 @@
+"""The outer loop: who owns theta and phi, what communicates, what a NaN does, which episodes a step visits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import Run
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from abmll.distributed import Ranks
+from abmll.run import Session
+from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
+
+METHODS = {
+    "activation posterior": ("method.name=abmll",),
+    "weight posterior": ("adapters.posterior=weight",),
+    "first order": ("method.meta_gradient=first_order",),
+    "query batch": ("method.outer_batch=query",),
+    "first order on a query batch, weights": (
+        "method.meta_gradient=first_order",
+        "method.outer_batch=query",
+        "adapters.posterior=weight",
+    ),
+    "reptile": ("method.name=reptile",),
+    "structured_lora": ("method.name=structured_lora",),
+    "lora": ("method.name=lora",),
+}
+
+
+def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def record_gradients(trainer: Trainer, monkeypatch) -> list[dict[str, Tensor]]:
+    """Whatever the engine is given from now on."""
+    given, step = [], trainer.engine.step
+    monkeypatch.setattr(trainer.engine, "step", lambda gradient: (given.append(copy(gradient)), step(gradient)))
+    return given
+
+
+def poison(session: Session, monkeypatch, bad: set[int], update: int = 0) -> dict[int, dict[str, Tensor]]:
+    """The NLL of the `bad` episodes is NaN in their update `update`; returns every episode's gradient by its index."""
+    learner, method = session.parts.learner, session.parts.method
+    nll, original, gradients = learner.nll, method.update, {}
+
+    def poisoned_update(learner, episode, index, *rest, **keywords):
+        with monkeypatch.context() as patch:
+            if episode.index in bad and index == update:
+                patch.setattr(learner, "nll", lambda logits, batch: nll(logits, batch) * float("nan"))
+            found = original(learner, episode, index, *rest, **keywords)
+        gradients[episode.index] = copy(found.gradient)
+        return found
+
+    monkeypatch.setattr(method, "update", poisoned_update)
+    return gradients
+
+
+@pytest.mark.parametrize("overrides", METHODS.values(), ids=METHODS)
+def test_every_method_moves_theta_and_scores(run, overrides):
+    with run.session("trainer.episodes=2", *overrides) as session:
+        before = copy(session.parts.learner.adapters.theta)
+        session.trainer.run()
+        session.finish(None)
+    assert not same(before, run.theta)
+    assert all(value.isfinite().all() for value in run.theta.values())
+    (found,) = run.scores
+    assert sorted(found["overall"]) == ["0", "2"] and found["overall"]["2"]["tasks"] == 2
+
+
+def test_pretrained_trains_nothing_and_scores(run):
+    run.train("method.name=pretrained")
+    assert [found["method"] for found in run.scores] == ["pretrained"]
+    assert not run.folder.joinpath("metrics.jsonl").exists()
+    assert all(not value.any() for name, value in run.theta.items() if name.endswith(".b"))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_phi_equals_theta_after_every_step_and_theta_is_the_optimizers(run, monkeypatch, stage):
+    """A reset of phi, or of the gradient switch, must not cut theta off from the engine's master copy."""
+    config = "configs/deepspeed/zero2.json"
+    with run.session(f"trainer.deepspeed={config.replace('2', str(stage))}") as session:
+        trainer, adapters = session.trainer, session.parts.learner.adapters
+        given = record_gradients(trainer, monkeypatch)
+        expected = {name: value.detach().clone().requires_grad_() for name, value in adapters.theta.items()}
+        optimizer = torch.optim.AdamW(expected.values(), lr=1e-3, weight_decay=0.0)
+        for step in range(5):
+            before = copy(adapters.theta)
+            trainer._outer_step(step)
+            for name, value in expected.items():
+                value.grad = given[step][name]
+            optimizer.step()
+            assert same(adapters.phi, adapters.theta)
+            assert not same(before, adapters.theta)
+            assert not any(value.requires_grad for value in adapters.theta.values())
+        for name, value in expected.items():
+            torch.testing.assert_close(adapters.theta[name].detach(), value.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_updates_start_at_theta_without_gradients_for_it(run, monkeypatch):
+    with run.session() as session:
+        adapters, update, seen = session.parts.learner.adapters, session.parts.method.update, []
+
+        def looking(learner, episode, *rest, **keywords):
+            seen.append(same(adapters.phi, adapters.theta))
+            seen.append(not any(value.requires_grad for value in adapters.theta.values()))
+            before = copy(adapters.theta)
+            found = update(learner, episode, *rest, **keywords)
+            seen.append(same(before, adapters.theta))
+            seen.append(not same(adapters.phi, adapters.theta))
+            return found
+
+        monkeypatch.setattr(session.parts.method, "update", looking)
+        session.trainer._outer_step(0)
+        session.trainer._outer_step(1)
+    assert len(seen) == 8 and all(seen)
+
+
+STEMS = ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "isend", "irecv", "monitored")
+COLLECTIVES = [name for name in dir(dist) if name.startswith(STEMS) and type(getattr(dist, name)) is type(lambda: 0)]
+
+
+def test_the_inner_loop_communicates_nothing(run, monkeypatch):
+    calls: list[str] = []
+
+    def counting(name, function):
+        def counted(*arguments, **keywords):
+            calls.append(name)
+            return function(*arguments, **keywords)
+
+        return counted
+
+    with run.session("trainer.tasks_per_step=2") as session:
+        trainer, within = session.trainer, []
+        for name in COLLECTIVES:
+            monkeypatch.setattr(dist, name, counting(name, getattr(dist, name)))
+        update = trainer._update
+
+        def counted_update(*arguments):
+            before = len(calls)
+            found = update(*arguments)
+            within.append(len(calls) - before)
+            return found
+
+        monkeypatch.setattr(trainer, "_update", counted_update)
+        trainer._outer_step(0)
+    assert within == [0, 0]
+    assert "all_reduce" in calls  # or the count is blind
+
+
+class Reads(TorchDispatchMode):
+    """Counts the reads of a number on the device: each would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overrides", METHODS.values(), ids=METHODS)
+def test_an_update_reads_nothing_from_the_device(run, monkeypatch, overrides):
+    """The one read of an episode is its row of the table. Left out: AdamW's step counters, which are on the CPU in any
+    case, and transformers' own look for packed sequences, one a forward pass.
+    """
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with run.session(*overrides) as session:
+        trainer = session.trainer
+        learner, reads = session.parts.learner, Reads()
+        monkeypatch.setattr(
+            learner, "optimizer", lambda lr, parameters=None: torch.optim.SGD(list(learner.adapters.phi.values()), lr)
+        )
+        trainer.inner_optimizer = learner.optimizer(1e-3)
+        episode = trainer.sampler.episode(0)
+        with reads:
+            trainer._update(episode, 0, 0)
+        assert reads.count == 0
+        with reads:
+            float(torch.ones(()))
+        assert reads.count == 1  # or the count is blind
+
+
+def test_a_nan_episode_leaves_the_mean_of_the_others(run, monkeypatch):
+    with run.session("trainer.tasks_per_step=3", "trainer.episodes=3") as session:
+        gradients = poison(session, monkeypatch, bad={1})
+        given = record_gradients(session.trainer, monkeypatch)
+        session.trainer.run()
+        theta = session.parts.learner.adapters.theta
+        assert all(value.isfinite().all() for value in theta.values())
+    assert not all(value.isfinite().all() for value in gradients[1].values())
+    for name, value in given[0].items():
+        torch.testing.assert_close(value, (gradients[0][name] + gradients[2][name]) / 2, rtol=1e-6, atol=0)
+    (line,) = run.metrics
+    assert line["skipped_episodes"] == 1
+    assert all(value == value for value in line.values())
+
+
+def test_the_run_stops_after_nan_episodes_in_a_row(run, monkeypatch, capsys):
+    with run.session("trainer.max_nonfinite=3", "trainer.episodes=9") as session:
+        poison(session, monkeypatch, bad={2, 3, 4})
+        with pytest.raises(TrainingDiverged, match="3 episodes in a row gave NaN or Inf; lower"):
+            session.trainer.run()
+        assert session.trainer.position.step == 5
+        assert all(value.isfinite().all() for value in session.parts.learner.adapters.theta.values())
+    assert [line["skipped_episodes"] for line in run.metrics] == [0, 0, 1, 2, 3]  # the last one is reported as well
+    assert "skipped: NaN or Inf in every episode (3 skipped so far)" in capsys.readouterr().out
+    assert run.checkpoints[-1] == "step-00000004"
+
+
+def test_a_good_episode_ends_the_streak(run, monkeypatch):
+    with run.session("trainer.max_nonfinite=3", "trainer.episodes=6") as session:
+        poison(session, monkeypatch, bad={0, 1, 3, 4})
+        session.trainer.run()
+    assert run.metrics[-1]["skipped_episodes"] == 4
+
+
+def test_a_nan_in_the_first_of_an_episodes_updates_counts(run, monkeypatch):
+    with run.session("method.name=structured_lora", "trainer.episodes=2") as session:
+        poison(session, monkeypatch, bad={0}, update=0)
+        session.trainer.run()
+    assert [line["skipped_episodes"] for line in run.metrics] == [1, 1]
+    assert "nll_last" not in run.metrics[0] and "nll_last" in run.metrics[1]
+
+
+def test_kept_inner_moments_are_dropped_after_a_nan(run, monkeypatch):
+    with run.session("method.reset_inner_optimizer=false", "trainer.episodes=3") as session:
+        poison(session, monkeypatch, bad={1})
+        session.trainer.run()
+    assert [line["skipped_episodes"] for line in run.metrics] == [0, 1, 1]
+
+
+def test_fewer_tasks_a_step_than_ranks_is_refused(run):
+    with (
+        run.session("trainer.tasks_per_step=1") as session,
+        pytest.raises(ValueError, match=r"trainer\.tasks_per_step: 1: fewer than the 2 ranks"),
+    ):
+        dataclasses.replace(session.trainer, ranks=Ranks(0, 2, torch.device("cpu")))
+
+
+def test_the_last_step_visits_what_is_left(run, monkeypatch):
+    with run.session("trainer.tasks_per_step=2", "trainer.episodes=3") as session:
+        gradients = poison(session, monkeypatch, bad=set())
+        given = record_gradients(session.trainer, monkeypatch)
+        tables = [session.trainer._outer_step(step) for step in range(session.trainer.num_steps)]
+    assert [table[:, COLUMNS.index("visited")].tolist() for table in tables] == [[1, 1], [1, 0]]
+    assert sorted(gradients) == [0, 1, 2]
+    assert same(given[1], gradients[2])  # not halved for the empty place
+
+
+def test_a_dominant_kl_is_warned_of_once(run, capsys):
+    run.train("method.beta=1e-3", "trainer.episodes=3")
+    out = capsys.readouterr().out
+    assert out.count("dwarfs the NLL") == 1 and "lower method.beta" in out
+
+
+def test_a_run_is_not_mixed_with_another(run, capsys):
+    run.train("trainer.episodes=1")
+    theta, notes = run.theta_bytes, run.folder / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume auto, .* --overwrite"):
+        run.train()
+    with pytest.raises(ValueError, match=r"model\.name"):
+        run.train("model.name=random:tiyn", overwrite=True)
+    assert run.theta_bytes == theta  # a mistake costs no run
+    run.train("trainer.episodes=1", "seed=1", overwrite=True)
+    assert run.theta_bytes != theta and len(run.metrics) == 1
+    assert notes.read_text() == "mine"
+
+
+def test_checkpoints_alone_are_a_run(run: Run):
+    (run.folder / "checkpoints/step-00000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.train()
+
+
+def test_step_lines_are_complete_finite_json(finished):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (finished.folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    steps = [line for line in lines if "episode" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in steps] == [0, 0, 0, 1, 1, 1]
+    wanted = {*COLUMNS[2:-2], "weighted_kl", "seconds", "real_tokens_per_second", "peak_memory_bytes"}
+    for line in steps:
+        assert wanted <= set(line)
+        assert line["padded_tokens_per_second"] >= line["real_tokens_per_second"] > 0
+    validations = [line for line in lines if "validation_0_steps" in line]
+    assert [line["step"] for line in validations] == [2, 4, 6]
