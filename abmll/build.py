@@ -30,6 +30,7 @@ class RunTasks:
     test: list[PromptedTask]
     letter_ids: tuple[int, ...]
     notes: list[str]
+    longest: int  # tokens of the longest prompt
 
     def sampler(self, config: Config, method: Method) -> EpisodeSampler:
         kind = PooledSampler if method.pooled else EpisodeSampler
@@ -52,7 +53,8 @@ def read_tasks(config: Config, config_path: str | Path) -> LoadedTasks:
         return resolve_path(path, config_path)
 
     lists = None if config.tasks.source == "builtin" else resolve_task_lists(config.tasks, resolve)
-    return load_tasks(config.tasks, lists, config.seed, config.eval.validation_examples, resolve)
+    validation_examples = config.eval.validation_examples if config.eval.every else None
+    return load_tasks(config.tasks, lists, config.seed, validation_examples, resolve)
 
 
 def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> RunTasks:
@@ -72,11 +74,14 @@ def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> Run
 
     roles = {role: prompted(getattr(loaded, role)) for role in ("train", "validation", "test")}
     notes = [f"missing task {name}: {where}" for name, where in loaded.missing.items()]
-    return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=[*notes, *loaded.notes, *prompter.report.lines()])
+    notes += [*loaded.notes, *prompter.report.lines()]
+    longest = max(counts.longest for counts in prompter.report.tasks.values())
+    return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=notes, longest=longest)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
-    arguments = {"use_reentrant": False}
+    # nothing in a layer draws from a generator: noise is counted, dropout is off
+    arguments = {"use_reentrant": False, "preserve_rng_state": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(arguments)
     else:  # its name before transformers 5.2x

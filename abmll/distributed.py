@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+# Ranks meet only at the end of an evaluation, and their tasks differ in size: DeepSpeed's 10 minutes are too short.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ def start_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

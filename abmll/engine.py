@@ -7,6 +7,7 @@ each episode: a ZeRO optimizer would overwrite the reset with its flat master co
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,18 @@ class ThetaEngine:
             parameter.requires_grad_(trainable)
 
 
+def check_monitors(config: LoggingConfig) -> list[str]:
+    """Names of the monitors asked for. ValueError, with the command to type, where a package is missing."""
+    asked = {"tensorboard": config.tensorboard, "csv": config.csv, "wandb": config.wandb_project}
+    for name, key in (("tensorboard", "tensorboard"), ("wandb", "wandb_project")):
+        if asked[name] and importlib.util.find_spec(name) is None:
+            value = getattr(config, key)
+            raise ValueError(f"logging.{key}: {value}: the package is not installed; pip install {name}")
+    return [name for name, wanted in asked.items() if wanted]
+
+
 def _monitors(config: LoggingConfig, output: Path) -> dict[str, Any]:
+    check_monitors(config)
     folder = {"enabled": True, "output_path": str(output), "job_name": "monitor"}
     monitors: dict[str, Any] = {}
     if config.tensorboard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -37,6 +38,11 @@ class Evaluation:
     def steps(self) -> list[int]:
         return sorted(self.overall)
 
+    @property
+    def diverged(self) -> list[tuple[int, str]]:
+        """(steps, task) where a prediction was not finite; such a task's scores are NaN, and so are the means."""
+        return [(k, name) for k, tasks in self.tasks.items() for name, s in tasks.items() if math.isnan(s["nll"])]
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "split": self.split, "tasks": self.tasks, "overall": self.overall}
 
@@ -54,7 +60,7 @@ class Evaluator:
     to the ranks, and every rank gets all the scores.
     """
 
-    def __init__(self, learner: Learner, letter_ids: Tensor, config: EvalConfig, seed: int, ranks: Ranks):
+    def __init__(self, learner: Learner, letter_ids: Sequence[int], config: EvalConfig, seed: int, ranks: Ranks):
         self.learner, self.letter_ids, self.config, self.seed, self.ranks = learner, letter_ids, config, seed, ranks
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:

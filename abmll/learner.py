@@ -6,12 +6,12 @@ A learner knows nothing of tasks' sources, engines or ranks. Methods are written
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from abmll.adapters import AdapterSet, OuterWeights
+from abmll.adapters import AdapterSet, OuterWeights, RecordedTerms
 from abmll.config.schema import MethodConfig
 from abmll.kernels import NoiseKey
 from abmll.models.answers import answer_logits
@@ -51,11 +51,14 @@ class Learner:
             weight_decay=method.weight_decay,
         )
 
-    def forward(self, batch: Batch, key: NoiseKey | None, outer: OuterWeights | None = None):
-        """Answer logits [B, V] and the recorded terms; `key` None runs the posterior mean."""
-        with self.adapters.context.forward_pass(key, batch.token_mask, outer) as terms:
+    def forward(
+        self, batch: Batch, key: NoiseKey | None, terms: Literal["none", "kl", "theta"] = "none"
+    ) -> tuple[Tensor, RecordedTerms]:
+        """Answer logits [B, V] and the recorded terms; `key` None runs the posterior mean, which has no terms."""
+        outer = self.outer_weights if terms == "theta" else None
+        with self.adapters.context.forward_pass(key, batch.token_mask, terms == "kl", outer) as recorded:
             logits = answer_logits(self.model, batch)
-        return logits, terms
+        return logits, recorded
 
     def nll(self, logits: Tensor, batch: Batch) -> Tensor:
         return answer_nll(logits, batch.target, self.method.nll_reduction)
@@ -69,8 +72,7 @@ class Learner:
         return terms._replace(gradient_norm=norm)
 
     def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
-        self.model.train()
-        logits, recorded = self.forward(batch, key)
+        logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
         kl = recorded.total_kl() if recorded.kl else self.zero
         inner_objective(nll, kl, self.method.beta).backward()
@@ -84,21 +86,25 @@ class Learner:
 
     def theta_gradient_kl(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
         """Gradient of beta * KL + (beta / M) * (-log prior) by theta: one forward pass, no backward pass."""
-        self.model.train()
         with torch.no_grad():
-            logits, recorded = self.forward(batch, key, self.outer_weights)
+            logits, recorded = self._train().forward(batch, key, "theta")
             return self._outer_result(self.nll(logits, batch), recorded)
 
     def theta_gradient_first_order(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
         """As `theta_gradient_kl`, plus the NLL's gradient at the adapted phi, as first-order MAML gives it to theta."""
-        self.model.train()
-        logits, recorded = self.forward(batch, key, self.outer_weights)
+        logits, recorded = self._train().forward(batch, key, "theta")
         nll = self.nll(logits, batch)
         nll.backward()
         gradient, terms = self._outer_result(nll.detach(), recorded)
         for name, value in self._take_phi_gradient().items():
             gradient[name] = gradient[name] + value
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
+
+    def _train(self) -> Learner:
+        """Training mode, which is what transformers checkpoints activations in."""
+        if not self.model.training:
+            self.model.train()
+        return self
 
     def _take_phi_gradient(self) -> dict[str, Tensor]:
         """Phi's gradients, by theta's names (the names are the same); phi's are cleared."""
@@ -108,7 +114,7 @@ class Learner:
             parameter.grad = None
         return gradient
 
-    def _outer_result(self, nll: Tensor, recorded) -> tuple[dict[str, Tensor], StepTerms]:
+    def _outer_result(self, nll: Tensor, recorded: RecordedTerms) -> tuple[dict[str, Tensor], StepTerms]:
         gradient = {}
         for (layer_name, _), term in zip(
             self.adapters.layers.items(), (recorded.theta[i] for i in sorted(recorded.theta)), strict=True

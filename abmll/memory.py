@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .config import Config
+from abmll.adapters.targets import find_targets
+from abmll.config import Config
+from abmll.methods import METHODS
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float32": 4}
 _FP32 = 4
+_KEPT_TENSORS = 8
 _ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 2e7}}
 
 
@@ -25,6 +29,7 @@ class MemoryEstimate:
     optimizer_states: int
     engine_buffers: int
     activations: int
+    posterior: int
 
     @property
     def total(self) -> int:
@@ -37,7 +42,7 @@ class MemoryEstimate:
 
 
 def estimate(
-    model_config: PretrainedConfig, config: Config, world_size: int, deepspeed: dict | None = None
+    model_config: PreTrainedConfig, config: Config, world_size: int, deepspeed: dict | None = None
 ) -> MemoryEstimate:
     """An estimate of each device's peak. `deepspeed` holds the engine's file; None means ZeRO-2 as shipped.
 
@@ -55,8 +60,11 @@ def estimate(
                            weights and attention that keeps no T x T matrix, and the two norms' fp32 inputs
         activations        layers x layer's; with checkpointing layers x T h b (the boundaries) + one layer's
         an evaluation's    eval.batch_size x tasks.max_tokens tokens through one layer: b (2 h + 2 m) each
-    Every prompt counts as one of max_tokens. Not counted: the CUDA context, the allocator's fragments, attention
-    without a fused kernel (model.attention=eager), and what the reference kernels keep where Triton is absent.
+        posterior          what the posterior's plain PyTorch code keeps for its backward pass in fp32: about 8 tensors
+                           of the size of each adapted layer's output (activation posterior) or weight (weight
+                           posterior), of one layer with checkpointing, of all layers without; none for plain LoRA
+    Every prompt counts as one of max_tokens. Not counted: the CUDA context, the allocator's fragments, and attention
+    without a fused kernel (model.attention=eager).
 
     Raises ValueError where no module matches adapters.modules, or the model is not Llama-like.
     """
@@ -64,8 +72,10 @@ def estimate(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     number = _BYTES[config.model.dtype]
-    pairs = 2 if config.method.name == "abmll" else 1
-    theta = phi = pairs * config.adapters.rank * _FP32 * _adapted_width(model, config.adapters.modules)
+    gaussian = METHODS[config.method.name].gaussian
+    targets = find_targets(model, config.adapters.modules).values()
+    width = sum(module.in_features + module.out_features for module in targets)
+    theta = phi = (2 if gaussian else 1) * config.adapters.rank * _FP32 * width
 
     engine = (_ZERO2 if deepspeed is None else deepspeed).get("zero_optimization", {})
     stage, bucket = engine.get("stage", 0), int(engine.get("reduce_bucket_size", 5e8))  # DeepSpeed's own defaults
@@ -78,25 +88,19 @@ def estimate(
         optimizer_states=2 * phi + 2 * theta // moments_shard,
         engine_buffers=theta // world_size + bucket * _FP32 if stage >= 1 else 0,
         activations=_activations(text_config, config, number),
+        posterior=_posterior(targets, text_config, config) if gaussian else 0,
     )
 
 
-def _adapted_width(model: torch.nn.Module, names: tuple[str, ...]) -> int:
-    """Inputs + outputs, summed over the Linear modules whose name ends with one of the names."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    width = 0
-    for ending in names:
-        found = [module for name, module in linear.items() if f".{name}".endswith(f".{ending}")]
-        if not found:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            close = difflib.get_close_matches(ending, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"this model has {', '.join(known)}"
-            raise ValueError(f"adapters.modules: {ending}: no linear layer of the model has this name; {hint}")
-        width += sum(module.in_features + module.out_features for module in found)
-    return width
+def _posterior(targets: Collection[nn.Linear], model: PreTrainedConfig, config: Config) -> int:
+    tokens = config.tasks.batch_size * config.tasks.max_tokens
+    by_activation = config.adapters.posterior == "activation"
+    kept = sum(module.out_features * (tokens if by_activation else module.in_features) for module in targets)
+    layers = _field(model, "num_hidden_layers") if config.trainer.activation_checkpointing else 1
+    return _KEPT_TENSORS * _FP32 * kept // layers
 
 
-def _activations(model: PretrainedConfig, config: Config, number: int) -> int:
+def _activations(model: PreTrainedConfig, config: Config, number: int) -> int:
     hidden, layers, mlp, heads = (
         _field(model, name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     )
@@ -112,7 +116,7 @@ def _activations(model: PretrainedConfig, config: Config, number: int) -> int:
     return max(training, evaluation)
 
 
-def _field(model: PretrainedConfig, name: str) -> int:
+def _field(model: PreTrainedConfig, name: str) -> int:
     value = getattr(model, name, None)
     if not isinstance(value, int):
         remedy = "the memory estimate knows Llama-like models only; run without it"

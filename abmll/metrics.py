@@ -5,8 +5,9 @@ Every probability over options is over the example's own options only: the lette
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch.nn.functional import one_hot, pad
@@ -51,7 +52,9 @@ class Scores:
 
 
 def score(predictions: Predictions) -> Scores:
-    """Scores of the examples as one set. ValueError if there are none.
+    """Scores of the examples as one set, all NaN where a prediction is NaN (the adaptation diverged).
+
+    ValueError if there are no examples.
 
     `ece_paper` is near 1 - accuracy for a confident model and cannot be compared with the pooled `ece`.
     """
@@ -59,6 +62,8 @@ def score(predictions: Predictions) -> Scores:
     n, num_letters = options.shape
     if n == 0:
         raise ValueError("score: 0 examples: a task needs at least one test example; check the task's test split")
+    if options.isnan().any() or predictions.nll.isnan().any():
+        return Scores(**{field.name: math.nan for field in fields(Scores) if field.name != "n"}, n=n)
     confidence, choice = options.max(dim=1)
     correct = choice == label
     right = one_hot(label, num_letters)
@@ -108,10 +113,7 @@ class ScoreAccumulator:
         self._parts: list[Predictions] = []
 
     def update(self, probabilities: torch.Tensor, batch: Batch) -> None:
-        """Adds a batch. `probabilities` [B, V], over the whole vocabulary, on the batch's device.
-
-        ValueError if they are not finite: a score of a diverged model would say nothing.
-        """
+        """Adds a batch. `probabilities` [B, V], over the whole vocabulary, on the batch's device."""
         letters = probabilities.gather(1, batch.letter_ids).double()
         # above 0, so that where all letters underflowed the options come out equally likely and not as 0 / 0
         letters = letters.clamp(min=SMALLEST).where(batch.option_mask, 0.0)
@@ -122,11 +124,6 @@ class ScoreAccumulator:
             nll=-target.clamp(min=SMALLEST).log().cpu(),
             label=batch.label.cpu(),
         )
-        if not (part.options.isfinite().all() and part.nll.isfinite().all()):
-            raise ValueError(
-                "score: probabilities are not finite: training diverged; lower method.inner_lr, method.test_lr or "
-                "method.beta, or start from an earlier checkpoint"
-            )
         self._parts.append(part)
 
     def predictions(self) -> Predictions:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
-from transformers import PretrainedConfig
+import torch
 
 from abmll.build import prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
+from abmll.engine import check_monitors
 from abmll.memory import estimate
-from abmll.models.load import describe, load_tokenizer, model_config
+from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
+from abmll.run import check_folder
 from abmll.tasks.prompt import Prompter
+from abmll.trainer import tasks_per_step
 
 
-def preflight(config: Config, config_path: str) -> tuple[str, bool]:
+def preflight(config: Config, config_path: str, resume: bool = False, overwrite: bool = False) -> tuple[str, bool]:
     """A report in lines, and whether the run can start. A failed check does not stop the ones after it."""
     lines: list[str] = []
     good = True
@@ -30,15 +34,38 @@ def preflight(config: Config, config_path: str) -> tuple[str, bool]:
             lines.append(f"FAILED  {name}: {error}")
             return False
 
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = torch.cuda.is_available()
+
     def model() -> str:
         return describe(config.model)
 
+    def attention() -> str:
+        device = torch.device("cuda" if on_gpu else "cpu")
+        return attention_implementation(config.model, device, model_config(config.model))
+
+    def output() -> str:
+        check_folder(Path(config.output), resume, overwrite)
+        return config.output
+
+    def monitors() -> str:
+        return ", ".join(check_monitors(config.logging)) or "none"
+
+    def ranks() -> str:
+        return f"{tasks_per_step(config.trainer, world_size)} episodes an outer step on {world_size} ranks"
+
     def memory() -> str:
-        architecture: PretrainedConfig = model_config(config.model)
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        table = estimate(architecture, config, world_size, engine).format()
-        return "\n        ".join([f"estimated for each of {world_size} ranks", *table.splitlines()])
+        needed = estimate(model_config(config.model), config, world_size, engine)
+        lines = [f"estimated for each of {world_size} ranks", *needed.format().splitlines()]
+        if on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            lines.append(f"of {total / 1e9:.1f} GB on this GPU, {free / 1e9:.1f} GB free")
+            if needed.total > free:
+                raise ValueError(
+                    "\n        ".join([*lines, "more than is free; lower tasks.batch_size or tasks.max_tokens"])
+                )
+        return "\n        ".join(lines)
 
     def deepspeed() -> str:
         path = resolve_path(config.trainer.deepspeed, config_path)
@@ -55,9 +82,13 @@ def preflight(config: Config, config_path: str) -> tuple[str, bool]:
         return summary + "".join(f"\n        note: {note}" for note in found.notes)
 
     lines.append(f"ok      configuration: {config_path}")
+    check("output", output)
+    check("ranks", ranks)
     check("deepspeed", deepspeed)
+    check("monitors", monitors)
     has_model = check("model", model)
     check("tasks", tasks)
     if has_model:
+        check("attention", attention)
         check("memory", memory)
     return "\n".join(lines), good

@@ -26,6 +26,7 @@ class StepReport:
 
     step: int
     episode: int
+    num_episodes: int
     epoch: int
     terms: dict[str, float]
     weighted_kl: float | None
@@ -84,10 +85,10 @@ class Progress:
         self.engine.write_events({f"train/{k}": v for k, v in record.items() if k != "step"}, report.step)
         if report.step % self.config.every == 0:
             self.say(_step_line(report, self.total, self._time_left(report.step)))
-        if report.terms and kl_dominates(report.terms["nll_last"], report.weighted_kl) and not self.warned_of_kl:
+        if report.terms and kl_dominates(report.terms["nll_outer"], report.weighted_kl) and not self.warned_of_kl:
             self.warned_of_kl = True
             self.say(
-                f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_last']:.3g}: the KL "
+                f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_outer']:.3g}: the KL "
                 "grows with the square of phi's steps; lower method.beta as you raise the learning rates"
             )
         if self.bar is not None:
@@ -124,7 +125,8 @@ def _step_of(line: str) -> int:
 
 
 def _step_line(report: StepReport, total: int, left: str) -> str:
-    head = f"step {report.step}/{total} · epoch {report.epoch} · {left} left"
+    place = f"step {report.step}/{total} · episode {report.episode}/{report.num_episodes} · epoch {report.epoch}"
+    head = f"{place} · {left} left"
     if not report.terms:
         return f"{head} · skipped: NaN or Inf in every episode ({report.skipped} skipped so far)"
     terms = report.terms

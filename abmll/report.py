@@ -28,7 +28,7 @@ def derived_numbers(
 ) -> str:
     """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
     tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
-    per_step = trainer.tasks_per_step * (method.inner_steps + 1)
+    per_step = trainer.tasks_per_step * parts.method.passes_per_episode
     base = sum(p.numel() for p in parts.model.parameters()) - adapters.num_parameters()
     rows = {
         "model": f"{config.model.name}, {base:,} frozen parameters in {config.model.dtype} on {ranks.device}",
@@ -38,20 +38,23 @@ def derived_numbers(
         + (f", {config.adapters.posterior} posterior, beta {method.beta:g}" if parts.method.gaussian else ""),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
         f"{sum(len(task.train) for task in tasks.train):,} training and "
-        f"{sum(len(task.test) for task in tasks.test):,} test examples",
+        f"{sum(len(task.test) for task in tasks.test):,} test examples; prompts of at most {tasks.longest} tokens",
         "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks "
         f"({trainer.num_episodes:,} episodes, {trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",
         "tokens a step": f"at most {per_step * config.tasks.batch_size * config.tasks.max_tokens:,} in {per_step} "
         "forward passes",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
-    memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config)
+    try:
+        memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config).format()
+    except ValueError as error:  # an architecture that the estimate does not know may well run
+        memory = str(error)
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
-    return f"{text}{notes}\nestimated memory of each rank\n{memory.format()}"
+    return f"{text}{notes}\nestimated memory of each rank\n{memory}"
 
 
 def score_table(evaluations: list[Evaluation]) -> str:
-    """Markdown: the means over tasks of every method at 0 and K steps, then the accuracy task by task."""
+    """Markdown: the means over tasks of every method at 0 and K steps, then accuracy and macro-F1 task by task."""
     head = "| method | steps | " + " | ".join(heading for _, heading, _ in COLUMNS) + " | pooled ECE |"
     lines = [head, "|" + "---|" * (len(COLUMNS) + 3)]
     for evaluation in evaluations:
@@ -65,11 +68,14 @@ def score_table(evaluations: list[Evaluation]) -> str:
 def _by_task(evaluations: list[Evaluation]) -> str:
     runs = [(evaluation, steps) for evaluation in evaluations for steps in evaluation.steps]
     lines = [
-        "| accuracy % | n | majority % | " + " | ".join(f"{e.method}, {steps} steps" for e, steps in runs) + " |",
+        "| accuracy / macro-F1 % | n | majority % | "
+        + " | ".join(f"{e.method}, {steps} steps" for e, steps in runs)
+        + " |",
         "|" + "---|" * (len(runs) + 3),
     ]
     for task, first in evaluations[0].tasks[0].items():
-        values = [_number(evaluation.tasks[steps][task]["accuracy"], 100.0) for evaluation, steps in runs]
+        scores = [evaluation.tasks[steps][task] for evaluation, steps in runs]
+        values = [f"{100 * score['accuracy']:.1f} / {100 * score['macro_f1']:.1f}" for score in scores]
         lines.append(f"| {task} | {first['n']} | {100 * first['majority']:.1f} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 

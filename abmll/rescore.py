@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from abmll.build import build
-from abmll.config import load_config
+from abmll.config import Refused, load_config
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.evaluation import Evaluator
 from abmll.methods import Pretrained
@@ -18,17 +18,20 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
     """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
 
     The configuration is the run's own, with `overrides` (of tasks and eval; the adapters must fit the model's).
-    ValueError where the folder holds no finished run.
+    ConfigError or Refused where the folder holds no finished run, or its configuration cannot be had.
     """
     folder = Path(run)
     config_path = folder / "config.yaml"
     if not config_path.is_file():
-        raise ValueError(f"--run: {run}: holds no config.yaml; name the output folder of a run")
-    theta, facts = load_summary(folder / "final")
+        raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
     config = load_config(config_path, overrides)
     ranks = start_ranks()
     try:
-        parts = build(config, config_path, ranks.device)
+        try:
+            theta, facts = load_summary(folder / "final")
+            parts = build(config, config_path, ranks.device)
+        except ValueError as error:
+            raise Refused(str(error)) from error
         evaluator = Evaluator(parts.learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
         evaluations = []
         if config.eval.pretrained:  # theta is still at its start, where the adapters are zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config import Config, load_config, resolve_path, save_config
+from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
 from abmll.distributed import Ranks, start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
@@ -26,7 +27,7 @@ from abmll.trainer import Position, Trainer
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
-FIXED_KEYS = ("trainer.tasks_per_step", "eval.select_by", "eval.validation_examples")
+FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
 # All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
 WRITTEN = ("checkpoints", "best", "final", "monitor", "metrics.jsonl", "scores.json", "scores.md", "config.yaml")
@@ -78,6 +79,7 @@ class Session:
         lower_is_better = select_by in ("nll", "ece")
         best = position.best
         better = best is None or (value < best["value"] if lower_is_better else value > best["value"])
+        better = better and not math.isnan(value)  # an adaptation that diverged is nobody's best
         self.progress.say(
             f"validation after step {position.step}: {select_by} {value:.4f}" + (" (best so far)" if better else "")
         )
@@ -93,14 +95,22 @@ class Session:
         if position.best is not None:
             theta, _ = load_summary(self._best(position.best["step"]))
             self.parts.learner.adapters.load_theta(theta)
+        facts = self._facts(position)
+        if self.ranks.is_main:  # before the scoring too: what was learned should not wait for it
+            save_summary(self.folder / "final", self.parts.learner.adapters.theta, facts)
         self.progress.say("scoring the unseen tasks")
         found = self.evaluator.evaluate(self.parts.method, self.parts.tasks.test, "test")
         evaluations = [found] if pretrained is None else [pretrained, found]
         self._write_scores(evaluations)
         if self.ranks.is_main:
-            facts = {**self._facts(position), "scores": [evaluation.to_json() for evaluation in evaluations]}
+            facts["scores"] = [evaluation.to_json() for evaluation in evaluations]
             save_summary(self.folder / "final", self.parts.learner.adapters.theta, facts)
         self.ranks.barrier()
+        for evaluation in evaluations:
+            for steps, task in evaluation.diverged:
+                self.progress.say(
+                    f"warning: {evaluation.method}: {task}: not finite after {steps} steps; lower test_lr"
+                )
         return evaluations
 
     def prune_best(self) -> None:
@@ -125,7 +135,10 @@ class Session:
         return self.folder / "best" / f"step-{step:08d}"
 
     def _facts(self, position: Position) -> dict[str, Any]:
-        return {"config": self.config.model_dump(mode="json"), "step": position.step, "best": position.best}
+        """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made."""
+        step = position.best["step"] if position.best else position.step
+        config = self.config.model_dump(mode="json")
+        return {"config": config, "step": step, "trained_steps": position.step, "best": position.best}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
@@ -134,11 +147,14 @@ class Session:
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
-    """The command `launch/train.py`. ValueError for a mistake of the user's, TrainingDiverged for NaN in a row."""
+    """The command `launch/train.py`. ConfigError or Refused for a mistake of the user's, TrainingDiverged for NaNs."""
     config = load_config(config_path, overrides)
     ranks = start_ranks()
     try:
-        session, checkpoint = open_session(config, config_path, ranks, resume, overwrite)
+        try:
+            session, checkpoint = open_session(config, config_path, ranks, resume, overwrite)
+        except ValueError as error:  # later ones are no mistakes of the user's, and keep their traceback
+            raise Refused(str(error)) from error
         pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
         session.trainer.run()
         evaluations = session.finish(pretrained)
@@ -153,9 +169,10 @@ def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool)
 def open_session(
     config: Config, config_path: str, ranks: Ranks, resume: bool, overwrite: bool
 ) -> tuple[Session, Checkpoint | None]:
+    """All parts of a run, its folder ready. ValueError for whatever the configuration names and cannot be had."""
     folder = Path(config.output)
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-    _check_folder(folder, resume, overwrite)
+    check_folder(folder, resume, overwrite)
     parts = build(config, config_path, ranks.device)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
     learner, method = parts.learner, parts.method
@@ -180,11 +197,11 @@ def open_session(
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
     if ranks.is_main:
-        save_config(config, folder / "config.yaml")
+        save_config(with_absolute_paths(config, config_path), folder / "config.yaml")
     return session, checkpoint
 
 
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """An output folder that holds a run is neither mixed with another nor lost by accident."""
     if any((folder / name).exists() for name in ("config.yaml", "checkpoints")) and not (resume or overwrite):
         raise ValueError(

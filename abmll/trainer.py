@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config.schema import Config
+from abmll.config.schema import Config, TrainerConfig
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
 from abmll.kernels import NoiseKey, fold_seed
@@ -23,6 +23,7 @@ from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update
 from abmll.progress import Progress, StepReport
 from abmll.tasks.episodes import EpisodeSampler
+from abmll.tasks.task import Episode
 
 # One row an episode; the rows of all ranks are summed into one table, the only exchange besides theta's gradient.
 COLUMNS = (
@@ -73,12 +74,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.tasks_per_step = config.trainer.tasks_per_step or self.ranks.world_size
-        if self.tasks_per_step < self.ranks.world_size:
-            raise ValueError(
-                f"trainer.tasks_per_step: {self.tasks_per_step}: fewer than the {self.ranks.world_size} ranks, some "
-                f"would idle; use at least {self.ranks.world_size}, or fewer ranks"
-            )
+        self.tasks_per_step = tasks_per_step(config.trainer, self.ranks.world_size)
         self.num_episodes = config.trainer.episodes or config.trainer.epochs * self.sampler.episodes_per_epoch
         self.num_steps = -(-self.num_episodes // self.tasks_per_step) if self.method.updates_per_episode else 0
         self.inner_optimizer = self.learner.optimizer(config.method.inner_lr)
@@ -140,7 +136,7 @@ class Trainer:
             self.learner.adapters.reset_phi()
         return _merge(tables)
 
-    def _update(self, episode, index: int, step: int) -> Update:
+    def _update(self, episode: Episode, index: int, step: int) -> Update:
         method = self.config.method
         if method.reset_inner_optimizer:
             self.inner_optimizer.state.clear()
@@ -174,9 +170,10 @@ class Trainer:
         return StepReport(
             step=self.position.step,
             episode=min(episodes, self.num_episodes),
+            num_episodes=self.num_episodes,
             epoch=(min(episodes, self.num_episodes) - 1) // self.sampler.episodes_per_epoch,
             terms={name: means[name] for name in COLUMNS[2:-2]} if means else {},
-            weighted_kl=self.config.method.beta * means["kl"] if means else None,
+            weighted_kl=self.config.method.beta * means["kl_outer"] if means else None,
             real_tokens=int(table[:, COLUMNS.index("real_tokens")].sum()),
             padded_tokens=int(table[:, COLUMNS.index("padded_tokens")].sum()),
             seconds=seconds,
@@ -191,6 +188,17 @@ class Trainer:
         self.store.save(self.position.step, self.engine, state, {"inner_optimizer": inner.state_dict()})
         if self.after_save:
             self.after_save()
+
+
+def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
+    """Episodes of an outer step over all ranks. ValueError where some ranks would get none."""
+    number = config.tasks_per_step or world_size
+    if number < world_size:
+        raise ValueError(
+            f"trainer.tasks_per_step: {number}: fewer than the {world_size} ranks, some would idle; use at least "
+            f"{world_size}, or fewer ranks"
+        )
+    return number
 
 
 def _merge(tables: list[Tensor]) -> Tensor:

@@ -32,20 +32,22 @@ def posterior_projection(
     key: NoiseKey,
     layer: int,
     token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_kl: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """A sampled projection y [..., N] of x [..., K] and KL(q_phi || p_theta), a scalar in at least fp32.
 
     weight [N, K]; factors as in `reference`; token_mask as x without its last dimension. The noise is named by
-    (key, layer) alone, so that a recomputed forward pass draws it again. Differentiable in x and all factors.
+    (key, layer) alone, so that a recomputed forward pass draws it again. Differentiable in x and all factors. Without
+    `with_kl` theta is not read and the KL is None.
     """
     _check(x, weight, phi)
     tokens = x.shape[:-1].numel()
     if posterior == "activation":
         noise = standard_normal(tokens, weight.shape[0], key, layer, device=x.device)
         noise = noise.view(*x.shape[:-1], weight.shape[0])
-        return activation_linear(x, weight, bias, phi, theta, settings, noise, token_mask)
+        return activation_linear(x, weight, bias, phi, theta if with_kl else None, settings, noise, token_mask)
     noise = standard_normal(*weight.shape, key, layer, device=x.device)
-    return weight_linear(x, weight, bias, phi, theta, settings, noise)
+    return weight_linear(x, weight, bias, phi, theta if with_kl else None, settings, noise)
 
 
 def theta_gradient(

@@ -91,25 +91,28 @@ def activation_linear(
     weight: Tensor,
     bias: Tensor | None,
     phi: GaussianFactors,
-    theta: GaussianFactors,
+    theta: GaussianFactors | None,
     settings: PosteriorSettings,
     noise: Tensor,
     token_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Activation posterior: y = W0 x + bias + m_phi(x) + exp(l_phi(x) / 2) * noise, and the KL to theta's.
 
     x [..., T, K]; weight [N, K]; noise [..., T, N]; token_mask [..., T], true where a token counts (None: all).
-    Returns y [..., T, N] in x's dtype and the KL summed over counted tokens and output units (a scalar, in nats).
+    Returns y [..., T, N] in x's dtype and the KL summed over counted tokens and output units (a scalar, in nats; None
+    without theta).
     """
     dtype = compute_dtype(x)
     inputs = x.to(dtype)
     mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
-    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
     sample = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    y = (linear(x, weight, bias).to(dtype) + sample).to(x.dtype)
+    if theta is None:
+        return y, None
+    kl = kl_divergence(mean_phi, log_variance_phi, *_activation_statistics(inputs, theta, settings))
     if token_mask is not None:
         kl = kl * token_mask.unsqueeze(-1)
-    return (linear(x, weight, bias).to(dtype) + sample).to(x.dtype), kl.sum()
+    return y, kl.sum()
 
 
 def weight_linear(
@@ -117,22 +120,23 @@ def weight_linear(
     weight: Tensor,
     bias: Tensor | None,
     phi: GaussianFactors,
-    theta: GaussianFactors,
+    theta: GaussianFactors | None,
     settings: PosteriorSettings,
     noise: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Weight posterior: y = (W0 + M_phi + exp(L_phi / 2) * noise) x + bias, and the KL to theta's.
 
     x [..., T, K]; weight [N, K]; noise [..., N, K], shared by all tokens. W0 x and the sampled change are multiplied
     separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype and the
-    KL summed over all N x K weights (a scalar, in nats).
+    KL summed over all N x K weights (a scalar, in nats; None without theta).
     """
     dtype = compute_dtype(x)
     mean_phi, log_variance_phi = _weight_statistics(phi, settings)
-    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
     change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta).sum()
-    return (linear(x, weight, bias).to(dtype) + x.to(dtype) @ change.mT).to(x.dtype), kl
+    y = (linear(x, weight, bias).to(dtype) + x.to(dtype) @ change.mT).to(x.dtype)
+    if theta is None:
+        return y, None
+    return y, kl_divergence(mean_phi, log_variance_phi, *_weight_statistics(theta, settings)).sum()
 
 
 class ThetaGradient(NamedTuple):

@@ -12,12 +12,13 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
 
-    from abmll.rescore import evaluate  # behind the parser: --help should not wait for torch
+    from abmll.config import ConfigError, Refused  # behind the parser: --help should not wait for torch
+    from abmll.rescore import evaluate
 
     try:
         evaluate(arguments.run, arguments.overrides, arguments.output)
         return 0
-    except ValueError as error:
+    except (ConfigError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

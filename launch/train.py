@@ -16,15 +16,17 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
 
-    from abmll.config import load_config  # behind the parser: --help should not wait for torch
+    from abmll.config import ConfigError, Refused, load_config  # behind the parser: --help should not wait for torch
 
+    rank = int(os.environ.get("RANK", 0))
     diverged: type[Exception] | tuple = ()  # known once the trainer is imported
     try:
         if arguments.validate:
             from abmll.preflight import preflight
 
-            report, good = preflight(load_config(arguments.config, arguments.overrides), arguments.config)
-            if int(os.environ.get("RANK", 0)) == 0:
+            config = load_config(arguments.config, arguments.overrides)
+            report, good = preflight(config, arguments.config, arguments.resume == "auto", arguments.overwrite)
+            if rank == 0:
                 print(report)
             return 0 if good else 2
 
@@ -34,8 +36,12 @@ def main() -> int:
 
         train(arguments.config, arguments.overrides, resume=arguments.resume == "auto", overwrite=arguments.overwrite)
         return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ConfigError as error:  # the same on all ranks
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Refused as error:
+        print(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
         return 2
     except diverged as error:
         print(f"error: {error}", file=sys.stderr)

@@ -76,7 +76,7 @@ def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
             "builtin": {"train_tasks": 2, "test_tasks": 3, "train_examples": 8, "test_examples": 4},
         },
         "trainer": {"activation_checkpointing": False},
-        "eval": {"validation_examples": 2, "batch_size": 4},
+        "eval": {"every": 1, "validation_examples": 2, "batch_size": 4},
     }
     assert set(sections) <= {*defaults, "seed"}, sections
     values = {name: {**section, **sections.get(name, {})} for name, section in defaults.items()}

@@ -40,7 +40,7 @@ def objective(tiny, batch, key):
         layer.register_forward_pre_hook(lambda _, arguments, name=name: inputs.__setitem__(name, arguments[0].detach()))
         for name, layer in tiny.adapters.layers.items()
     ]
-    logits, terms = tiny.learner.forward(batch, key)
+    logits, terms = tiny.learner.forward(batch, key, "kl")
     for hook in hooks:
         hook.remove()
     prior = 0.0
@@ -113,7 +113,7 @@ def test_first_order_adds_the_nll_gradient_at_phi(posterior, build_tiny):
 def test_phi_gradient_equals_autograd(posterior, build_tiny):
     tiny = build_tiny(torch.float64, adapters={"posterior": posterior}).scatter()
     gradient, terms = phi_gradient(tiny)
-    logits, recorded = tiny.learner.forward(tiny.batch, KEY)
+    logits, recorded = tiny.learner.forward(tiny.batch, KEY, "kl")
     nll, kl = tiny.learner.nll(logits, tiny.batch), recorded.total_kl()
     parts = [torch.autograd.grad(term, list(tiny.adapters.phi.values()), retain_graph=True) for term in (nll, kl)]
     beta = tiny.config.method.beta

@@ -198,8 +198,11 @@ def test_nothing_to_score():
         )
 
 
-def test_a_diverged_model_is_not_scored():
-    with pytest.raises(
-        ValueError, match=r"^score: probabilities are not finite: training diverged; lower method\.inner_lr"
-    ):
-        ScoreAccumulator().update(torch.full((1, 12), float("nan")), batch_of([0], [2]))
+def test_a_diverged_task_has_no_scores_and_no_mean_hides_it():
+    diverged, sound = ScoreAccumulator(), ScoreAccumulator()
+    diverged.update(torch.full((1, 12), float("nan")), batch_of([0], [2]))
+    sound.update(torch.full((1, 12), 1 / 12), batch_of([0], [2]))
+    scores = diverged.score()
+    assert math.isnan(scores.accuracy) and math.isnan(scores.nll) and scores.n == 1
+    together = pool([diverged.predictions(), sound.predictions()])
+    assert math.isnan(together["accuracy"]) and math.isnan(together["pooled_ece"]) and together["n"] == 2

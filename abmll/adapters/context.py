@@ -45,19 +45,22 @@ class RecordedTerms:
 
 @dataclass
 class AdapterContext:
-    """`key` None: the posterior mean, no KL. `outer` set: theta's local gradients are made in the forward pass."""
+    """`key` None: the posterior mean, without terms. `kl`: every layer's KL joins the graph. `outer` set: theta's local
+    gradients are made in the forward pass.
+    """
 
     key: NoiseKey | None = None
     token_mask: Tensor | None = None
+    kl: bool = False
     outer: OuterWeights | None = None
     recorded: RecordedTerms | None = None
 
     @contextmanager
     def forward_pass(
-        self, key: NoiseKey | None, token_mask: Tensor | None, outer: OuterWeights | None = None
+        self, key: NoiseKey | None, token_mask: Tensor | None, kl: bool = False, outer: OuterWeights | None = None
     ) -> Iterator[RecordedTerms]:
         """Fix the integers and the mask of the next forward pass; yields what the layers record in it."""
-        self.key, self.token_mask, self.outer = key, token_mask, outer
+        self.key, self.token_mask, self.kl, self.outer = key, token_mask, kl, outer
         self.recorded = RecordedTerms()
         try:
             yield self.recorded

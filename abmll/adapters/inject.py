@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 
 from abmll.adapters.context import AdapterContext
 from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
+from abmll.adapters.targets import find_targets
 from abmll.config.schema import AdapterConfig, MethodConfig
 from abmll.kernels import PosteriorSettings, fold_seed
 
@@ -84,7 +83,7 @@ def inject_adapters(
         prior_shape=method.prior_shape,
         prior_rate=method.prior_rate,
     )
-    targets = _find_targets(model, adapters.modules)
+    targets = find_targets(model, adapters.modules)
     layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
     for index, (name, base) in enumerate(targets.items()):
         if gaussian:
@@ -102,16 +101,3 @@ def remove_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     """Put the frozen layers back where they were."""
     for name, layer in adapters.layers.items():
         model.set_submodule(name, layer.base)
-
-
-def _find_targets(model: nn.Module, modules: tuple[str, ...]) -> dict[str, nn.Linear]:
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    present = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    for module in modules:
-        if module not in present:
-            close = difflib.get_close_matches(module, present, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(
-                f"adapters.modules: {module!r}: no linear layer has this name; {hint}the model has {', '.join(present)}"
-            )
-    return {name: module for name, module in linear.items() if name.rsplit(".", 1)[-1] in modules}

@@ -62,9 +62,11 @@ class GaussianLoRALinear(nn.Module):
             context.key,
             self.index,
             context.token_mask,
+            with_kl=context.kl,
         )
         if context.recorded is not None:  # closed while checkpointing recomputes
-            context.recorded.kl.append(kl)
+            if kl is not None:
+                context.recorded.kl.append(kl)
             if context.outer is not None:
                 context.recorded.theta[self.index] = theta_gradient(
                     self.posterior,

@@ -1,7 +1,7 @@
 """A run's configuration: YAML and overrides in, typed sections out."""
 
-from .errors import ConfigError
-from .load import load_config, resolve_path, save_config
+from .errors import ConfigError, Refused
+from .load import load_config, resolve_path, save_config, with_absolute_paths
 from .schema import Config
 
-__all__ = ["Config", "ConfigError", "load_config", "resolve_path", "save_config"]
+__all__ = ["Config", "ConfigError", "Refused", "load_config", "resolve_path", "save_config", "with_absolute_paths"]

@@ -14,6 +14,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class Refused(ValueError):
+    """A run that cannot start; the message says what to change."""
+
+
 def show(value: object, limit: int = 60) -> str:
     """A value as messages print it: on one line and not too long."""
     text = repr(list(value) if isinstance(value, tuple) else value)

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from abmll.files import write_whole
+
 from . import yaml_text
 from .errors import ConfigError, did_you_mean, show
 from .messages import Key, describe, dotted, key_of
@@ -58,7 +60,18 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write every key, defaults included, so that `load_config` reads an equal Config back. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml_text.dump(config.model_dump(mode="json")), encoding="utf-8")
+    write_whole(path, yaml_text.dump(config.model_dump(mode="json")))
+
+
+def with_absolute_paths(config: Config, config_path: str | Path) -> Config:
+    """The configuration with its files and folders resolved, so that it means the same from any directory."""
+
+    def absolute(section: BaseModel, *keys: str) -> BaseModel:
+        named = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
+        return section.model_copy(update={key: str(resolve_path(value, config_path)) for key, value in named.items()})
+
+    tasks, trainer = absolute(config.tasks, "folder", "lists"), absolute(config.trainer, "deepspeed")
+    return config.model_copy(update={"tasks": tasks, "trainer": trainer})
 
 
 def resolve_path(path: str | Path, config_path: str | Path) -> Path:

@@ -25,7 +25,8 @@ class ModelConfig(Section):
         "package; or `random:ARCHITECTURE` (tiny, llama3-8b, qwen2-7b), random weights."
     )
     revision: str | None = Field(None, description="Revision of a hub model.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
+    # no float16: gradients through an fp16 model underflow without loss scaling
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
 
 
@@ -133,7 +134,7 @@ class TrainerConfig(Section):
 class EvalConfig(Section):
     """Scores on unseen tasks."""
 
-    every: int | None = Field(None, ge=1, description="Outer steps between validations; null: only at the end.")
+    every: int | None = Field(None, ge=1, description="Outer steps between validations; null: none.")
     batch_size: int = Field(16, ge=1)
     max_examples: int | None = Field(None, ge=1, description="Test examples scored a task; null: all.")
     validation_examples: int = Field(50, ge=1, description="Validation examples scored a task.")

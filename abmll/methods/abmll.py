@@ -19,6 +19,10 @@ class ABMLL(Method):
     name = "abmll"
     gaussian = True
 
+    @property
+    def passes_per_episode(self) -> int:
+        return self.config.inner_steps + 1
+
     def update(
         self,
         learner: Learner,

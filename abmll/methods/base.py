@@ -40,6 +40,11 @@ class Method:
         """Steps of theta that one episode gives rise to; 0 trains nothing."""
         return 1
 
+    @property
+    def passes_per_episode(self) -> int:
+        """Forward passes that one episode takes."""
+        return self.config.inner_steps
+
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(

@@ -11,3 +11,7 @@ class Pretrained(Method):
     @property
     def updates_per_episode(self) -> int:
         return 0
+
+    @property
+    def passes_per_episode(self) -> int:
+        return 0

@@ -63,9 +63,7 @@ KINDS: dict[str, Callable[[Random], str]] = {
     "people": lambda rng: (
         f"{rng.choice(_NAMES)} {rng.choice(_SURNAMES)} and {rng.choice(_NAMES)} {rng.choice(_SURNAMES)}"
     ),
-    "code": lambda rng: (
-        f"{rng.choice(_VARIABLES)} = {rng.choice(_FUNCTIONS)}({rng.choice(_VARIABLES)}, {rng.randint(0, 99)})"
-    ),
+    "code": _code,
     "files": lambda rng: " ".join(f"{rng.choice(_FILES)}{rng.randint(1, 99)}.{rng.choice(_ENDINGS)}" for _ in range(2)),
     "chess": lambda rng: " ".join(f"{i}. {rng.choice(_PIECES)}{_square(rng)} {_square(rng)}" for i in range(1, 4)),
     "formulas": lambda rng: " + ".join(

@@ -40,17 +40,20 @@ def load_tasks(
     config: TasksConfig,
     lists: TaskNames | None,
     seed: int,
-    validation_examples: int,
+    validation_examples: int | None,
     resolve: Callable[[str], str | Path] = Path,
 ) -> LoadedTasks:
     """Reads or makes the tasks; `resolve` turns `tasks.folder` into a path. `lists` is None for the builtin source.
 
     Every validation task has validation examples that are not among its training examples: its own split, or
-    `validation_examples` (at most half) of its training rows. ValueError when a list comes out empty, when a task
-    cannot spare any, or for any missing task under `missing: error`.
+    `validation_examples` (at most half) of its training rows; None: nothing is validated, and no rows are spared for
+    it. ValueError when a list comes out empty, when a task cannot spare any, or for any missing task under
+    `missing: error`.
     """
     if config.source == "builtin":
         train, test = builtin_tasks(config.builtin, seed)
+        if validation_examples is None:
+            return LoadedTasks(train, [], test)
         carved = [_with_validation(task, validation_examples, seed) for task in test]
         return LoadedTasks(train, carved, carved)
     if lists is None:
@@ -66,12 +69,14 @@ def load_tasks(
         listing = "".join(f"\n  {name}: {where}" for name, where in found.missing.items())
         raise ValueError(f"tasks.missing: error: {len(found.missing)} listed tasks are not there:{listing}")
     tasks = dict(found.tasks)
+    if validation_examples is None:
+        roles["validation"] = ()
     for name in roles["validation"]:
         if name in tasks:
             tasks[name] = _with_validation(tasks[name], validation_examples, seed)
     loaded = {role: [tasks[name] for name in names if name in tasks] for role, names in roles.items()}
     for role, present in loaded.items():
-        if not present:
+        if roles[role] and not present:
             raise ValueError(
                 f"tasks.{role}: {list(roles[role])}: none of them is there; missing: {list(found.missing)}"
             )

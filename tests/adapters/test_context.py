@@ -45,9 +45,9 @@ def test_without_a_key_the_mean_runs_and_nothing_is_recorded(adapted, input_ids)
 def test_a_pass_records_one_kl_a_layer_and_theta_gradients_when_asked(adapted, input_ids):
     model, adapters = adapted
     with torch.no_grad():
-        with adapters.context.forward_pass(KEY, mask_of(input_ids)) as terms:
+        with adapters.context.forward_pass(KEY, mask_of(input_ids), kl=True) as terms:
             model(input_ids=input_ids)
-        with adapters.context.forward_pass(KEY, mask_of(input_ids), OuterWeights(1.0, 0.5)) as outer:
+        with adapters.context.forward_pass(KEY, mask_of(input_ids), outer=OuterWeights(1.0, 0.5)) as outer:
             model(input_ids=input_ids)
     assert len(terms.kl) == len(adapters.layers) and terms.theta == {}
     assert sorted(outer.theta) == list(range(len(adapters.layers)))
@@ -72,7 +72,7 @@ def test_recomputation_draws_the_same_noise_and_records_nothing(adapted, input_i
 
     gradients = []
     for recompute in (False, True):
-        with adapters.context.forward_pass(KEY, mask_of(input_ids)) as terms:
+        with adapters.context.forward_pass(KEY, mask_of(input_ids), kl=True) as terms:
             y = checkpoint(layer, x, use_reentrant=False, early_stop=False) if recompute else layer(x)
         (y.square().sum() + 0.1 * terms.total_kl()).backward()
         assert len(terms.kl) == 1

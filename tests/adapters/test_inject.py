@@ -45,13 +45,13 @@ def test_parameters_have_the_documented_names_shapes_and_flags(gaussian, kinds, 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("q_porj", r"did you mean 'q_proj'\?"), ("zzz", "no linear layer has this name; the model has")]
+    ("wrong", "told"),
+    [("q_porj", r"did you mean q_proj\?"), ("zzz", "no linear layer .*; known: .*down_proj")],
 )
 def test_an_unknown_module_is_refused_with_what_there_is(wrong, told, make_model, inject):
     model = make_model()
-    with pytest.raises(ValueError, match=rf"adapters.modules: '{wrong}'.*{told}") as error:
+    with pytest.raises(ValueError, match=rf"adapters.modules: {wrong}: .*{told}"):
         inject(model, modules=("v_proj", wrong))
-    assert "down_proj" in str(error.value)
     assert not any(isinstance(module, GaussianLoRALinear) for module in model.modules())
 
 

@@ -47,7 +47,9 @@ def test_llama3_8b_exactly():
     assert memory.optimizer_states == 8 * pair
     assert small_parts(memory) / 1e9 == pytest.approx(0.35, abs=0.005)
     assert memory.engine_buffers == 2 * pair + 80_000_000
-    parts = (memory.base_weights, small_parts(memory), memory.engine_buffers, memory.activations)
+    # q, v and o of one layer, 2 x 1024 tokens, eight fp32 tensors of the output's size
+    assert memory.posterior == 8 * 4 * 2048 * (4096 + 1024 + 4096)
+    parts = (memory.base_weights, small_parts(memory), memory.engine_buffers, memory.activations, memory.posterior)
     assert memory.total == sum(parts)
 
 
@@ -121,7 +123,7 @@ def test_activations_follow_checkpointing_and_tokens():
 def test_table_lists_every_part():
     lines = estimate(LLAMA3_8B, config(), 1).format().splitlines()
     assert lines[0].split() == ["base", "weights", "16.06", "GB"]
-    assert lines[-1].startswith("total") and len(lines) == 7
+    assert lines[-1].startswith("total") and len(lines) == 8
 
 
 def test_modules_that_the_model_does_not_have():

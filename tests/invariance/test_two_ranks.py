@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-CLOSE = {"rtol": 1e-5, "atol": 1e-8}
+CLOSE = {"rtol": 1e-6, "atol": 2e-8}  # for the order of sums alone; most of it is equal to the bit
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = folder.with_suffix(".yaml")
-        self.config.write_text(f"output: {folder}\n{CONFIG}")
+        mine = folder.with_suffix(f".{os.getpid()}")
+        mine.write_text(f"output: {folder}\n{CONFIG}")
+        mine.replace(self.config)  # at once: another rank may be reading it
 
     def train(self, *overrides: str, resume: bool = False, overwrite: bool = False) -> Run:
         train(str(self.config), list(overrides), resume, overwrite)

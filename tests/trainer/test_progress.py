@@ -26,6 +26,7 @@ TERMS = {
 REPORT = StepReport(
     step=3,
     episode=3,
+    num_episodes=24,
     epoch=1,
     terms=TERMS,
     weighted_kl=3.0,
@@ -56,7 +57,7 @@ def progress(tmp_path):
 def test_a_step_line_tells_the_place_the_terms_and_the_pace(progress, capsys):
     progress.report(REPORT)
     line = capsys.readouterr().out
-    assert line.startswith("step 3/12 · epoch 1 · ") and " left · " in line
+    assert line.startswith("step 3/12 · episode 3/24 · epoch 1 · ") and " left · " in line
     for part in ("NLL 2.000 > 1.500 (outer 1.400)", "beta*KL 3 ", "2,000 tokens/s (2,400 padded)", "GiB peak"):
         assert part in line
     assert "skipped" not in line

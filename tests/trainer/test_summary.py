@@ -17,7 +17,7 @@ sys.modules["deepspeed"] = None  # import deepspeed fails
 from pathlib import Path
 from abmll.summary import load_summary
 theta, facts = load_summary(Path(sys.argv[1]))
-print(facts["step"], len(theta), *sorted(name for name in sys.modules if name.startswith("deepspeed")))
+print(facts["trained_steps"], len(theta), *sorted(name for name in sys.modules if name.startswith("deepspeed")))
 """
 
 

@@ -1,0 +1,26 @@
+"""Which linear layers of a model are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from abmll.config.errors import did_you_mean
+
+
+def find_targets(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose dotted name ends with one of `names` (`q_proj`, `self_attn.q_proj`), in model order.
+
+    Raises ValueError for a name that no linear layer has.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    found: set[str] = set()
+    for ending in names:
+        matches = {name for name in linear if f".{name}".endswith(f".{ending}")}
+        if not matches:
+            hint = did_you_mean(ending, known)
+            raise ValueError(f"adapters.modules: {ending}: no linear layer of the model has this name; {hint}")
+        found |= matches
+    return {name: module for name, module in linear.items() if name in found}
