@@ -197,7 +197,7 @@ def half_done(tmp_path_factory):
 def test_another_zero_stage_is_refused(half_done):
     with (
         pytest.raises(ValueError, match=r"was written at ZeRO stage 2 and trainer\.deepspeed has stage 0"),
-        half_done.session("trainer.deepspeed=configs/deepspeed/zero0.json", resume=True),
+        half_done.session("eval.every=2", "trainer.deepspeed=configs/deepspeed/zero0.json", resume=True),
     ):
         pass
 
@@ -210,6 +210,7 @@ def test_a_changed_run_is_refused_with_its_keys_and_without_a_trace(half_done):
         "model.dtype": "bfloat16",
         "adapters.rank": "4",
         "trainer.tasks_per_step": "3",
+        "eval.every": "3",
         "eval.select_by": "nll",
     }
     before = (half_done.folder / "config.yaml").read_bytes()
@@ -222,7 +223,7 @@ def test_a_changed_run_is_refused_with_its_keys_and_without_a_trace(half_done):
     assert "the configuration differs from the checkpoint's" in lines[0]
     assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
         *("seed", "model.dtype", "adapters.rank", "method.beta", "tasks.batch_size", "trainer.tasks_per_step"),
-        "eval.select_by",
+        *("eval.every", "eval.select_by"),
     ]
     assert "method.beta: 1e-12 in the checkpoint, 1e-09 now" in str(error.value)
     assert "output=FOLDER" in lines[-1]
@@ -230,7 +231,7 @@ def test_a_changed_run_is_refused_with_its_keys_and_without_a_trace(half_done):
 
 
 def test_length_logging_and_scoring_may_change(half_done, capsys):
-    changes = ("trainer.episodes=5", "logging.csv=true", "eval.batch_size=3", "eval.samples=1")
+    changes = ("eval.every=2", "trainer.episodes=5", "logging.csv=true", "eval.batch_size=3", "eval.samples=1")
     with half_done.session(*changes, resume=True) as session:
         assert (session.trainer.position.step, session.trainer.num_steps) == (4, 5)
     assert "after step 4 of 5" in capsys.readouterr().out
@@ -238,7 +239,7 @@ def test_length_logging_and_scoring_may_change(half_done, capsys):
 
 
 def test_base_weights_are_not_in_a_checkpoint(half_done):
-    with half_done.session(resume=True) as session:
+    with half_done.session("eval.every=2", resume=True) as session:
         trained = sum(value.numel() for value in session.parts.learner.adapters.theta.values())
     folder = half_done.folder / "checkpoints/step-00000004"
     states = torch.load(folder / "engine/mp_rank_00_model_states.pt", weights_only=False)
