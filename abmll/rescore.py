@@ -30,14 +30,14 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
         try:
             theta, facts = load_summary(folder / "final")
             parts = build(config, config_path, ranks.device)
+            parts.learner.adapters.load_theta(theta)
         except ValueError as error:
             raise Refused(str(error)) from error
         evaluator = Evaluator(parts.learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
-        evaluations = []
-        if config.eval.pretrained:  # theta is still at its start, where the adapters are zero
-            evaluations.append(evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
-        parts.learner.adapters.load_theta(theta)
-        evaluations.append(evaluator.evaluate(parts.method, parts.tasks.test, "test"))
+        evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
+        if config.eval.pretrained and not isinstance(parts.method, Pretrained):
+            parts.learner.adapters.initialise(config.seed)  # back to the start, where the adapters are zero
+            evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         if ranks.is_main:
             print(f"{folder / 'final'}, after step {facts['step']}\n\n{score_table(evaluations)}")
             if output:
