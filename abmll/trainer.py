@@ -20,7 +20,7 @@ from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
-from abmll.methods import Method, Update
+from abmll.methods import Method, Update, Visit
 from abmll.progress import Progress, StepReport
 from abmll.tasks.episodes import EpisodeSampler
 from abmll.tasks.task import Episode
@@ -143,9 +143,8 @@ class Trainer:
         self.learner.adapters.reset_phi()
         passes = method.inner_steps + 1
         keys = [NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)]
-        return self.method.update(
-            self.learner, episode, index, keys, self.inner_optimizer, progress=step / self.num_steps
-        )
+        visit = Visit(episode, index, keys, self.inner_optimizer, progress=step / self.num_steps)
+        return self.method.update(self.learner, visit)
 
     def _count_nonfinite(self, table: Tensor) -> None:
         position = self.position

@@ -11,7 +11,7 @@ import torch
 
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.kernels import NoiseKey, fold_seed
-from abmll.methods import Pretrained
+from abmll.methods import Pretrained, Visit
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.episodes import scoring_batches, support_batches
 
@@ -102,7 +102,7 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(name, build_tiny):
         optimizer = tiny.learner.optimizer(1e-2)
         for step in range(2):
             tiny.adapters.reset_phi()
-            update = tiny.method.update(tiny.learner, tiny.episode(step), 0, tiny.keys, optimizer, 0.0)
+            update = tiny.method.update(tiny.learner, Visit(tiny.episode(step), 0, tiny.keys, optimizer, 0.0))
             if validate:
                 tiny.adapters.reset_phi()
                 evaluate(tiny, "validation", samples=1)

@@ -11,6 +11,7 @@ from abmll.kernels.reference import (
     _weight_statistics,
     negative_log_prior,
 )
+from abmll.methods import Visit
 
 POSTERIORS = ("activation", "weight")
 KEY = NoiseKey(31, 4)
@@ -168,7 +169,7 @@ def test_gradients_reach_the_documented_parameters_alone(method, build_tiny):
     assert got == {f"{module}.phi.{kind}.{factor}" for module in modules for kind in kinds for factor in "ab"}
     assert {name for name, value in tiny.model.named_parameters() if value.requires_grad} == got
 
-    tiny.method.update(tiny.learner, tiny.episode(), 0, tiny.keys, tiny.learner.optimizer(1e-2), 0.0)
+    tiny.method.update(tiny.learner, Visit(tiny.episode(), 0, tiny.keys, tiny.learner.optimizer(1e-2), 0.0))
     assert all(value.grad is None for value in tiny.model.parameters())
     for name, value in tiny.model.named_parameters():
         assert name not in frozen or torch.equal(value, frozen[name]), name  # theta too: the engine alone moves it

@@ -2,7 +2,7 @@
 
 from abmll.config.schema import MethodConfig
 from abmll.methods.abmll import ABMLL
-from abmll.methods.base import Method, Update
+from abmll.methods.base import Method, Update, Visit
 from abmll.methods.lora import LoRA, StructuredLoRA
 from abmll.methods.pretrained import Pretrained
 from abmll.methods.reptile import Reptile
@@ -16,4 +16,4 @@ def build_method(config: MethodConfig) -> Method:
     return METHODS[config.name](config)
 
 
-__all__ = ["METHODS", "Method", "Pretrained", "Update", "build_method"]
+__all__ = ["METHODS", "Method", "Pretrained", "Update", "Visit", "build_method"]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import nn
 
-from abmll.kernels import NoiseKey
 from abmll.learner import Learner
-from abmll.methods.base import Method, Update
-from abmll.tasks.task import Episode
+from abmll.methods.base import Method, Update, Visit
 
 
 class ABMLL(Method):
@@ -23,18 +18,12 @@ class ABMLL(Method):
     def passes_per_episode(self) -> int:
         return self.config.inner_steps + 1
 
-    def update(
-        self,
-        learner: Learner,
-        episode: Episode,
-        index: int,
-        keys: Sequence[NoiseKey],
-        optimizer: torch.optim.Optimizer,
-        progress: float,
-    ) -> Update:
-        *inner_keys, outer_key = keys
+    def update(self, learner: Learner, visit: Visit) -> Update:
+        episode = visit.episode
+        *inner_keys, outer_key = visit.keys
         inner = tuple(
-            learner.phi_step(batch, key, optimizer) for batch, key in zip(episode.support, inner_keys, strict=True)
+            learner.phi_step(batch, key, visit.optimizer)
+            for batch, key in zip(episode.support, inner_keys, strict=True)
         )
         batch = episode.support[-1] if episode.query is None else episode.query
         if self.config.meta_gradient == "kl":

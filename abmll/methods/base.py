@@ -16,6 +16,17 @@ from abmll.tasks.task import Batch, Episode
 
 
 @dataclass(frozen=True)
+class Visit:
+    """What an update is made from: number `index` of an episode's `updates_per_episode`."""
+
+    episode: Episode
+    index: int
+    keys: Sequence[NoiseKey]  # K + 1 noise names, one a forward pass
+    optimizer: torch.optim.Optimizer  # the inner one, over phi
+    progress: float  # of training, in [0, 1)
+
+
+@dataclass(frozen=True)
 class Update:
     """An episode's contribution to one step of theta: its gradient by name, and the terms of every step taken."""
 
@@ -51,19 +62,8 @@ class Method:
             theta, lr=config.outer_lr, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
         )
 
-    def update(
-        self,
-        learner: Learner,
-        episode: Episode,
-        index: int,
-        keys: Sequence[NoiseKey],
-        optimizer: torch.optim.Optimizer,
-        progress: float,
-    ) -> Update:
-        """Update number `index` of an episode, from phi = theta; phi may be left anywhere.
-
-        keys: K + 1 noise names, one a forward pass; optimizer: the inner one, over phi; progress: in [0, 1).
-        """
+    def update(self, learner: Learner, visit: Visit) -> Update:
+        """One update of an episode, from phi = theta; phi may be left anywhere."""
         raise ValueError(f"method.name: {self.name!r}: this method does not train")
 
     def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:

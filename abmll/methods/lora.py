@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from abmll.kernels import NoiseKey
 from abmll.learner import Learner
-from abmll.methods.base import Method, Update
-from abmll.tasks.task import Episode
+from abmll.methods.base import Method, Update, Visit
 
 
 class StructuredLoRA(Method):
@@ -21,16 +15,8 @@ class StructuredLoRA(Method):
     def updates_per_episode(self) -> int:
         return self.config.inner_steps
 
-    def update(
-        self,
-        learner: Learner,
-        episode: Episode,
-        index: int,
-        keys: Sequence[NoiseKey],
-        optimizer: torch.optim.Optimizer,
-        progress: float,
-    ) -> Update:
-        batch = episode.support[index]
+    def update(self, learner: Learner, visit: Visit) -> Update:
+        batch = visit.episode.support[visit.index]
         gradient, terms = learner.theta_gradient_at_mean(batch)
         return Update(gradient, (), terms, (batch,))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from abmll.kernels import NoiseKey
 from abmll.learner import Learner
-from abmll.methods.base import Method, Update
+from abmll.methods.base import Method, Update, Visit
 from abmll.objective import gradient_norm
-from abmll.tasks.task import Episode
 
 
 class Reptile(Method):
@@ -22,18 +20,10 @@ class Reptile(Method):
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(theta, lr=1.0)  # the step size is in the gradient: it is annealed
 
-    def update(
-        self,
-        learner: Learner,
-        episode: Episode,
-        index: int,
-        keys: Sequence[NoiseKey],
-        optimizer: torch.optim.Optimizer,
-        progress: float,
-    ) -> Update:
-        inner = tuple(learner.phi_step(batch, None, optimizer) for batch in episode.support)
-        step_size = self.config.reptile_step * (1.0 - progress)
+    def update(self, learner: Learner, visit: Visit) -> Update:
+        inner = tuple(learner.phi_step(batch, None, visit.optimizer) for batch in visit.episode.support)
+        step_size = self.config.reptile_step * (1.0 - visit.progress)
         adapters = learner.adapters
         gradient = {name: step_size * (theta - adapters.phi[name]).detach() for name, theta in adapters.theta.items()}
         outer = inner[-1]._replace(gradient_norm=gradient_norm(list(gradient.values())))
-        return Update(gradient, inner, outer, episode.support)
+        return Update(gradient, inner, outer, visit.episode.support)

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Gamma, Normal, kl_divergence
 
 from abmll.kernels import standard_normal
-from abmll.methods import build_method
+from abmll.methods import Visit, build_method
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 
@@ -107,9 +107,8 @@ def moved(side, start):
 
 
 def run_update(tiny, index=0, progress=0.0):
-    return tiny.method.update(
-        tiny.learner, tiny.episode(), index, tiny.keys, tiny.learner.optimizer(tiny.config.method.inner_lr), progress
-    )
+    optimizer = tiny.learner.optimizer(tiny.config.method.inner_lr)
+    return tiny.method.update(tiny.learner, Visit(tiny.episode(), index, tiny.keys, optimizer, progress))
 
 
 @pytest.mark.parametrize(

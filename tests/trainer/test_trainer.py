@@ -52,12 +52,12 @@ def poison(session: Session, monkeypatch, bad: set[int], update: int = 0) -> dic
     learner, method = session.parts.learner, session.parts.method
     nll, original, gradients = learner.nll, method.update, {}
 
-    def poisoned_update(learner, episode, index, *rest, **keywords):
+    def poisoned_update(learner, visit):
         with monkeypatch.context() as patch:
-            if episode.index in bad and index == update:
+            if visit.episode.index in bad and visit.index == update:
                 patch.setattr(learner, "nll", lambda logits, batch: nll(logits, batch) * float("nan"))
-            found = original(learner, episode, index, *rest, **keywords)
-        gradients[episode.index] = copy(found.gradient)
+            found = original(learner, visit)
+        gradients[visit.episode.index] = copy(found.gradient)
         return found
 
     monkeypatch.setattr(method, "update", poisoned_update)
@@ -109,11 +109,11 @@ def test_updates_start_at_theta_without_gradients_for_it(run, monkeypatch):
     with run.session() as session:
         adapters, update, seen = session.parts.learner.adapters, session.parts.method.update, []
 
-        def looking(learner, episode, *rest, **keywords):
+        def looking(learner, visit):
             seen.append(same(adapters.phi, adapters.theta))
             seen.append(not any(value.requires_grad for value in adapters.theta.values()))
             before = copy(adapters.theta)
-            found = update(learner, episode, *rest, **keywords)
+            found = update(learner, visit)
             seen.append(same(before, adapters.theta))
             seen.append(not same(adapters.phi, adapters.theta))
             return found
