@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["abmll", "abmll.kernels", *(f"abmll.{name}" for name in SUBPACKAGES)],
+    packages=["abmll", "abmll.kernels", "abmll.kernels.fused", *(f"abmll.{name}" for name in SUBPACKAGES)],
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",

@@ -3,15 +3,26 @@
 Imports torch (and triton) only; knows nothing of the rest of `abmll`.
 """
 
+from abmll.kernels.backends import Backend, Posterior
 from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
 from abmll.kernels.projection import posterior_projection, theta_gradient
-from abmll.kernels.reference import GaussianFactors, LowRank, PosteriorSettings, ThetaGradient, mean_linear
+from abmll.kernels.reference import (
+    GaussianFactors,
+    LowRank,
+    PosteriorSettings,
+    Projection,
+    ThetaGradient,
+    mean_linear,
+)
 
 __all__ = [
+    "Backend",
     "GaussianFactors",
     "LowRank",
     "NoiseKey",
     "PosteriorSettings",
+    "Posterior",
+    "Projection",
     "ThetaGradient",
     "fold_seed",
     "mean_linear",

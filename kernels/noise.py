@@ -18,11 +18,9 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
-# One Philox call yields four words, hence four normals. They stand in one row, 32 columns apart within an aligned
-# block of 128 columns, so that a GPU tile of 128 columns gets whole 32-column sub-tiles from each lane.
+# One Philox call yields four words, hence four normals: neighbours in one row, so that a tile of any width that is a
+# multiple of four takes whole calls.
 LANES = 4
-LANE_WIDTH = 32
-BLOCK = LANES * LANE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,16 @@ def standard_normal(
     """fp32 normals [rows, columns] of one layer (index), forward pass (`key`) and group (episode side by side).
 
     Element (row, column) comes from the Philox counter (quad, group, step, layer) with
-    quad = row * Q + (column // 128) * 32 + column % 32, Q = 32 * ceil(columns / 128), lane (column % 128) // 32.
+    quad = row * Q + column // 4, Q = ceil(columns / 4), lane column % 4.
 
     Raises ValueError where rows * Q does not fit 32 bits (some 17 billion elements a layer and group).
     """
-    blocks = -(-columns // BLOCK)
-    quads = blocks * LANE_WIDTH
+    quads = -(-columns // LANES)
     if rows * quads > WORD:
         raise ValueError(
             f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds; split the batch"
         )
-    normals = torch.empty(rows, blocks, LANES, LANE_WIDTH, dtype=torch.float32, device=device)
+    normals = torch.empty(rows, quads, LANES, dtype=torch.float32, device=device)
     key_words = (key.seed & WORD, key.seed >> 32)
     # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.
     chunk = max(1, (2**16 if normals.device.type == "cpu" else 2**22) // max(quads, 1))
@@ -92,5 +89,5 @@ def standard_normal(
         words = philox((quad, group, key.step, layer), key_words)
         lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
         for lane, values in enumerate(lanes):
-            normals[start:stop, :, lane] = values.view(stop - start, blocks, LANE_WIDTH)
-    return normals.view(rows, blocks * BLOCK)[:, :columns]
+            normals[start:stop, :, lane] = values.view(stop - start, quads)
+    return normals.view(rows, quads * LANES)[:, :columns]

@@ -1,4 +1,4 @@
-"""The call that an adapted layer makes: which posterior, which noise, and (once there are several) which backend."""
+"""The call that an adapted layer makes: which posterior, which noise, which backend. See `reference` for the contract."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from abmll.kernels.backends import Backend, Posterior, choose
 from abmll.kernels.noise import NoiseKey, standard_normal
 from abmll.kernels.reference import (
     GaussianFactors,
+    LowRank,
     PosteriorSettings,
+    Projection,
     ThetaGradient,
     activation_linear,
     activation_theta_gradient,
@@ -18,7 +21,9 @@ from abmll.kernels.reference import (
     weight_theta_gradient,
 )
 
-Posterior = Literal["activation", "weight"]
+# What will be asked about theta: nothing; the sums of KL and -log prior, with their derivatives; or, after the
+# projection, its local gradient.
+Terms = Literal["none", "divergence", "theta"]
 
 
 def posterior_projection(
@@ -32,22 +37,30 @@ def posterior_projection(
     key: NoiseKey,
     layer: int,
     token_mask: Tensor | None = None,
-    with_kl: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """A sampled projection y [..., N] of x [..., K] and KL(q_phi || p_theta), a scalar in at least fp32.
+    terms: Terms = "divergence",
+    backend: Backend = "auto",
+) -> Projection:
+    """A sampled projection y [..., N] of x [..., K], and with terms="divergence" the sums of KL and -log prior.
 
-    weight [N, K]; factors as in `reference`; token_mask as x without its last dimension. The noise is named by
-    (key, layer) alone, so that a recomputed forward pass draws it again. Differentiable in x and all factors. Without
-    `with_kl` theta is not read and the KL is None.
+    weight [N, K] and bias are frozen; factors as in `reference`, theta's without a group; token_mask as x without its
+    last dimension, true where a token counts. With phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every
+    group (an episode beside others) has its own noise. The noise is named by (key, layer, group) alone, so that a
+    recomputed forward pass draws it again. Differentiable in x and all factors. Under autocast x and weight take its
+    dtype, and the low-rank arithmetic stays in fp32.
+
+    Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
     """
-    _check(x, weight, phi)
-    tokens = x.shape[:-1].numel()
-    if posterior == "activation":
-        noise = standard_normal(tokens, weight.shape[0], key, layer, device=x.device)
-        noise = noise.view(*x.shape[:-1], weight.shape[0])
-        return activation_linear(x, weight, bias, phi, theta if with_kl else None, settings, noise, token_mask)
-    noise = standard_normal(*weight.shape, key, layer, device=x.device)
-    return weight_linear(x, weight, bias, phi, theta if with_kl else None, settings, noise)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x, weight, phi, theta, token_mask)
+    shape = (*x.shape[:-1], weight.shape[0])
+    grouped, mask = _grouped(x, phi, token_mask)
+    with torch.autocast(x.device.type, enabled=False):
+        if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
+            found = _fused(grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
+        else:
+            compared = theta if terms == "divergence" else None
+            found = _plain(posterior, grouped, weight, bias, phi, compared, settings, key, layer, mask)
+    return found._replace(y=found.y.view(shape))
 
 
 def theta_gradient(
@@ -59,21 +72,134 @@ def theta_gradient(
     kl_weight: float,
     prior_weight: float,
     token_mask: Tensor | None = None,
+    projection: Projection | None = None,
+    backend: Backend = "auto",
 ) -> ThetaGradient:
-    """Theta's whole gradient under `meta_gradient: kl`, from the layer's input and its factors, without a graph."""
-    with torch.no_grad():
+    """Theta's whole gradient under `meta_gradient: kl`, from the layer's input and its factors, without a graph.
+
+    `projection` of the same x and factors with terms="theta" saves a pass over x.
+    """
+    x, mask = _grouped(x, phi, token_mask)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
+            return _fused_theta(x, phi, theta, settings, kl_weight, prior_weight, mask, projection)
         if posterior == "activation":
-            return activation_theta_gradient(x, phi, theta, settings, token_mask, kl_weight, prior_weight)
+            return activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
         return weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
 
 
-def _check(x: Tensor, weight: Tensor, phi: GaussianFactors) -> None:
+def _plain(
+    posterior: Posterior,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phi: GaussianFactors,
+    theta: GaussianFactors | None,
+    settings: PosteriorSettings,
+    key: NoiseKey,
+    layer: int,
+    mask: Tensor | None,
+) -> Projection:
+    def noise(rows: int, columns: int) -> Tensor:
+        groups = [standard_normal(rows, columns, key, layer, group, x.device) for group in range(x.shape[0])]
+        return torch.stack(groups)
+
+    if posterior == "activation":
+        drawn = noise(x.shape[1], weight.shape[0])
+        return activation_linear(x, weight, bias, phi, theta, settings, drawn, mask)
+    drawn = noise(*weight.shape) if phi.mean.a.dim() == 3 else standard_normal(*weight.shape, key, layer, 0, x.device)
+    return weight_linear(x, weight, bias, phi, theta, settings, drawn)
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    key: NoiseKey,
+    layer: int,
+    mask: Tensor | None,
+    terms: Terms,
+) -> Projection:
+    from abmll.kernels.fused.operators import activation_forward
+
+    sums = terms == "divergence"
+    factors = (*_flat(phi, grouped=True), *((None,) * 4 if terms == "none" else _flat(theta)))
+    names = (_signed(key.seed, 64), _signed(key.step, 32), layer)
+    y, low_rank, terms_sums = activation_forward(x, weight, bias, mask, *factors, *settings, *names, sums)
+    kl, prior = terms_sums.unbind() if sums else (None, None)
+    return Projection(y, kl, prior, low_rank)
+
+
+def _fused_theta(
+    x: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    kl_weight: float,
+    prior_weight: float,
+    mask: Tensor | None,
+    projection: Projection | None,
+) -> ThetaGradient:
+    from abmll.kernels.fused.operators import activation_project, activation_theta_gradient
+
+    factors = (*_flat(phi, grouped=True), *_flat(theta))
+    if projection is None or projection.low_rank is None:
+        low_rank = activation_project(x, *factors[0::2])
+    else:
+        low_rank = projection.low_rank
+    weights = (kl_weight, prior_weight)
+    da, db, (kl, prior) = activation_theta_gradient(x, low_rank, mask, *factors, *settings, *weights)
+    return ThetaGradient(GaussianFactors(LowRank(da[0], db[0]), LowRank(da[1], db[1])), kl, prior)
+
+
+def _flat(factors: GaussianFactors, grouped: bool = False) -> tuple[Tensor, ...]:
+    flat = (factors.mean.a, factors.mean.b, factors.log_variance.a, factors.log_variance.b)
+    return tuple(f if f.dim() == 3 else f.unsqueeze(0) for f in flat) if grouped else flat
+
+
+def _signed(number: int, bits: int) -> int:
+    """The signed number with the same bits: what operators and kernels take."""
+    return number - (1 << bits) if number >> (bits - 1) else number
+
+
+def _grouped(x: Tensor, phi: GaussianFactors, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x as [G, T, K] and the mask as [G, T]; G is 1 for factors without a group."""
+    groups = phi.mean.a.shape[0] if phi.mean.a.dim() == 3 else 1
+    tokens = x.shape[:-1].numel() // max(groups, 1)
+    x = x.reshape(groups, tokens, x.shape[-1])
+    return x, None if token_mask is None else token_mask.reshape(groups, tokens)
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(x: Tensor, weight: Tensor, phi: GaussianFactors, theta: GaussianFactors, token_mask: Tensor | None) -> None:
     rows, columns = weight.shape
-    if x.shape[-1] != columns:
-        raise ValueError(f"x: shape {tuple(x.shape)}: the last dimension must be the weight's {columns} columns")
-    for name, pair in zip(phi._fields, phi, strict=True):
-        if pair.a.shape[-1] != columns or pair.b.shape[-2] != rows or pair.a.shape[-2] != pair.b.shape[-1]:
-            raise ValueError(
-                f"{name}: a {tuple(pair.a.shape)}, b {tuple(pair.b.shape)}: for a weight {rows} x {columns} they must "
-                f"be [r, {columns}] and [{rows}, r]"
-            )
+    if x.dim() < 2 or x.shape[-1] != columns:
+        raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x: dtype {x.dtype}: the weight is {weight.dtype}; convert one, or run under torch.autocast")
+    groups = phi.mean.a.shape[:-2]
+    rank = phi.mean.a.shape[-2]
+    if groups and (len(groups) > 1 or x.dim() < 3 or x.shape[0] != groups[0]):
+        raise ValueError(f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups")
+    for side, factors, lead in (("phi", phi, groups), ("theta", theta, ())):
+        for name, pair in zip(factors._fields, factors, strict=True):
+            if pair.a.shape != (*lead, rank, columns) or pair.b.shape != (*lead, rows, rank):
+                wanted = (
+                    f"[{', '.join(map(str, (*lead, rank, columns)))}] and [{', '.join(map(str, (*lead, rows, rank)))}]"
+                )
+                raise ValueError(
+                    f"{side} {name}: a {tuple(pair.a.shape)}, b {tuple(pair.b.shape)}: for a weight {rows} x {columns} "
+                    f"and rank {rank} they must be {wanted}"
+                )
+    if token_mask is not None and token_mask.shape != x.shape[:-1]:
+        raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last: {x.shape[:-1]}")

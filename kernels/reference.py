@@ -40,6 +40,19 @@ class PosteriorSettings(NamedTuple):
     prior_rate: float
 
 
+class Projection(NamedTuple):
+    """A sampled projection y [..., T, N] and what its posterior adds to the objective: scalars, in nats.
+
+    `kl` and `negative_log_prior` are None where they were not asked for. `low_rank` [G, T, 4r] holds A x of all pairs
+    where a fast version keeps them for theta's gradient; it is nobody else's business.
+    """
+
+    y: Tensor
+    kl: Tensor | None
+    negative_log_prior: Tensor | None
+    low_rank: Tensor | None = None
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the adapter's arithmetic: bf16 has a spacing of 0.125 near -20, so never less than fp32."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -95,12 +108,12 @@ def activation_linear(
     settings: PosteriorSettings,
     noise: Tensor,
     token_mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Activation posterior: y = W0 x + bias + m_phi(x) + exp(l_phi(x) / 2) * noise, and the KL to theta's.
+) -> Projection:
+    """Activation posterior: y = W0 x + bias + m_phi(x) + exp(l_phi(x) / 2) * noise, the KL to theta's, theta's prior.
 
     x [..., T, K]; weight [N, K]; noise [..., T, N]; token_mask [..., T], true where a token counts (None: all).
-    Returns y [..., T, N] in x's dtype and the KL summed over counted tokens and output units (a scalar, in nats; None
-    without theta).
+    Returns y [..., T, N] in x's dtype; KL and -log prior are summed over counted tokens and output units (None without
+    theta).
     """
     dtype = compute_dtype(x)
     inputs = x.to(dtype)
@@ -108,11 +121,13 @@ def activation_linear(
     sample = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
     y = (linear(x, weight, bias).to(dtype) + sample).to(x.dtype)
     if theta is None:
-        return y, None
-    kl = kl_divergence(mean_phi, log_variance_phi, *_activation_statistics(inputs, theta, settings))
+        return Projection(y, None, None)
+    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings)
     if token_mask is not None:
-        kl = kl * token_mask.unsqueeze(-1)
-    return y, kl.sum()
+        kl, prior = kl * token_mask.unsqueeze(-1), prior * token_mask.unsqueeze(-1)
+    return Projection(y, kl.sum(), prior.sum())
 
 
 def weight_linear(
@@ -123,20 +138,23 @@ def weight_linear(
     theta: GaussianFactors | None,
     settings: PosteriorSettings,
     noise: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight posterior: y = (W0 + M_phi + exp(L_phi / 2) * noise) x + bias, and the KL to theta's.
+) -> Projection:
+    """Weight posterior: y = (W0 + M_phi + exp(L_phi / 2) * noise) x + bias, the KL to theta's, theta's prior.
 
     x [..., T, K]; weight [N, K]; noise [..., N, K], shared by all tokens. W0 x and the sampled change are multiplied
-    separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype and the
-    KL summed over all N x K weights (a scalar, in nats; None without theta).
+    separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype; KL and
+    -log prior are summed over all N x K weights and phi's groups, each with its own prior term (None without theta).
     """
     dtype = compute_dtype(x)
     mean_phi, log_variance_phi = _weight_statistics(phi, settings)
     change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
     y = (linear(x, weight, bias).to(dtype) + x.to(dtype) @ change.mT).to(x.dtype)
     if theta is None:
-        return y, None
-    return y, kl_divergence(mean_phi, log_variance_phi, *_weight_statistics(theta, settings)).sum()
+        return Projection(y, None, None)
+    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings).expand_as(kl)
+    return Projection(y, kl.sum(), prior.sum())
 
 
 class ThetaGradient(NamedTuple):

@@ -87,7 +87,9 @@ def inject_adapters(
     layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
     for index, (name, base) in enumerate(targets.items()):
         if gaussian:
-            layer = GaussianLoRALinear(base, adapters.rank, adapters.posterior, settings, context, index)
+            layer = GaussianLoRALinear(
+                base, adapters.rank, adapters.posterior, settings, context, index, adapters.backend
+            )
         else:
             layer = LoRALinear(base, adapters.rank, settings.scaling)
         model.set_submodule(name, layer)

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 from abmll.adapters.context import AdapterContext
 from abmll.adapters.pairs import GaussianPairs, MeanPairs
-from abmll.kernels import PosteriorSettings, mean_linear, posterior_projection, theta_gradient
-from abmll.kernels.projection import Posterior
+from abmll.kernels import (
+    Backend,
+    Posterior,
+    PosteriorSettings,
+    mean_linear,
+    posterior_projection,
+    theta_gradient,
+)
 
 
 class LoRALinear(nn.Module):
@@ -40,9 +46,11 @@ class GaussianLoRALinear(nn.Module):
         settings: PosteriorSettings,
         context: AdapterContext,
         index: int,
+        backend: Backend,
     ):
         super().__init__()
         self.base, self.posterior, self.settings, self.context, self.index = base, posterior, settings, context, index
+        self.backend: Backend = backend
         sizes = (base.in_features, base.out_features, rank, base.weight.device)
         self.theta, self.phi = GaussianPairs(*sizes), GaussianPairs(*sizes)
 
@@ -51,7 +59,8 @@ class GaussianLoRALinear(nn.Module):
         phi, theta = self.phi.factors(), self.theta.factors()
         if context.key is None:
             return mean_linear(x, self.base.weight, self.base.bias, phi.mean, self.settings.scaling)
-        y, kl = posterior_projection(
+        outer = context.outer
+        projection = posterior_projection(
             self.posterior,
             x,
             self.base.weight,
@@ -62,20 +71,23 @@ class GaussianLoRALinear(nn.Module):
             context.key,
             self.index,
             context.token_mask,
-            with_kl=context.kl,
+            terms="divergence" if context.kl else "none" if outer is None else "theta",
+            backend=self.backend,
         )
         if context.recorded is not None:  # closed while checkpointing recomputes
-            if kl is not None:
-                context.recorded.kl.append(kl)
-            if context.outer is not None:
+            if context.kl:
+                context.recorded.kl.append(projection.kl)
+            if outer is not None:
                 context.recorded.theta[self.index] = theta_gradient(
                     self.posterior,
                     x,
                     phi,
                     theta,
                     self.settings,
-                    context.outer.kl,
-                    context.outer.prior,
+                    outer.kl,
+                    outer.prior,
                     context.token_mask,
+                    projection,
+                    self.backend,
                 )
-        return y
+        return projection.y

@@ -38,6 +38,9 @@ class AdapterConfig(Section):
     modules: tuple[str, ...] = Field(("q_proj", "v_proj", "o_proj"), min_length=1)
     posterior: Literal["activation", "weight"] = "activation"
     log_variance_offset: float = Field(-20.0, ge=-80, le=80, description="c, added to every log-variance.")
+    backend: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="Fused kernels or plain PyTorch; auto: the kernels on a GPU that can run them."
+    )
 
 
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]

@@ -30,12 +30,12 @@ def residual(posterior, inputs, settings, **named):
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_noise_is_named_by_key_and_layer_alone(posterior, make_inputs, settings):
     inputs = make_inputs(tokens=6)
-    y, kl = project(posterior, inputs, settings)
+    y, kl, *_ = project(posterior, inputs, settings)
     torch.manual_seed(99)
-    again, kl_again = project(posterior, inputs, settings, key=NoiseKey(3, 4))
+    again, kl_again, *_ = project(posterior, inputs, settings, key=NoiseKey(3, 4))
     assert torch.equal(y, again) and torch.equal(kl, kl_again)
     for named in ({"layer": 1}, {"key": NoiseKey(3, 5)}, {"key": NoiseKey(4, 4)}):
-        other, other_kl = project(posterior, inputs, settings, **named)
+        other, other_kl, *_ = project(posterior, inputs, settings, **named)
         assert not torch.isclose(y, other).any(dim=-1).all(), named
         assert torch.equal(kl, other_kl)  # closed form: no noise in it
 
@@ -67,8 +67,8 @@ def test_a_batch_of_rows_equals_its_tokens_in_a_row(posterior, make_inputs, sett
     inputs, flat = make_inputs(tokens=6), make_inputs(tokens=6)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     inputs.x = inputs.x.view(2, 3, 4)
-    y, kl = project(posterior, inputs, settings, mask=mask)
-    y_flat, kl_flat = project(posterior, flat, settings, mask=mask.flatten())
+    y, kl, *_ = project(posterior, inputs, settings, mask=mask)
+    y_flat, kl_flat, *_ = project(posterior, flat, settings, mask=mask.flatten())
     torch.testing.assert_close(y.flatten(0, 1), y_flat)
     torch.testing.assert_close(kl, kl_flat)
 
@@ -102,8 +102,8 @@ def test_shapes_that_do_not_fit_are_refused(posterior, make_inputs, settings):
     mean, log_variance = inputs.phi
     for wrong in (LowRank(mean.a[:, :3], mean.b), LowRank(mean.a, mean.b[:4]), LowRank(mean.a[:1], mean.b)):
         inputs.phi = GaussianFactors(wrong, log_variance)
-        with pytest.raises(ValueError, match=r"mean: a .* for a weight 5 x 4"):
+        with pytest.raises(ValueError, match=r"phi mean: a .* for a weight 5 x 4"):
             project(posterior, inputs, settings)
         inputs.phi = GaussianFactors(mean, wrong)
-        with pytest.raises(ValueError, match="log_variance: a "):
+        with pytest.raises(ValueError, match="phi log_variance: a "):
             project(posterior, inputs, settings)

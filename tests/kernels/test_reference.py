@@ -48,8 +48,8 @@ def test_gradcheck(posterior, make_inputs, settings):
         a, b, c, d, e, f, g, h = factors
         phi, theta = (GaussianFactors(LowRank(*p), LowRank(*q)) for p, q in (((a, b), (c, d)), ((e, f), (g, h))))
         if posterior == "activation":
-            return ref.activation_linear(x, inputs.weight, bias, phi, theta, settings, noise, mask)
-        return ref.weight_linear(x, inputs.weight, bias, phi, theta, settings, noise)
+            return ref.activation_linear(x, inputs.weight, bias, phi, theta, settings, noise, mask)[:3]
+        return ref.weight_linear(x, inputs.weight, bias, phi, theta, settings, noise)[:3]
 
     variables = [value.clone().requires_grad_(True) for value in (inputs.x, inputs.bias, *inputs.factors)]
     assert torch.autograd.gradcheck(function, variables, atol=1e-7, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_gradcheck(posterior, make_inputs, settings):
 def test_output_and_kl_follow_their_definitions(posterior, make_inputs, settings):
     inputs = make_inputs()
     noise = noise_for(posterior, inputs)
-    y, kl = sampled(posterior, inputs, settings, noise)
+    y, kl, *_ = sampled(posterior, inputs, settings, noise)
     mean, log_variance = statistics(posterior, inputs.x, inputs.phi, settings)
     mean_theta, log_variance_theta = statistics(posterior, inputs.x, inputs.theta, settings)
     draw = mean + (log_variance / 2).exp() * noise
@@ -97,10 +97,10 @@ def test_prior_is_normal_times_gamma_up_to_a_constant(shape, rate):
 def test_masked_tokens_contribute_nothing(kl_weight, make_inputs, settings):
     inputs = make_inputs(tokens=4)
     noise, mask = noise_for("activation", inputs), torch.tensor([True, False, True, False])
-    _, kl = sampled("activation", inputs, settings, noise, mask)
+    _, kl, *_ = sampled("activation", inputs, settings, noise, mask)
     short = make_inputs(tokens=4)
     short.x = inputs.x[mask]
-    _, kl_short = sampled("activation", short, settings, noise[mask])
+    _, kl_short, *_ = sampled("activation", short, settings, noise[mask])
     torch.testing.assert_close(kl, kl_short)
     other = make_inputs(tokens=4)
     other.x[~mask] += 1.0
@@ -115,7 +115,7 @@ def test_masked_tokens_contribute_nothing(kl_weight, make_inputs, settings):
 def test_the_mask_does_not_touch_the_output(make_inputs, settings):
     inputs = make_inputs()
     noise = noise_for("activation", inputs)
-    y, _ = sampled("activation", inputs, settings, noise, torch.tensor([True, False, False]))
+    y, *_ = sampled("activation", inputs, settings, noise, torch.tensor([True, False, False]))
     assert torch.equal(y, sampled("activation", inputs, settings, noise)[0])
 
 
@@ -125,13 +125,13 @@ def test_groups_by_broadcasting_equal_a_loop(posterior, make_inputs, settings):
     shape = (3, *noise_shape(posterior, make_inputs()))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, True, True], [False, True, False]])
-    y, kl = sampled(posterior, inputs, settings, noise, mask)
+    y, kl, *_ = sampled(posterior, inputs, settings, noise, mask)
     gradient = theta_gradient(posterior, inputs, settings, mask)
     total_kl, total = 0.0, None
     for g in range(3):
         phi = GaussianFactors(*(LowRank(pair.a[g], pair.b[g]) for pair in inputs.phi))
         alone = replace(inputs, x=inputs.x[g], phi=phi)
-        y_alone, kl_alone = sampled(posterior, alone, settings, noise[g], mask[g])
+        y_alone, kl_alone, *_ = sampled(posterior, alone, settings, noise[g], mask[g])
         torch.testing.assert_close(y[g], y_alone)
         total_kl = total_kl + kl_alone
         found = flat(theta_gradient(posterior, alone, settings, mask[g]))
@@ -158,7 +158,7 @@ def test_theta_gradient_in_closed_form_equals_autograd(posterior, weights, make_
     inputs, mask = make_inputs(), torch.tensor([True, False, True])
     found = theta_gradient(posterior, inputs, settings, mask, *weights)
     leaves = [factor.requires_grad_(True) for pair in inputs.theta for factor in pair]
-    _, kl = sampled(posterior, inputs, settings, noise_for(posterior, inputs), mask)
+    _, kl, *_ = sampled(posterior, inputs, settings, noise_for(posterior, inputs), mask)
     mean, log_variance = statistics(posterior, inputs.x, inputs.theta, settings)
     prior = ref.negative_log_prior(mean, log_variance, settings)
     prior = prior[mask].sum() if posterior == "activation" else prior.sum()
@@ -204,8 +204,8 @@ def test_bf16_does_not_lose_a_tiny_change(posterior, make_inputs):
     inputs = cancelling(make_inputs)
     exact = in_float64(inputs, make_inputs)
     noise = noise_for(posterior, inputs).float()
-    y, kl = sampled(posterior, inputs, settings, noise)
-    y_exact, kl_exact = sampled(posterior, exact, settings, noise.double())
+    y, kl, *_ = sampled(posterior, inputs, settings, noise)
+    y_exact, kl_exact, *_ = sampled(posterior, exact, settings, noise.double())
     assert y.dtype == torch.bfloat16 and kl.dtype == torch.float32
     assert 0 < y_exact.abs().max() < 1e-2
     assert relative_error(y, y_exact) < 0.01
@@ -249,7 +249,7 @@ def test_at_initialisation_the_kl_is_zero_and_the_prior_as_the_offset_says(poste
     settings = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
     inputs = make_inputs(dtype=torch.float32)
     inputs.phi = inputs.theta = zero_b(inputs.phi)
-    _, kl = sampled(posterior, inputs, settings, noise_for(posterior, inputs).float())
+    _, kl, *_ = sampled(posterior, inputs, settings, noise_for(posterior, inputs).float())
     assert float(kl) == 0.0
     found = theta_gradient(posterior, inputs, settings, None)
     elements = 3 * 5 if posterior == "activation" else 5 * 4
@@ -271,7 +271,7 @@ def test_mean_and_variance_over_many_draws(posterior, make_inputs, settings):
     expected_mean = expected_mean + linear(inputs.x, inputs.weight, inputs.bias)
     rows, columns = noise_shape(posterior, inputs)
     noise = standard_normal(draws * rows, columns, NoiseKey(11, 0), 0).double().view(draws, rows, columns)
-    y, _ = sampled(posterior, inputs, settings, noise)
+    y, *_ = sampled(posterior, inputs, settings, noise)
     assert y.shape == (draws, 3, 5)
     assert ((y.mean(dim=0) - expected_mean).abs() < 5 * (variance / draws).sqrt()).all()
     assert ((y.var(dim=0) / variance - 1).abs() < 5 * (2 / draws) ** 0.5).all()

@@ -1,0 +1,89 @@
+"""Which code runs a projection: the fused kernels or plain PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+Posterior = Literal["activation", "weight"]
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAXIMUM_RANK = 64
+MINIMUM_CAPABILITY = (8, 0)
+
+logger = logging.getLogger("abmll.kernels")
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its CPU interpreter (TRITON_INTERPRET=1 before the first import)."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _device_obstacle(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed; pip install triton"
+    if interpreted():
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"device {device}: the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, to test them without one)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        wanted = ".".join(map(str, MINIMUM_CAPABILITY))
+        return f"device {device}: compute capability {'.'.join(map(str, capability))}: the kernels need {wanted}"
+    return None
+
+
+def obstacle(posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """Why the fused kernels cannot run this projection: argument and value; None where they can."""
+    if posterior != "activation":
+        return f"posterior {posterior!r}: fused kernels exist for 'activation' only"
+    if dtype not in SUPPORTED_DTYPES:
+        return f"x: dtype {dtype}: the kernels take {', '.join(str(d) for d in SUPPORTED_DTYPES)}"
+    if rank > MAXIMUM_RANK:
+        return f"rank: {rank}: the kernels take at most {MAXIMUM_RANK}"
+    return _device_obstacle(device)
+
+
+def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Literal["triton", "torch"]:
+    """The backend that runs, `auto` resolved: Triton on a GPU that can, else plain PyTorch.
+
+    Under `auto` the interpreter is never chosen. The choice and its reason are logged once for each kind of input.
+    Raises ValueError where `triton` was asked for and cannot run.
+    """
+    return _choose(backend, posterior, x.device, x.dtype, rank)
+
+
+@cache
+def _choose(
+    backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
+) -> Literal["triton", "torch"]:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend: {backend!r}: must be auto, triton or torch")
+    if backend == "torch":
+        return "torch"
+    reason = obstacle(posterior, device, dtype, rank)
+    if backend == "triton":
+        if reason is not None:
+            raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")
+        return "triton"
+    if reason is None and interpreted():
+        reason = "Triton's interpreter is for tests only"
+    what = f"{posterior} posterior, {dtype}, rank {rank}, on {device}"
+    if reason is None:
+        logger.info("backend auto: triton (%s)", what)
+        return "triton"
+    logger.info("backend auto: torch (%s): %s", what, reason)
+    return "torch"
