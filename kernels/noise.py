@@ -64,6 +64,15 @@ def box_muller(word_0: torch.Tensor, word_1: torch.Tensor) -> tuple[torch.Tensor
     return radius * angle.cos(), radius * angle.sin()
 
 
+def check_noise_size(rows: int, columns: int) -> None:
+    """ValueError where a layer's and group's noise does not fit the counter's first word."""
+    if rows * -(-columns // LANES) > WORD:
+        raise ValueError(
+            f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds (2^32 calls of four); split "
+            "the batch"
+        )
+
+
 def standard_normal(
     rows: int, columns: int, key: NoiseKey, layer: int, group: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -75,10 +84,7 @@ def standard_normal(
     Raises ValueError where rows * Q does not fit 32 bits (some 17 billion elements a layer and group).
     """
     quads = -(-columns // LANES)
-    if rows * quads > WORD:
-        raise ValueError(
-            f"rows x columns: {rows} x {columns}: more noise than a layer's counter holds; split the batch"
-        )
+    check_noise_size(rows, columns)
     normals = torch.empty(rows, quads, LANES, dtype=torch.float32, device=device)
     key_words = (key.seed & WORD, key.seed >> 32)
     # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.

@@ -1,4 +1,4 @@
-"""The call that an adapted layer makes: which posterior, which noise, which backend. See `reference` for the contract."""
+"""The call that an adapted layer makes: which posterior, which noise, which backend. `reference` is the contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from abmll.kernels.backends import Backend, Posterior, choose
-from abmll.kernels.noise import NoiseKey, standard_normal
+from abmll.kernels.noise import NoiseKey, check_noise_size, standard_normal
 from abmll.kernels.reference import (
     GaussianFactors,
     LowRank,
@@ -54,6 +54,7 @@ def posterior_projection(
     _check(x, weight, phi, theta, token_mask)
     shape = (*x.shape[:-1], weight.shape[0])
     grouped, mask = _grouped(x, phi, token_mask)
+    check_noise_size(*((grouped.shape[1], weight.shape[0]) if posterior == "activation" else weight.shape))
     with torch.autocast(x.device.type, enabled=False):
         if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
             found = _fused(grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
@@ -194,12 +195,9 @@ def _check(x: Tensor, weight: Tensor, phi: GaussianFactors, theta: GaussianFacto
     for side, factors, lead in (("phi", phi, groups), ("theta", theta, ())):
         for name, pair in zip(factors._fields, factors, strict=True):
             if pair.a.shape != (*lead, rank, columns) or pair.b.shape != (*lead, rows, rank):
-                wanted = (
-                    f"[{', '.join(map(str, (*lead, rank, columns)))}] and [{', '.join(map(str, (*lead, rows, rank)))}]"
-                )
                 raise ValueError(
                     f"{side} {name}: a {tuple(pair.a.shape)}, b {tuple(pair.b.shape)}: for a weight {rows} x {columns} "
-                    f"and rank {rank} they must be {wanted}"
+                    f"and rank {rank} they must be {(*lead, rank, columns)} and {(*lead, rows, rank)}"
                 )
     if token_mask is not None and token_mask.shape != x.shape[:-1]:
         raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last: {x.shape[:-1]}")

@@ -1,7 +1,7 @@
 """From tensors to kernel launches and back: allocates outputs, picks grids, sums partial results.
 
-Shapes throughout: x [G, T, K], weight [N, K], factors a [G, r, K] or [r, K] (theta), b [G, N, r] or [N, r]; all fp32 but
-x, weight and bias. Nothing here builds a graph.
+Shapes throughout: x [G, T, K], weight [N, K], factors a [G, r, K] or [r, K] (theta), b [G, N, r] or [N, r]; all fp32
+but x, weight and bias. Nothing here builds a graph.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def adjoint(
             adjoint_kernel[slots, chunks, groups](
                 p if dy is None else dy, p, _mask_pointer(mask, p), *pairs.padded(pairs.b),
                 p if weights is None else weights, dp, db, sums,
-                tokens, outputs, groups, *((0, 0) if dy is None else dy.stride()[:2]), _mask_stride(mask), slot_rows, chunk_columns,
+                tokens, outputs, groups, *_row_strides(dy), _mask_stride(mask), slot_rows, chunk_columns,
                 *scalars, WIDTH=width, RANK=pairs.rank, R=padded_rank(pairs.rank), HAS_MASK=mask is not None,
                 HAS_DY=dy is not None, DIVERGENCE=weights is not None, DP_PHI=dp_phi, DP_THETA=dp_theta,
                 DB_PHI=db_phi, DB_THETA=db_theta, SUMS=with_sums, **launch.blocks, **launch.options,
@@ -164,7 +164,7 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
         with _on(dp):
             input_gradient_kernel[programs, groups](
                 dp if dy is None else dy, weight, dp, *pairs.padded(pairs.a), dx, tokens, outputs, inputs,
-                *((0, 0) if dy is None else dy.stride()[:2]), weight.stride(0),
+                *_row_strides(dy), weight.stride(0),
                 PAIRS=len(pairs.a), RANK=pairs.rank, R=padded_rank(pairs.rank), BASE=base, HAS_DY=dy is not None,
                 **launch.blocks, **launch.options,
             )  # fmt: skip
@@ -202,6 +202,10 @@ def _summed(partial: Tensor) -> Tensor:
 
 def _mask_pointer(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask
+
+
+def _row_strides(dy: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if dy is None else (dy.stride(0), dy.stride(1))
 
 
 def _mask_stride(mask: Tensor | None) -> int:

@@ -142,7 +142,7 @@ def _backward(ctx, dy, _, dsums):
         dsums = None
     need_theta = need_theta and dsums is not None
     nothing: list[Tensor | None] = [None] * 20
-    if dy is None and dsums is None or not (need_x or need_phi or need_theta):
+    if (dy is None and dsums is None) or not (need_x or need_phi or need_theta):
         return tuple(nothing)
     dx, da, db = torch.ops.abmll.activation_backward(
         dy, dsums, *ctx.saved_tensors, *ctx.scalars, need_x, need_phi, need_theta
@@ -197,11 +197,9 @@ def activation_theta_gradient(
     kl_weight: float,
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs, from x and all four pairs' p; no noise in it."""
-    pairs = _pairs(
-        (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
-        + (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
-    )
+    """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs, from x and all four pairs' p: no noise."""
+    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
+    pairs = _pairs((*factors, theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b))
     x = launch.rows_contiguous(x)
     weights = torch.stack([torch.full((), value, device=x.device) for value in (kl_weight, prior_weight)])
     scalars = Scalars(scaling, offset, prior_shape, prior_rate, 0, 0, 0)

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from abmll.kernels.fused.tiles import (
-    dot,
     narrow_dot,
     narrowed,
     projection_tile,

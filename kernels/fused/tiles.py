@@ -188,7 +188,7 @@ def divergence_tile(mean_q, low_q, mean_p, low_p, offset, prior_shape, prior_rat
 def divergence_gradient_tile(
     mean_q, low_q, mean_p, low_p, offset, prior_shape, prior_rate, kl_weight, prior_weight, valid
 ):
-    """Gradients of kl_weight * KL + prior_weight * (-log prior) by mean_q, low_q, mean_p, low_p; zero outside `valid`."""
+    """Gradients of kl_weight KL + prior_weight (-log prior) by mean_q, low_q, mean_p, low_p; zero outside `valid`."""
     ratio_minus_one, _ = exponential_excess(low_p - low_q)
     precision = tl.exp(-low_p - offset)
     shift = mean_q - mean_p
