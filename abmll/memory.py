@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from abmll.adapters import projection_backend
 from abmll.adapters.targets import find_targets
 from abmll.config import Config
 from abmll.methods import METHODS
@@ -16,6 +17,7 @@ from abmll.methods import METHODS
 _BYTES = {"bfloat16": 2, "float32": 4}
 _FP32 = 4
 _KEPT_TENSORS = 8
+_CPU = torch.device("cpu")
 _ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 2e7}}
 
 
@@ -42,7 +44,11 @@ class MemoryEstimate:
 
 
 def estimate(
-    model_config: PreTrainedConfig, config: Config, world_size: int, deepspeed: dict | None = None
+    model_config: PreTrainedConfig,
+    config: Config,
+    world_size: int,
+    deepspeed: dict | None = None,
+    device: torch.device = _CPU,
 ) -> MemoryEstimate:
     """An estimate of each device's peak. `deepspeed` holds the engine's file; None means ZeRO-2 as shipped.
 
@@ -60,13 +66,15 @@ def estimate(
                            weights and attention that keeps no T x T matrix, and the two norms' fp32 inputs
         activations        layers x layer's; with checkpointing layers x T h b (the boundaries) + one layer's
         an evaluation's    eval.batch_size x tasks.max_tokens tokens through one layer: b (2 h + 2 m) each
-        posterior          what the posterior's plain PyTorch code keeps for its backward pass in fp32: about 8 tensors
-                           of the size of each adapted layer's output (activation posterior) or weight (weight
-                           posterior), of one layer with checkpointing, of all layers without; none for plain LoRA
+        posterior          what the posterior keeps for its backward pass, of one layer with checkpointing, of all
+                           layers without; none for plain LoRA. Fused kernels on `device`: the layer's input and 4 r
+                           fp32 numbers a token. Plain PyTorch: about 8 fp32 tensors of the size of each adapted
+                           layer's output (activation posterior) or weight (weight posterior)
     Every prompt counts as one of max_tokens. Not counted: the CUDA context, the allocator's fragments, and attention
     without a fused kernel (model.attention=eager).
 
-    Raises ValueError where no module matches adapters.modules, or the model is not Llama-like.
+    Raises ValueError where no module matches adapters.modules, the model is not Llama-like, or adapters.backend cannot
+    run on `device`.
     """
     text_config = model_config.get_text_config()
     with torch.device("meta"):
@@ -88,16 +96,22 @@ def estimate(
         optimizer_states=2 * phi + 2 * theta // moments_shard,
         engine_buffers=theta // world_size + bucket * _FP32 if stage >= 1 else 0,
         activations=_activations(text_config, config, number),
-        posterior=_posterior(targets, text_config, config) if gaussian else 0,
+        posterior=_posterior(targets, text_config, config, device) if gaussian else 0,
     )
 
 
-def _posterior(targets: Collection[nn.Linear], model: PreTrainedConfig, config: Config) -> int:
+def _posterior(targets: Collection[nn.Linear], model: PreTrainedConfig, config: Config, device: torch.device) -> int:
     tokens = config.tasks.batch_size * config.tasks.max_tokens
-    by_activation = config.adapters.posterior == "activation"
-    kept = sum(module.out_features * (tokens if by_activation else module.in_features) for module in targets)
+    backend, _ = projection_backend(config.adapters, device, getattr(torch, config.model.dtype))
+    if backend == "triton":
+        each = 4 * config.adapters.rank * _FP32
+        kept = sum(tokens * (module.in_features * _BYTES[config.model.dtype] + each) for module in targets)
+    elif config.adapters.posterior == "activation":
+        kept = _KEPT_TENSORS * _FP32 * sum(module.out_features * tokens for module in targets)
+    else:
+        kept = _KEPT_TENSORS * _FP32 * sum(module.out_features * module.in_features for module in targets)
     layers = _field(model, "num_hidden_layers") if config.trainer.activation_checkpointing else 1
-    return _KEPT_TENSORS * _FP32 * kept // layers
+    return kept // layers
 
 
 def _activations(model: PreTrainedConfig, config: Config, number: int) -> int:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from abmll.adapters import projection_backend
 from abmll.build import prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.engine import check_monitors
 from abmll.memory import estimate
+from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.run import check_folder
 from abmll.tasks.prompt import Prompter
@@ -36,13 +38,16 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
 
     def model() -> str:
         return describe(config.model)
 
     def attention() -> str:
-        device = torch.device("cuda" if on_gpu else "cpu")
         return attention_implementation(config.model, device, model_config(config.model))
+
+    def projections() -> str:
+        return "{}: {}".format(*projection_backend(config.adapters, device, getattr(torch, config.model.dtype)))
 
     def output() -> str:
         check_folder(Path(config.output), resume, overwrite)
@@ -56,7 +61,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def memory() -> str:
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-        needed = estimate(model_config(config.model), config, world_size, engine)
+        needed = estimate(model_config(config.model), config, world_size, engine, device)
         lines = [f"estimated for each of {world_size} ranks", *needed.format().splitlines()]
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
@@ -86,6 +91,8 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
     check("ranks", ranks)
     check("deepspeed", deepspeed)
     check("monitors", monitors)
+    if METHODS[config.method.name].gaussian:
+        check("projections", projections)
     has_model = check("model", model)
     check("tasks", tasks)
     if has_model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from abmll.adapters import projection_backend
 from abmll.build import Parts
 from abmll.config import Config
 from abmll.distributed import Ranks
@@ -36,6 +37,7 @@ def derived_numbers(
         f"trained parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
         "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
         + (f", {config.adapters.posterior} posterior, beta {method.beta:g}" if parts.method.gaussian else ""),
+        **({"projections": "{}: {}".format(*_backend(parts, config))} if parts.method.gaussian else {}),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
         f"{sum(len(task.train) for task in tasks.train):,} training and "
         f"{sum(len(task.test) for task in tasks.test):,} test examples; prompts of at most {tasks.longest} tokens",
@@ -46,11 +48,16 @@ def derived_numbers(
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     try:
-        memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config).format()
+        memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config, ranks.device).format()
     except ValueError as error:  # an architecture that the estimate does not know may well run
         memory = str(error)
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
     return f"{text}{notes}\nestimated memory of each rank\n{memory}"
+
+
+def _backend(parts: Parts, config: Config) -> tuple[str, str]:
+    weight = next(iter(parts.learner.adapters.layers.values())).base.weight
+    return projection_backend(config.adapters, weight.device, weight.dtype)
 
 
 def score_table(evaluations: list[Evaluation]) -> str:

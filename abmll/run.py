@@ -27,6 +27,7 @@ from abmll.trainer import Position, Trainer
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
+MAY_CHANGE = ("adapters.backend",)  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
 # All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
@@ -228,7 +229,9 @@ def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
     different = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in dict.fromkeys((*now, *saved))
-        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in FIXED_KEYS) and saved.get(key) != now.get(key)
+        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in FIXED_KEYS)
+        and key not in MAY_CHANGE
+        and saved.get(key) != now.get(key)
     ]
     if different:
         raise ValueError(

@@ -3,7 +3,7 @@
 Imports torch (and triton) only; knows nothing of the rest of `abmll`.
 """
 
-from abmll.kernels.backends import Backend, Posterior
+from abmll.kernels.backends import Backend, Posterior, resolve
 from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
 from abmll.kernels.projection import posterior_projection, theta_gradient
 from abmll.kernels.reference import (
@@ -27,6 +27,7 @@ __all__ = [
     "fold_seed",
     "mean_linear",
     "posterior_projection",
+    "resolve",
     "standard_normal",
     "theta_gradient",
 ]

@@ -57,12 +57,29 @@ def obstacle(posterior: Posterior, device: torch.device, dtype: torch.dtype, ran
     return _device_obstacle(device)
 
 
-def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Literal["triton", "torch"]:
-    """The backend that runs, `auto` resolved: Triton on a GPU that can, else plain PyTorch.
+def resolve(
+    backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
+) -> tuple[Literal["triton", "torch"], str]:
+    """The backend that runs and why: under `auto` Triton on a GPU that can, else plain PyTorch; never the interpreter.
 
-    Under `auto` the interpreter is never chosen. The choice and its reason are logged once for each kind of input.
     Raises ValueError where `triton` was asked for and cannot run.
     """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend: {backend!r}: must be auto, triton or torch")
+    if backend == "torch":
+        return "torch", "as configured"
+    reason = obstacle(posterior, device, dtype, rank)
+    if backend == "triton":
+        if reason is not None:
+            raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")
+        return "triton", "as configured"
+    if reason is None and interpreted():
+        reason = "Triton's interpreter is for tests only"
+    return ("triton", "fused kernels run here") if reason is None else ("torch", reason)
+
+
+def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Literal["triton", "torch"]:
+    """`resolve` for this input, which logs the choice and its reason once for each kind of input."""
     return _choose(backend, posterior, x.device, x.dtype, rank)
 
 
@@ -70,20 +87,7 @@ def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Lite
 def _choose(
     backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
 ) -> Literal["triton", "torch"]:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend: {backend!r}: must be auto, triton or torch")
-    if backend == "torch":
-        return "torch"
-    reason = obstacle(posterior, device, dtype, rank)
-    if backend == "triton":
-        if reason is not None:
-            raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")
-        return "triton"
-    if reason is None and interpreted():
-        reason = "Triton's interpreter is for tests only"
+    choice, reason = resolve(backend, posterior, device, dtype, rank)
     what = f"{posterior} posterior, {dtype}, rank {rank}, on {device}"
-    if reason is None:
-        logger.info("backend auto: triton (%s)", what)
-        return "triton"
-    logger.info("backend auto: torch (%s): %s", what, reason)
-    return "torch"
+    logger.info("backend %s: %s (%s): %s", backend, choice, what, reason)
+    return choice

@@ -1,7 +1,7 @@
 """Low-rank adapters: parameters, layers, and their injection into a model."""
 
 from abmll.adapters.context import AdapterContext, OuterWeights, RecordedTerms
-from abmll.adapters.inject import AdapterSet, inject_adapters, remove_adapters
+from abmll.adapters.inject import AdapterSet, inject_adapters, projection_backend, remove_adapters
 from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "OuterWeights",
     "RecordedTerms",
     "inject_adapters",
+    "projection_backend",
     "remove_adapters",
 ]

@@ -9,7 +9,15 @@ from abmll.adapters.context import AdapterContext
 from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
 from abmll.adapters.targets import find_targets
 from abmll.config.schema import AdapterConfig, MethodConfig
-from abmll.kernels import PosteriorSettings, fold_seed
+from abmll.kernels import PosteriorSettings, fold_seed, resolve
+
+
+def projection_backend(adapters: AdapterConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """triton or torch, and why, for a model on `device` in `dtype`. ValueError: see `kernels.resolve`."""
+    try:
+        return resolve(adapters.backend, adapters.posterior, device, dtype, adapters.rank)
+    except ValueError as error:
+        raise ValueError(f"adapters.{error}") from error
 
 
 class AdapterSet:
@@ -73,7 +81,8 @@ def inject_adapters(
 ) -> AdapterSet:
     """Replace every linear layer named in `adapters.modules`; freeze all that is not an adapter.
 
-    Raises ValueError where a module name matches no linear layer, naming those that there are.
+    Raises ValueError where a module name matches no linear layer, naming those that there are, and where
+    `adapters.backend` cannot run on the model's device.
     """
     model.requires_grad_(False)
     context = AdapterContext()
@@ -84,6 +93,9 @@ def inject_adapters(
         prior_rate=method.prior_rate,
     )
     targets = find_targets(model, adapters.modules)
+    if gaussian:
+        weight = next(iter(targets.values())).weight
+        projection_backend(adapters, weight.device, weight.dtype)
     layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
     for index, (name, base) in enumerate(targets.items()):
         if gaussian:

@@ -112,7 +112,7 @@ def adjoint_kernel(
     dp_ptr += (chunk.to(tl.int64) * G + group) * T * DP_WIDTH
     b_0 += far_group * N * RANK
     b_1 += far_group * N * RANK
-    pair_stride = G.to(tl.int64) * N * RANK
+    pair_stride = tl.cast(G, tl.int64) * N * RANK
     DB_PAIRS: tl.constexpr = 2 * DB_PHI + 2 * DB_THETA
     db_phi = db_ptr + slot * DB_PAIRS * pair_stride + far_group * N * RANK
     db_theta = db_phi + 2 * DB_PHI * pair_stride

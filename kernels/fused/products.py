@@ -218,7 +218,7 @@ def factor_gradient_kernel(
         if PAIRS == 4:
             da_2 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST + 2, WIDTH, RANK, R)), x, da_2)
             da_3 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST + 3, WIDTH, RANK, R)), x, da_3)
-    pair_stride = G.to(tl.int64) * RANK * K
+    pair_stride = tl.cast(G, tl.int64) * RANK * K
     da_ptr += chunk * PAIRS * pair_stride + group * RANK * K
     _store_row_factor_tile(da_ptr, da_0, ks, K, RANK, R)
     _store_row_factor_tile(da_ptr + pair_stride, da_1, ks, K, RANK, R)
