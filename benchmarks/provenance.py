@@ -24,7 +24,7 @@ def provenance() -> dict[str, object]:
 
 
 def commit() -> dict[str, object]:
-    """The checkout's commit, and whether it had uncommitted changes to tracked files."""
+    """The checkout's commit, and whether it had uncommitted changes to tracked files; None where git cannot tell."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -32,7 +32,10 @@ def commit() -> dict[str, object]:
             ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):  # a copy of the files alone
+        return {"commit": None, "dirty": None}
 
 
 def _device() -> str:
