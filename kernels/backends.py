@@ -46,10 +46,8 @@ def _device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def obstacle(posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Why the fused kernels cannot run this projection: argument and value; None where they can."""
-    if posterior != "activation":
-        return f"posterior {posterior!r}: fused kernels exist for 'activation' only"
     if dtype not in SUPPORTED_DTYPES:
         return f"x: dtype {dtype}: the kernels take {', '.join(str(d) for d in SUPPORTED_DTYPES)}"
     if rank > MAXIMUM_RANK:
@@ -68,7 +66,7 @@ def resolve(
         raise ValueError(f"backend: {backend!r}: must be auto, triton or torch")
     if backend == "torch":
         return "torch", "as configured"
-    reason = obstacle(posterior, device, dtype, rank)
+    reason = obstacle(device, dtype, rank)
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")

@@ -66,33 +66,20 @@ def normal_tile(rows, first_column, columns, seed, step, layer, group, WIDTH: tl
 
 
 @triton.jit
-def factor_tile(pointer, rows, row_limit, RANK: tl.constexpr, R: tl.constexpr):
-    """fp32 tile [len(rows), R] of a factor stored [row_limit, RANK]; zero beyond either."""
+def factor_tile(pointer, rows, row_limit, row_stride, rank_stride, RANK: tl.constexpr, R: tl.constexpr):
+    """fp32 tile [len(rows), R] of a factor [row_limit, RANK] with any strides; zero beyond either."""
     ranks = tl.arange(0, R)
     inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    return tl.load(pointer + rows.to(tl.int64)[:, None] * RANK + ranks[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def projection_tile(
-    pointer, rows, row_limit, pair: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
-):
-    """fp32 tile [len(rows), R] of one pair's part of the rank-sized projections [row_limit, WIDTH = pairs x RANK]."""
-    ranks = tl.arange(0, R)
-    inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + pair * RANK + ranks[None, :]
+    offsets = rows.to(tl.int64)[:, None] * row_stride + ranks[None, :] * rank_stride
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_projection_tile(
-    pointer, value, rows, row_limit, pair: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
-):
-    """The other direction of `projection_tile`."""
+def store_factor_tile(pointer, value, rows, row_limit, row_stride, RANK: tl.constexpr, R: tl.constexpr):
+    """The other direction of `factor_tile`, with unit stride along the rank."""
     ranks = tl.arange(0, R)
     inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + pair * RANK + ranks[None, :]
-    tl.store(pointer + offsets, value, mask=inside)
+    tl.store(pointer + rows.to(tl.int64)[:, None] * row_stride + ranks[None, :], value, mask=inside)
 
 
 @triton.jit
