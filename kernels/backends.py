@@ -78,7 +78,14 @@ def resolve(
 
 def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Literal["triton", "torch"]:
     """`resolve` for this input, which logs the choice and its reason once for each kind of input."""
-    return _choose(backend, posterior, x.device, x.dtype, rank)
+    return _settled(backend, posterior, x.device, x.dtype, rank)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the cache, nor at Triton's settings, nor log
+def _settled(
+    backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
+) -> Literal["triton", "torch"]:
+    return _choose(backend, posterior, device, dtype, rank)
 
 
 @cache

@@ -100,13 +100,14 @@ def activation_backward(
     dp_phi, dp_theta = need_x or need_phi, dsums is not None and (need_x or need_theta)
     wanted = Wanted(dp_phi, dp_theta, need_phi, need_theta)
     adjoints = launch.adjoint(Matrix.of_activations(p, pairs), dy, dsums, _mask_bytes(mask), scalars, wanted)
+    count = 2 * need_phi + 2 * need_theta
+    first = 0 if need_phi or not dp_phi else 2
+    # before dx: their partial sums are gone when the largest tensor is made
+    da = launch.factor_gradient(adjoints.dp, x, rank, first, count) if count else p.new_empty(0)
     dx = x.new_empty(0)
     if need_x:
         read = pairs if dp_theta else Pairs(pairs.a[:2], pairs.b[:2])
         dx = launch.input_gradient(dy, launch.rows_contiguous(weight), adjoints.dp, read, x.dtype)
-    count = 2 * need_phi + 2 * need_theta
-    first = 0 if need_phi or not dp_phi else 2
-    da = launch.factor_gradient(adjoints.dp, x, rank, first, count) if count else p.new_empty(0)
     return dx, da, adjoints.dq
 
 

@@ -36,7 +36,11 @@ def _counted(mask_ptr, rows, end, HAS_MASK: tl.constexpr):
     return inside
 
 
-@triton.jit
+# Numbers that differ from step to step or batch to batch: nothing is compiled anew for them.
+VARYING = ["M", "G", "first_row", "mask_group", "slot_rows", "chunk_columns", "seed", "step", "layer", "first_group"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def sample_kernel(
     y_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, sums_ptr,
     M, N, first_row, y_group, y_stride, p_group, p_theta_group, p_stride, q_group, q_theta_group, q_stride, q_rank,
@@ -93,7 +97,7 @@ def _accumulate_tile(pointer, value, columns, end, fresh, RANK: tl.constexpr, R:
     store_factor_tile(pointer, value, columns, end, RANK, RANK, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def adjoint_kernel(
     dz_ptr, z_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, weights_ptr, dp_ptr, dq_ptr, sums_ptr,
     M, N, G, first_row, dz_group, dz_stride, z_group, z_stride, p_group, p_theta_group, p_stride,

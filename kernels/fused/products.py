@@ -94,7 +94,11 @@ def _base_tile(
     tl.store(y_ptr + offsets, narrowed(accumulator, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Numbers that differ from batch to batch: nothing is compiled anew for them.
+VARYING = ["T", "G", "chunk_rows"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     x_ptr, w_ptr, bias_ptr, a_0, a_1, a_2, a_3, y_ptr, p_ptr,
     T, N, K, x_group, x_stride, w_stride,
@@ -124,7 +128,7 @@ def forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def input_gradient_kernel(
     dy_ptr, w_ptr, dp_ptr, a_0, a_1, a_2, a_3, dx_ptr, T, N, K, dy_group, dy_stride, w_stride,
     PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BASE: tl.constexpr, HAS_DY: tl.constexpr,
@@ -188,7 +192,7 @@ def _store_row_factor_tile(pointer, value, ks, K, RANK: tl.constexpr, R: tl.cons
     tl.store(pointer + ranks.to(tl.int64)[:, None] * K + ks[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def factor_gradient_kernel(
     dp_ptr, x_ptr, da_ptr, T, K, G, x_group, x_stride, chunk_rows,
     WIDTH: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
