@@ -93,7 +93,7 @@ def build(config: Config, config_path: str | Path, device: torch.device) -> Part
     loaded = read_tasks(config, config_path)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
     tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
-    method = build_method(config.method)
+    method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
     if config.trainer.activation_checkpointing:
         _checkpoint_activations(model)

@@ -109,5 +109,4 @@ class Evaluator:
         """Predictive probabilities over the vocabulary [B, V]: of the mean, or the average over S posterior samples."""
         if keys is None:
             return self.learner.forward(batch, None)[0].softmax(dim=-1)
-        samples = (self.learner.forward(batch, next(keys))[0].softmax(dim=-1) for _ in range(self.config.samples))
-        return sum(samples) / self.config.samples
+        return self.learner.sampled_probabilities(batch, next(keys), self.config.samples)

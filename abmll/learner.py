@@ -51,6 +51,14 @@ class Learner:
             weight_decay=method.weight_decay,
         )
 
+    @torch.no_grad()
+    def sampled_probabilities(self, batch: Batch, key: NoiseKey, samples: int) -> Tensor:
+        """[B, V], the average of S samples' probabilities: all S side by side in one forward pass of S x B prompts."""
+        repeated = batch.repeat(samples)
+        with self.adapters.context.forward_pass(key, repeated.token_mask, groups=samples):
+            logits = answer_logits(self.model, repeated)
+        return logits.softmax(dim=-1).unflatten(0, (samples, -1)).mean(dim=0)
+
     def forward(
         self, batch: Batch, key: NoiseKey | None, terms: Literal["none", "kl", "theta"] = "none"
     ) -> tuple[Tensor, RecordedTerms]:
@@ -89,6 +97,11 @@ class Learner:
         with torch.no_grad():
             logits, recorded = self._train().forward(batch, key, "theta")
             return self._outer_result(self.nll(logits, batch), recorded)
+
+    def theta_gradient_of_weights(self) -> tuple[dict[str, Tensor], StepTerms]:
+        """`theta_gradient_kl` in the weight posterior, whose divergence reads no batch: no forward pass, no NLL."""
+        terms = {layer.index: layer.theta_gradient(self.outer_weights) for layer in self.adapters.layers.values()}
+        return self._outer_result(self.zero, RecordedTerms(theta=terms))
 
     def theta_gradient_first_order(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
         """As `theta_gradient_kl`, plus the NLL's gradient at the adapted phi, as first-order MAML gives it to theta."""

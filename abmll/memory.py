@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from abmll.adapters import projection_backend
 from abmll.adapters.targets import find_targets
 from abmll.config import Config
+from abmll.kernels.fused.configurations import SCRATCH_BYTES
 from abmll.methods import METHODS
 
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -65,11 +66,13 @@ def estimate(
         a layer's          T (b (h + 2 q + 2 kv + 3 m) + 8 h): the inputs that its backward pass reads with frozen
                            weights and attention that keeps no T x T matrix, and the two norms' fp32 inputs
         activations        layers x layer's; with checkpointing layers x T h b (the boundaries) + one layer's
-        an evaluation's    eval.batch_size x tasks.max_tokens tokens through one layer: b (2 h + 2 m) each
+        an evaluation's    eval.batch_size x max(eval.samples, 1) x tasks.max_tokens tokens through one layer:
+                           b (2 h + 2 m) each
         posterior          what the posterior keeps for its backward pass, of one layer with checkpointing, of all
-                           layers without; none for plain LoRA. Fused kernels on `device`: the layer's input and 4 r
-                           fp32 numbers a token. Plain PyTorch: about 8 fp32 tensors of the size of each adapted
-                           layer's output (activation posterior) or weight (weight posterior)
+                           layers without; none for plain LoRA. Fused kernels on `device`: the layer's input and
+                           4 r fp32 numbers a token (activation posterior), or the input and two bands of weights that
+                           all layers share (weight posterior). Plain PyTorch: about 8 fp32 tensors of the size of each
+                           adapted layer's output (activation posterior) or weight (weight posterior)
     Every prompt counts as one of max_tokens. Not counted: the CUDA context, the allocator's fragments, and attention
     without a fused kernel (model.attention=eager).
 
@@ -101,17 +104,18 @@ def estimate(
 
 
 def _posterior(targets: Collection[nn.Linear], model: PreTrainedConfig, config: Config, device: torch.device) -> int:
-    tokens = config.tasks.batch_size * config.tasks.max_tokens
+    tokens, scratch = config.tasks.batch_size * config.tasks.max_tokens, 0
     backend, _ = projection_backend(config.adapters, device, getattr(torch, config.model.dtype))
     if backend == "triton":
-        each = 4 * config.adapters.rank * _FP32
+        by_weight = config.adapters.posterior == "weight"
+        scratch, each = (2 * SCRATCH_BYTES, 0) if by_weight else (0, 4 * config.adapters.rank * _FP32)
         kept = sum(tokens * (module.in_features * _BYTES[config.model.dtype] + each) for module in targets)
     elif config.adapters.posterior == "activation":
         kept = _KEPT_TENSORS * _FP32 * sum(module.out_features * tokens for module in targets)
     else:
         kept = _KEPT_TENSORS * _FP32 * sum(module.out_features * module.in_features for module in targets)
     layers = _field(model, "num_hidden_layers") if config.trainer.activation_checkpointing else 1
-    return kept // layers
+    return kept // layers + scratch
 
 
 def _activations(model: PreTrainedConfig, config: Config, number: int) -> int:
@@ -126,7 +130,8 @@ def _activations(model: PreTrainedConfig, config: Config, number: int) -> int:
     layer = tokens * (number * (hidden + 2 * query + 2 * key_value + 3 * mlp) + 2 * _FP32 * hidden)
     checkpointed = layers * tokens * hidden * number + layer
     training = checkpointed if config.trainer.activation_checkpointing else layers * layer
-    evaluation = config.eval.batch_size * config.tasks.max_tokens * number * (2 * hidden + 2 * mlp)
+    sequences = config.eval.batch_size * max(config.eval.samples, 1)
+    evaluation = sequences * config.tasks.max_tokens * number * (2 * hidden + 2 * mlp)
     return max(training, evaluation)
 
 

@@ -46,10 +46,8 @@ def _device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def obstacle(posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Why the fused kernels cannot run this projection: argument and value; None where they can."""
-    if posterior != "activation":
-        return f"posterior {posterior!r}: fused kernels exist for 'activation' only"
     if dtype not in SUPPORTED_DTYPES:
         return f"x: dtype {dtype}: the kernels take {', '.join(str(d) for d in SUPPORTED_DTYPES)}"
     if rank > MAXIMUM_RANK:
@@ -68,7 +66,7 @@ def resolve(
         raise ValueError(f"backend: {backend!r}: must be auto, triton or torch")
     if backend == "torch":
         return "torch", "as configured"
-    reason = obstacle(posterior, device, dtype, rank)
+    reason = obstacle(device, dtype, rank)
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")
@@ -80,7 +78,14 @@ def resolve(
 
 def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Literal["triton", "torch"]:
     """`resolve` for this input, which logs the choice and its reason once for each kind of input."""
-    return _choose(backend, posterior, x.device, x.dtype, rank)
+    return _settled(backend, posterior, x.device, x.dtype, rank)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the cache, nor at Triton's settings, nor log
+def _settled(
+    backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
+) -> Literal["triton", "torch"]:
+    return _choose(backend, posterior, device, dtype, rank)
 
 
 @cache

@@ -57,7 +57,7 @@ def posterior_projection(
     check_noise_size(*((grouped.shape[1], weight.shape[0]) if posterior == "activation" else weight.shape))
     with torch.autocast(x.device.type, enabled=False):
         if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
-            found = _fused(grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
+            found = _fused(posterior, grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
         else:
             compared = theta if terms == "divergence" else None
             found = _plain(posterior, grouped, weight, bias, phi, compared, settings, key, layer, mask)
@@ -66,7 +66,7 @@ def posterior_projection(
 
 def theta_gradient(
     posterior: Posterior,
-    x: Tensor,
+    x: Tensor | None,
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
@@ -78,15 +78,19 @@ def theta_gradient(
 ) -> ThetaGradient:
     """Theta's whole gradient under `meta_gradient: kl`, from the layer's input and its factors, without a graph.
 
-    `projection` of the same x and factors with terms="theta" saves a pass over x.
+    `projection` of the same x and factors with terms="theta" saves a pass over x. The weight posterior's divergence
+    does not depend on x: it may be None there, and no forward pass is needed.
     """
-    x, mask = _grouped(x, phi, token_mask)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
-            return _fused_theta(x, phi, theta, settings, kl_weight, prior_weight, mask, projection)
-        if posterior == "activation":
-            return activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
-        return weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
+    factor = phi.mean.a
+    with torch.no_grad(), torch.autocast(factor.device.type, enabled=False):
+        if posterior == "weight":
+            if choose(backend, posterior, factor, factor.shape[-2]) == "triton":
+                return _fused_theta_of_weights(phi, theta, settings, (kl_weight, prior_weight))
+            return weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
+        x, mask = _grouped(x, phi, token_mask)
+        if choose(backend, posterior, x, factor.shape[-2]) == "triton":
+            return _fused_theta(x, phi, theta, settings, (kl_weight, prior_weight), mask, projection)
+        return activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
 
 
 def _plain(
@@ -113,6 +117,7 @@ def _plain(
 
 
 def _fused(
+    posterior: Posterior,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -124,13 +129,19 @@ def _fused(
     mask: Tensor | None,
     terms: Terms,
 ) -> Projection:
-    from abmll.kernels.fused.operators import activation_forward
+    from abmll.kernels.fused.activation import activation_forward
+    from abmll.kernels.fused.weight import weight_forward
 
-    sums = terms == "divergence"
-    factors = (*_flat(phi, grouped=True), *((None,) * 4 if terms == "none" else _flat(theta)))
+    with_sums = terms == "divergence"
     names = (_signed(key.seed, 64), _signed(key.step, 32), layer)
-    y, low_rank, terms_sums = activation_forward(x, weight, bias, mask, *factors, *settings, *names, sums)
-    kl, prior = terms_sums.unbind() if sums else (None, None)
+    low_rank = None
+    if posterior == "activation":
+        factors = (*_flat(phi, grouped=True), *((None,) * 4 if terms == "none" else _flat(theta)))
+        y, low_rank, sums = activation_forward(x, weight, bias, mask, *factors, *settings, *names, with_sums)
+    else:
+        factors = (*_flat(phi, grouped=True), *(_flat(theta) if with_sums else (None,) * 4))
+        y, sums = weight_forward(x, weight, bias, *factors, *settings, *names, with_sums)
+    kl, prior = sums.unbind() if with_sums else (None, None)
     return Projection(y, kl, prior, low_rank)
 
 
@@ -139,20 +150,29 @@ def _fused_theta(
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
-    kl_weight: float,
-    prior_weight: float,
+    weights: tuple[float, float],
     mask: Tensor | None,
     projection: Projection | None,
 ) -> ThetaGradient:
-    from abmll.kernels.fused.operators import activation_project, activation_theta_gradient
+    from abmll.kernels.fused.activation import activation_project, activation_theta_gradient
 
     factors = (*_flat(phi, grouped=True), *_flat(theta))
-    if projection is None or projection.low_rank is None:
+    low_rank = None if projection is None else projection.low_rank
+    if low_rank is None:
         low_rank = activation_project(x, *factors[0::2])
-    else:
-        low_rank = projection.low_rank
-    weights = (kl_weight, prior_weight)
-    da, db, (kl, prior) = activation_theta_gradient(x, low_rank, mask, *factors, *settings, *weights)
+    return _theta(activation_theta_gradient(x, low_rank, mask, *factors, *settings, *weights))
+
+
+def _fused_theta_of_weights(
+    phi: GaussianFactors, theta: GaussianFactors, settings: PosteriorSettings, weights: tuple[float, float]
+) -> ThetaGradient:
+    from abmll.kernels.fused.weight import weight_theta_gradient as fused
+
+    return _theta(fused(*_flat(phi, grouped=True), *_flat(theta), *settings, *weights))
+
+
+def _theta(found: tuple[Tensor, Tensor, Tensor]) -> ThetaGradient:
+    da, db, (kl, prior) = found
     return ThetaGradient(GaussianFactors(LowRank(da[0], db[0]), LowRank(da[1], db[1])), kl, prior)
 
 

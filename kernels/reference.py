@@ -30,6 +30,10 @@ class GaussianFactors(NamedTuple):
     mean: LowRank
     log_variance: LowRank
 
+    def expand(self, groups: int) -> GaussianFactors:
+        """The same factors for every one of G groups: views [G, r, K] and [G, N, r]."""
+        return GaussianFactors(*(LowRank(*(f.expand(groups, *f.shape) for f in pair)) for pair in self))
+
 
 class PosteriorSettings(NamedTuple):
     """scaling = alpha / rank; log_variance_offset = c; shape and rate of the Gamma prior on the precision."""

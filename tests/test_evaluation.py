@@ -12,6 +12,7 @@ import torch
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.methods import Pretrained, Visit
+from abmll.models.answers import answer_logits
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.episodes import scoring_batches, support_batches
 
@@ -176,13 +177,16 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     found, again = (predictions(tiny, samples=samples, batch_size=3) for _ in range(2))
     mean = predictions(tiny)
     task, letters = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids
-    seed, step, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), 0, [], []
-    for batch in scoring_batches(task.test, letters, 3):
-        drawn = []
-        for _ in range(samples):
-            with torch.no_grad():
-                drawn.append(tiny.learner.forward(batch, NoiseKey(seed, step))[0].double().softmax(dim=-1))
-            step += 1
+    seed, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), [], []
+    for step, batch in enumerate(scoring_batches(task.test, letters, 3)):
+        key, repeated = NoiseKey(seed, step), batch.repeat(samples)
+        context = tiny.adapters.context.forward_pass(key, repeated.token_mask, groups=samples)
+        with torch.no_grad(), context:
+            logits = answer_logits(tiny.model, repeated).unflatten(0, (samples, -1))
+        # the first sample is the one that a pass of its own draws; the others are others
+        torch.testing.assert_close(logits[0], tiny.learner.forward(batch, key)[0].detach(), rtol=1e-5, atol=1e-5)
+        assert samples == 1 or (logits[1:] - logits[0]).abs().amax(dim=-1).min() > 1e-3
+        drawn = [sample.double().softmax(dim=-1) for sample in logits]
         target = batch.target[None, :, None].expand(samples, -1, 1)
         at_target = torch.stack(drawn).gather(2, target)[..., 0]
         rows.append(-at_target.mean(dim=0).log())

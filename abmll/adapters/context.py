@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from torch import Tensor
 from abmll.kernels import NoiseKey, ThetaGradient
 
 
-@dataclass(frozen=True)
-class OuterWeights:
+class OuterWeights(NamedTuple):
     """Weights of theta's two terms: beta and beta / M."""
 
     kl: float
@@ -46,21 +46,28 @@ class RecordedTerms:
 @dataclass
 class AdapterContext:
     """`key` None: the posterior mean, without terms. `kl`: every layer's KL joins the graph. `outer` set: theta's local
-    gradients are made in the forward pass.
+    gradients are made in the forward pass. `groups` G: the batch is G equal parts, each with noise of its own (samples
+    of the posterior side by side).
     """
 
     key: NoiseKey | None = None
     token_mask: Tensor | None = None
+    groups: int = 1
     kl: bool = False
     outer: OuterWeights | None = None
     recorded: RecordedTerms | None = None
 
     @contextmanager
     def forward_pass(
-        self, key: NoiseKey | None, token_mask: Tensor | None, kl: bool = False, outer: OuterWeights | None = None
+        self,
+        key: NoiseKey | None,
+        token_mask: Tensor | None,
+        kl: bool = False,
+        outer: OuterWeights | None = None,
+        groups: int = 1,
     ) -> Iterator[RecordedTerms]:
         """Fix the integers and the mask of the next forward pass; yields what the layers record in it."""
-        self.key, self.token_mask, self.kl, self.outer = key, token_mask, kl, outer
+        self.key, self.token_mask, self.kl, self.outer, self.groups = key, token_mask, kl, outer, groups
         self.recorded = RecordedTerms()
         try:
             yield self.recorded

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from abmll.adapters.context import AdapterContext
+from abmll.adapters.context import AdapterContext, OuterWeights
 from abmll.adapters.pairs import GaussianPairs, MeanPairs
 from abmll.kernels import (
     Backend,
     Posterior,
     PosteriorSettings,
+    ThetaGradient,
     mean_linear,
     posterior_projection,
     theta_gradient,
@@ -59,7 +60,11 @@ class GaussianLoRALinear(nn.Module):
         phi, theta = self.phi.factors(), self.theta.factors()
         if context.key is None:
             return mean_linear(x, self.base.weight, self.base.bias, phi.mean, self.settings.scaling)
-        outer = context.outer
+        outer, shape, token_mask = context.outer, x.shape, context.token_mask
+        if context.groups > 1:
+            x = x.unflatten(0, (context.groups, -1))
+            phi = phi.expand(context.groups)
+            token_mask = None if token_mask is None else token_mask.unflatten(0, (context.groups, -1))
         projection = posterior_projection(
             self.posterior,
             x,
@@ -70,7 +75,7 @@ class GaussianLoRALinear(nn.Module):
             self.settings,
             context.key,
             self.index,
-            context.token_mask,
+            token_mask,
             terms="divergence" if context.kl else "none" if outer is None else "theta",
             backend=self.backend,
         )
@@ -86,8 +91,13 @@ class GaussianLoRALinear(nn.Module):
                     self.settings,
                     outer.kl,
                     outer.prior,
-                    context.token_mask,
+                    token_mask,
                     projection,
                     self.backend,
                 )
-        return projection.y
+        return projection.y.view(*shape[:-1], -1)
+
+    def theta_gradient(self, weights: OuterWeights) -> ThetaGradient:
+        """Theta's local gradient in the weight posterior: of the factors alone, without a forward pass."""
+        factors = (self.phi.factors(), self.theta.factors())
+        return theta_gradient("weight", None, *factors, self.settings, *weights, backend=self.backend)

@@ -35,6 +35,17 @@ def sections_disagree(config: Any) -> list[Problem]:
         "model.name",
     )
 
+    rule(
+        config.method.outer_batch == "query"
+        and config.method.meta_gradient == "kl"
+        and config.adapters.posterior == "weight",
+        "method.outer_batch",
+        "theta's gradient reads no batch in the weight posterior; set method.outer_batch=reuse, or "
+        "method.meta_gradient=first_order",
+        "method.meta_gradient",
+        "adapters.posterior",
+    )
+
     tasks = config.tasks
     rule(
         tasks.source == "jsonl" and not tasks.folder,

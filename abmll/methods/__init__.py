@@ -1,6 +1,7 @@
 """The methods by their configured names."""
 
 from abmll.config.schema import MethodConfig
+from abmll.kernels import Posterior
 from abmll.methods.abmll import ABMLL
 from abmll.methods.base import Method, Update, Visit
 from abmll.methods.lora import LoRA, StructuredLoRA
@@ -12,8 +13,8 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def build_method(config: MethodConfig) -> Method:
-    return METHODS[config.name](config)
+def build_method(config: MethodConfig, posterior: Posterior = "activation") -> Method:
+    return METHODS[config.name](config, posterior)
 
 
 __all__ = ["METHODS", "Method", "Pretrained", "Update", "Visit", "build_method"]

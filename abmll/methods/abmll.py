@@ -16,7 +16,11 @@ class ABMLL(Method):
 
     @property
     def passes_per_episode(self) -> int:
-        return self.config.inner_steps + 1
+        return self.config.inner_steps + (not self._theta_reads_no_batch)
+
+    @property
+    def _theta_reads_no_batch(self) -> bool:
+        return self.posterior == "weight" and self.config.meta_gradient == "kl"
 
     def update(self, learner: Learner, visit: Visit) -> Update:
         episode = visit.episode
@@ -25,6 +29,10 @@ class ABMLL(Method):
             learner.phi_step(batch, key, visit.optimizer)
             for batch, key in zip(episode.support, inner_keys, strict=True)
         )
+        if self._theta_reads_no_batch:
+            gradient, outer = learner.theta_gradient_of_weights()
+            # what the step line shows as the outer step's: the last that was computed
+            return Update(gradient, inner, outer._replace(nll=inner[-1].nll), episode.support)
         batch = episode.support[-1] if episode.query is None else episode.query
         if self.config.meta_gradient == "kl":
             gradient, outer = learner.theta_gradient_kl(batch, outer_key)

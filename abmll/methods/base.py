@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from abmll.config.schema import MethodConfig
-from abmll.kernels import NoiseKey
+from abmll.kernels import NoiseKey, Posterior
 from abmll.learner import Learner, StepTerms
 from abmll.tasks.task import Batch, Episode
 
@@ -43,8 +43,8 @@ class Method:
     gaussian: ClassVar[bool] = False
     pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
 
-    def __init__(self, config: MethodConfig):
-        self.config = config
+    def __init__(self, config: MethodConfig, posterior: Posterior = "activation"):
+        self.config, self.posterior = config, posterior
 
     @property
     def updates_per_episode(self) -> int:

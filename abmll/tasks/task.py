@@ -72,6 +72,15 @@ class Batch:
         }
         return Batch(**{**vars(self), **move})
 
+    def repeat(self, times: int) -> Batch:
+        """The whole batch `times` over, one after the other."""
+        copies = {
+            name: value.repeat(times, *[1] * (value.dim() - 1))
+            for name, value in vars(self).items()
+            if torch.is_tensor(value)
+        }
+        return Batch(**copies, num_real_tokens=times * self.num_real_tokens)
+
 
 @dataclass(frozen=True)
 class Episode:

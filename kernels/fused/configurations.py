@@ -15,6 +15,8 @@ import torch
 TARGET_PROGRAMS = 256
 # Partial gradients of B are T / rows-of-a-slot copies of it: few enough to stay below the size of dx.
 ADJOINT_SLOTS = 16
+# The weight posterior's dense tiles, a band of rows of N x K, live in this much memory, whatever the layer's size.
+SCRATCH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from abmll.kernels.fused import configurations
-from abmll.kernels.fused.activation import adjoint_kernel, sample_kernel
 from abmll.kernels.fused.configurations import ADJOINT_SLOTS, TARGET_PROGRAMS, padded_rank
+from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
 from abmll.kernels.fused.products import factor_gradient_kernel, forward_kernel, input_gradient_kernel
 
 
@@ -25,13 +25,61 @@ class Pairs(NamedTuple):
     a: tuple[Tensor, ...]
     b: tuple[Tensor, ...]
 
+    @classmethod
+    def of(cls, *factors: Tensor | None) -> Pairs:
+        """From mean a, b, log-variance a, b of phi [G, ...], then of theta [...] or None."""
+        there = [factor.contiguous() for factor in factors if factor is not None]
+        return cls(tuple(there[0::2]), tuple(there[1::2]))
+
     @property
     def rank(self) -> int:
         return self.a[0].shape[-2]
 
-    def padded(self, which: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Four pointers whatever the number of pairs: the first stands in for those that are not read."""
-        return which + (which[0],) * (4 - len(which))
+
+class Matrix(NamedTuple):
+    """A low-rank Gaussian matrix [G, M, N], see `gaussian`: row factors [G, M, r], column factors [G, N, r] of 2 or 4
+    pairs. Strides may be any; theta's factors are expanded along G.
+    """
+
+    rows: tuple[Tensor, ...]
+    columns: tuple[Tensor, ...]
+
+    @classmethod
+    def of_activations(cls, p: Tensor, pairs: Pairs) -> Matrix:
+        """z [G, T, N] from the rank-sized projections p [G, T, pairs * r] and B."""
+        return cls(p.unflatten(-1, (-1, pairs.rank)).unbind(-2), _grouped(pairs.b, p.shape[0]))
+
+    @classmethod
+    def of_weights(cls, pairs: Pairs, rows: slice) -> Matrix:
+        """A band of rows of the change to W0 [G, N, K], from B and A^T."""
+        groups = pairs.a[0].shape[0]
+        rows_of_b = tuple(b[..., rows, :] for b in _grouped(pairs.b, groups))
+        return cls(rows_of_b, tuple(a.mT for a in _grouped(pairs.a, groups)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """G, M, N, r."""
+        return (*self.rows[0].shape[:2], *self.columns[0].shape[1:])
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """Eight pointers whatever the number of pairs: the first stands in for those that are not read."""
+        return (*_padded(self.rows), *_padded(self.columns))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """By group (phi, theta) and row of the row factors; by group (phi, theta), column and rank of the others."""
+        rows, columns = self.rows, self.columns
+        of_rows = (rows[0].stride(0), rows[-1].stride(0), rows[0].stride(1))
+        return (*of_rows, columns[0].stride(0), columns[-1].stride(0), columns[0].stride(1), columns[0].stride(2))
+
+
+def _grouped(factors: tuple[Tensor, ...], groups: int) -> tuple[Tensor, ...]:
+    return tuple(f.expand(groups, -1, -1) for f in factors)
+
+
+def _padded(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return factors + (factors[0],) * (4 - len(factors))
 
 
 class Scalars(NamedTuple):
@@ -44,6 +92,7 @@ class Scalars(NamedTuple):
     seed: int
     step: int
     layer: int
+    first_group: int = 0
 
 
 def _blocks(size: int, block: int) -> int:
@@ -80,7 +129,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     matrix = weight if base else x
     with _on(x):
         forward_kernel[programs, groups](
-            x, matrix, x if bias is None else bias, *pairs.padded(pairs.a), y, p,
+            x, matrix, x if bias is None else bias, *_padded(pairs.a), y, p,
             tokens, outputs, inputs, x.stride(0), x.stride(1), matrix.stride(0),
             PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
             **launch.blocks, **launch.options,
@@ -88,65 +137,97 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     return None if weight is None else y, p
 
 
-def sample(y: Tensor, p: Tensor, mask: Tensor | None, pairs: Pairs, scalars: Scalars, with_sums: bool) -> Tensor:
-    """Add the sample to y [G, T, N] in place. Returns [KL, -log prior], or an empty tensor without sums."""
-    groups, tokens, outputs = y.shape
-    launch = configurations.sample(pairs.rank)
-    grid = (_blocks(tokens, launch.blocks["ROWS"]), _blocks(outputs, launch.blocks["COLUMNS"]), groups)
+def sample(
+    matrix: Matrix,
+    y: Tensor,
+    mask: Tensor | None,
+    scalars: Scalars,
+    add: bool,
+    with_sums: bool,
+    first_row: int = 0,
+) -> Tensor:
+    """Draw the matrix: add it to y [G, M, N] in place, or write it there. Returns [KL, -log prior] (empty: no sums)."""
+    groups, rows, columns, rank = matrix.shape
+    launch = configurations.sample(rank)
+    grid = (_blocks(rows, launch.blocks["ROWS"]), _blocks(columns, launch.blocks["COLUMNS"]), groups)
     sums = torch.empty(2, grid[0] * grid[1] * grid[2] if with_sums else 0, dtype=torch.float32, device=y.device)
     if y.numel():
         with _on(y):
             sample_kernel[grid](
-                y, p, _mask_pointer(mask, p), *pairs.padded(pairs.b), sums,
-                tokens, outputs, _mask_stride(mask), *scalars,
-                WIDTH=p.shape[-1], RANK=pairs.rank, R=padded_rank(pairs.rank), SUMS=with_sums,
-                HAS_MASK=mask is not None, **launch.blocks, **launch.options,
+                y, *matrix.factors, y if mask is None else mask, sums,
+                rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask), *scalars,
+                RANK=rank, R=padded_rank(rank), ADD=add, SUMS=with_sums, HAS_MASK=mask is not None,
+                **launch.blocks, **launch.options,
             )  # fmt: skip
     return sums.sum(dim=1) if with_sums else sums.new_empty(0)
 
 
+def constants(*values: float, device: torch.device) -> Tensor:
+    """fp32 numbers on the device, without a copy that waits for it."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
+class Wanted(NamedTuple):
+    """Which adjoints: of phi's and theta's row factors (dp) and column factors (dq), and the sums of KL and prior."""
+
+    dp_phi: bool
+    dp_theta: bool
+    dq_phi: bool
+    dq_theta: bool
+    sums: bool = False
+
+
 class Adjoints(NamedTuple):
-    """dp [G, T, pairs * r]; db [pairs, chunks' sum, G, N, r]; [KL, -log prior] or empty."""
+    """dp [G, M, pairs * r]; dq [pairs, G, N, r]; [KL, -log prior] or empty."""
 
     dp: Tensor
-    db: Tensor
+    dq: Tensor
     sums: Tensor
 
 
 def adjoint(
-    dy: Tensor | None,
+    matrix: Matrix,
+    dz: Tensor | None,
     weights: Tensor | None,
-    p: Tensor,
-    outputs: int,
     mask: Tensor | None,
-    pairs: Pairs,
     scalars: Scalars,
-    dp_phi: bool,
-    dp_theta: bool,
-    db_phi: bool,
-    db_theta: bool,
-    with_sums: bool,
+    wanted: Wanted,
+    sample_to: Tensor | None = None,
+    first_row: int = 0,
 ) -> Adjoints:
-    """Adjoints of the pairs asked for. dy [G, T, N]; weights [2]: gradients of the sums of KL and -log prior."""
-    groups, tokens, width = p.shape
-    launch = configurations.adjoint(pairs.rank)
-    slots, slot_rows = _split(tokens, launch.blocks["ROWS"], ADJOINT_SLOTS)
-    chunks, chunk_columns = _split(outputs, launch.blocks["COLUMNS"], TARGET_PROGRAMS // max(slots * groups, 1))
-    new = {"dtype": torch.float32, "device": p.device}
-    dp = torch.empty(chunks, groups, tokens, (2 * dp_phi + 2 * dp_theta) * pairs.rank, **new)
-    db = torch.empty(slots, 2 * db_phi + 2 * db_theta, groups, outputs, pairs.rank, **new)
-    sums = torch.empty(2, slots * chunks * groups if with_sums else 0, **new)
+    """Adjoints of the factors. dz [G, M, N]; weights [2]: gradients of the sums of KL and -log prior.
+
+    With `sample_to` [G, M, N] (and dz) the sample is drawn again beside: one generation of the noise serves both.
+    """
+    if dz is not None and wanted.dq_theta:
+        # theta's adjoints do not depend on dz, and all four pairs' at once would not fit the registers
+        phi = adjoint(
+            matrix, dz, weights, mask, scalars, Wanted(wanted.dp_phi, False, wanted.dq_phi, False), sample_to, first_row
+        )
+        theta = adjoint(matrix, None, weights, mask, scalars, Wanted(False, wanted.dp_theta, False, True, wanted.sums))
+        return Adjoints(torch.cat([phi.dp, theta.dp], dim=-1), torch.cat([phi.dq, theta.dq]), theta.sums)
+    groups, rows, columns, rank = matrix.shape
+    launch = configurations.adjoint(rank)
+    slots, slot_rows = _split(rows, launch.blocks["ROWS"], ADJOINT_SLOTS)
+    chunks, chunk_columns = _split(columns, launch.blocks["COLUMNS"], TARGET_PROGRAMS // max(slots * groups, 1))
+    some = matrix.rows[0]
+    new = {"dtype": torch.float32, "device": some.device}
+    dp = torch.empty(chunks, groups, rows, (2 * wanted.dp_phi + 2 * wanted.dp_theta) * rank, **new)
+    dq = torch.empty(slots, 2 * wanted.dq_phi + 2 * wanted.dq_theta, groups, columns, rank, **new)
+    sums = torch.empty(2, slots * chunks * groups if wanted.sums else 0, **new)
     if slots and chunks:
-        with _on(p):
+        with _on(some):
             adjoint_kernel[slots, chunks, groups](
-                p if dy is None else dy, p, _mask_pointer(mask, p), *pairs.padded(pairs.b),
-                p if weights is None else weights, dp, db, sums,
-                tokens, outputs, groups, *_row_strides(dy), _mask_stride(mask), slot_rows, chunk_columns,
-                *scalars, WIDTH=width, RANK=pairs.rank, R=padded_rank(pairs.rank), HAS_MASK=mask is not None,
-                HAS_DY=dy is not None, DIVERGENCE=weights is not None, DP_PHI=dp_phi, DP_THETA=dp_theta,
-                DB_PHI=db_phi, DB_THETA=db_theta, SUMS=with_sums, **launch.blocks, **launch.options,
+                some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
+                some if mask is None else mask, some if weights is None else weights, dp, dq, sums,
+                rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
+                _mask_stride(mask), slot_rows, chunk_columns, *scalars,
+                RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
+                SAMPLE=sample_to is not None, DIVERGENCE=weights is not None, DP_PHI=wanted.dp_phi,
+                DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta, SUMS=wanted.sums,
+                **launch.blocks, **launch.options,
             )  # fmt: skip
-    return Adjoints(_summed(dp), _summed(db), sums.sum(dim=1) if with_sums else sums.new_empty(0))
+    return Adjoints(_summed(dp), _summed(dq), sums.sum(dim=1) if wanted.sums else sums.new_empty(0))
 
 
 def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
@@ -163,7 +244,7 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
         programs = _blocks(tokens, launch.blocks["ROWS"]) * _blocks(inputs, launch.blocks["COLUMNS"])
         with _on(dp):
             input_gradient_kernel[programs, groups](
-                dp if dy is None else dy, weight, dp, *pairs.padded(pairs.a), dx, tokens, outputs, inputs,
+                dp if dy is None else dy, weight, dp, *_padded(pairs.a), dx, tokens, outputs, inputs,
                 *_row_strides(dy), weight.stride(0),
                 PAIRS=len(pairs.a), RANK=pairs.rank, R=padded_rank(pairs.rank), BASE=base, HAS_DY=dy is not None,
                 **launch.blocks, **launch.options,
@@ -200,12 +281,8 @@ def _summed(partial: Tensor) -> Tensor:
     return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
 
 
-def _mask_pointer(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask
-
-
-def _row_strides(dy: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if dy is None else (dy.stride(0), dy.stride(1))
+def _row_strides(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
 
 
 def _mask_stride(mask: Tensor | None) -> int:

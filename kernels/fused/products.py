@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from abmll.kernels.fused.tiles import (
+    factor_tile,
     narrow_dot,
     narrowed,
-    projection_tile,
-    store_projection_tile,
+    store_factor_tile,
     wide_dot,
 )
 
@@ -51,11 +51,11 @@ def _project_rows(
         if PAIRS == 4:
             p_2 = wide_dot(x, tl.trans(_row_factor_tile(a_2, ks, K, RANK, R)), p_2)
             p_3 = wide_dot(x, tl.trans(_row_factor_tile(a_3, ks, K, RANK, R)), p_3)
-    store_projection_tile(p_ptr, p_0, rows, T, 0, PAIRS * RANK, RANK, R)
-    store_projection_tile(p_ptr, p_1, rows, T, 1, PAIRS * RANK, RANK, R)
+    store_factor_tile(p_ptr, p_0, rows, T, PAIRS * RANK, RANK, R)
+    store_factor_tile(p_ptr + RANK, p_1, rows, T, PAIRS * RANK, RANK, R)
     if PAIRS == 4:
-        store_projection_tile(p_ptr, p_2, rows, T, 2, PAIRS * RANK, RANK, R)
-        store_projection_tile(p_ptr, p_3, rows, T, 3, PAIRS * RANK, RANK, R)
+        store_factor_tile(p_ptr + 2 * RANK, p_2, rows, T, PAIRS * RANK, RANK, R)
+        store_factor_tile(p_ptr + 3 * RANK, p_3, rows, T, PAIRS * RANK, RANK, R)
 
 
 @triton.jit
@@ -94,7 +94,11 @@ def _base_tile(
     tl.store(y_ptr + offsets, narrowed(accumulator, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Numbers that differ from batch to batch: nothing is compiled anew for them.
+VARYING = ["T", "G", "chunk_rows"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     x_ptr, w_ptr, bias_ptr, a_0, a_1, a_2, a_3, y_ptr, p_ptr,
     T, N, K, x_group, x_stride, w_stride,
@@ -124,7 +128,7 @@ def forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def input_gradient_kernel(
     dy_ptr, w_ptr, dp_ptr, a_0, a_1, a_2, a_3, dx_ptr, T, N, K, dy_group, dy_stride, w_stride,
     PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BASE: tl.constexpr, HAS_DY: tl.constexpr,
@@ -162,21 +166,21 @@ def input_gradient_kernel(
     a_1 += own
     PRECISION: tl.constexpr = "tf32x3" if dx_ptr.dtype.element_ty == tl.float32 else "tf32"
     accumulator = tl.dot(
-        projection_tile(dp_ptr, rows, T, 0, WIDTH, RANK, R), _row_factor_tile(a_0, ks, K, RANK, R), accumulator,
+        factor_tile(dp_ptr, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_0, ks, K, RANK, R), accumulator,
         input_precision=PRECISION,
     )  # fmt: skip
     accumulator = tl.dot(
-        projection_tile(dp_ptr, rows, T, 1, WIDTH, RANK, R), _row_factor_tile(a_1, ks, K, RANK, R), accumulator,
+        factor_tile(dp_ptr + RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_1, ks, K, RANK, R), accumulator,
         input_precision=PRECISION,
     )  # fmt: skip
     if PAIRS == 4:
         accumulator = tl.dot(
-            projection_tile(dp_ptr, rows, T, 2, WIDTH, RANK, R), _row_factor_tile(a_2, ks, K, RANK, R), accumulator,
-            input_precision=PRECISION,
+            factor_tile(dp_ptr + 2 * RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_2, ks, K, RANK, R),
+            accumulator, input_precision=PRECISION,
         )  # fmt: skip
         accumulator = tl.dot(
-            projection_tile(dp_ptr, rows, T, 3, WIDTH, RANK, R), _row_factor_tile(a_3, ks, K, RANK, R), accumulator,
-            input_precision=PRECISION,
+            factor_tile(dp_ptr + 3 * RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_3, ks, K, RANK, R),
+            accumulator, input_precision=PRECISION,
         )  # fmt: skip
     tl.store(dx_ptr + offsets, narrowed(accumulator, dx_ptr.dtype.element_ty), mask=inside)
 
@@ -188,7 +192,7 @@ def _store_row_factor_tile(pointer, value, ks, K, RANK: tl.constexpr, R: tl.cons
     tl.store(pointer + ranks.to(tl.int64)[:, None] * K + ks[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def factor_gradient_kernel(
     dp_ptr, x_ptr, da_ptr, T, K, G, x_group, x_stride, chunk_rows,
     WIDTH: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
@@ -202,7 +206,7 @@ def factor_gradient_kernel(
     chunk = tl.program_id(1)
     group = tl.program_id(2).to(tl.int64)
     x_ptr += group * x_group
-    dp_ptr += group * T * WIDTH
+    dp_ptr += group * T * WIDTH + FIRST * RANK
     da_0 = tl.zeros((R, COLUMNS), tl.float32)
     da_1 = tl.zeros((R, COLUMNS), tl.float32)
     if PAIRS == 4:
@@ -213,11 +217,11 @@ def factor_gradient_kernel(
         rows = start + tl.arange(0, ROWS)
         inside = (rows < end)[:, None] & (ks < K)[None, :]
         x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + ks[None, :], mask=inside, other=0.0)
-        da_0 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST, WIDTH, RANK, R)), x, da_0)
-        da_1 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST + 1, WIDTH, RANK, R)), x, da_1)
+        da_0 = wide_dot(tl.trans(factor_tile(dp_ptr, rows, end, WIDTH, 1, RANK, R)), x, da_0)
+        da_1 = wide_dot(tl.trans(factor_tile(dp_ptr + RANK, rows, end, WIDTH, 1, RANK, R)), x, da_1)
         if PAIRS == 4:
-            da_2 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST + 2, WIDTH, RANK, R)), x, da_2)
-            da_3 = wide_dot(tl.trans(projection_tile(dp_ptr, rows, end, FIRST + 3, WIDTH, RANK, R)), x, da_3)
+            da_2 = wide_dot(tl.trans(factor_tile(dp_ptr + 2 * RANK, rows, end, WIDTH, 1, RANK, R)), x, da_2)
+            da_3 = wide_dot(tl.trans(factor_tile(dp_ptr + 3 * RANK, rows, end, WIDTH, 1, RANK, R)), x, da_3)
     pair_stride = tl.cast(G, tl.int64) * RANK * K
     da_ptr += chunk * PAIRS * pair_stride + group * RANK * K
     _store_row_factor_tile(da_ptr, da_0, ks, K, RANK, R)

@@ -55,7 +55,7 @@ def normal_tile(rows, first_column, columns, seed, step, layer, group, WIDTH: tl
     quads = tl.cdiv(columns, QUAD)
     within = first_column // QUAD + tl.arange(0, WIDTH // QUAD)
     # 32-bit words that may wrap as signed numbers; the caller has checked that rows x quads fits 32 bits
-    counter = rows.to(tl.uint32)[:, None] * quads.to(tl.uint32) + within.to(tl.uint32)[None, :]
+    counter = rows.to(tl.uint32)[:, None] * quads + within.to(tl.uint32)[None, :]
     zero = counter * 0
     words = tl.philox(seed, counter, zero + group.to(tl.uint32), zero + step.to(tl.uint32), zero + layer.to(tl.uint32))
     normal_0, normal_1 = box_muller(words[0], words[1])
@@ -66,33 +66,20 @@ def normal_tile(rows, first_column, columns, seed, step, layer, group, WIDTH: tl
 
 
 @triton.jit
-def factor_tile(pointer, rows, row_limit, RANK: tl.constexpr, R: tl.constexpr):
-    """fp32 tile [len(rows), R] of a factor stored [row_limit, RANK]; zero beyond either."""
+def factor_tile(pointer, rows, row_limit, row_stride, rank_stride, RANK: tl.constexpr, R: tl.constexpr):
+    """fp32 tile [len(rows), R] of a factor [row_limit, RANK] with any strides; zero beyond either."""
     ranks = tl.arange(0, R)
     inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    return tl.load(pointer + rows.to(tl.int64)[:, None] * RANK + ranks[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def projection_tile(
-    pointer, rows, row_limit, pair: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
-):
-    """fp32 tile [len(rows), R] of one pair's part of the rank-sized projections [row_limit, WIDTH = pairs x RANK]."""
-    ranks = tl.arange(0, R)
-    inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + pair * RANK + ranks[None, :]
+    offsets = rows.to(tl.int64)[:, None] * row_stride + ranks[None, :] * rank_stride
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_projection_tile(
-    pointer, value, rows, row_limit, pair: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
-):
-    """The other direction of `projection_tile`."""
+def store_factor_tile(pointer, value, rows, row_limit, row_stride, RANK: tl.constexpr, R: tl.constexpr):
+    """The other direction of `factor_tile`, with unit stride along the rank."""
     ranks = tl.arange(0, R)
     inside = (rows < row_limit)[:, None] & (ranks < RANK)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + pair * RANK + ranks[None, :]
-    tl.store(pointer + offsets, value, mask=inside)
+    tl.store(pointer + rows.to(tl.int64)[:, None] * row_stride + ranks[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -135,7 +122,9 @@ def wide_dot(a, b, accumulator):
     """accumulator + a b where one tile is fp32 and the other is in the model's dtype.
 
     For bf16 the fp32 tile is split into three bf16 parts (3 x 8 bits hold fp32's 24), so that nothing is lost: with a
-    16-bit factor the differences between phi and theta, which the KL is made of, would be below the rounding.
+    16-bit factor the differences between phi and theta, which the KL is made of, would be below the rounding. Tensor
+    cores truncate when they add to an accumulator, which over all of K would show: each block starts from zero and is
+    added by plain fp32 arithmetic.
     """
     if a.dtype == tl.bfloat16:
         high = _rounded(b)
@@ -143,20 +132,20 @@ def wide_dot(a, b, accumulator):
         middle = _rounded(rest)
         low = _rounded(rest - middle.to(tl.float32))
         narrow = _rounded(a)
-        accumulator = tl.dot(narrow, low, accumulator)
-        accumulator = tl.dot(narrow, middle, accumulator)
-        return tl.dot(narrow, high, accumulator)
+        product = tl.dot(narrow, low)
+        product = tl.dot(narrow, middle, product)
+        return accumulator + tl.dot(narrow, high, product)
     elif b.dtype == tl.bfloat16:
         high = _rounded(a)
         rest = a - high.to(tl.float32)
         middle = _rounded(rest)
         low = _rounded(rest - middle.to(tl.float32))
         narrow = _rounded(b)
-        accumulator = tl.dot(low, narrow, accumulator)
-        accumulator = tl.dot(middle, narrow, accumulator)
-        return tl.dot(high, narrow, accumulator)
+        product = tl.dot(low, narrow)
+        product = tl.dot(middle, narrow, product)
+        return accumulator + tl.dot(high, narrow, product)
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="tf32x3")
+        return accumulator + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
 
 
 @triton.jit

@@ -1,0 +1,239 @@
+"""The fused weight posterior as opaque PyTorch operators: exact, and nothing of size N x K is kept.
+
+    forward     y = W0 x + bias + D x        D = s B_mu A_mu + exp(l / 2) E, a band of rows of D at a time
+    backward    dx = dy W0 + dy D            with D drawn again
+                dB, dA from the adjoint of D, a band of dy^T x at a time, and from KL and prior
+
+The bands live in a scratch buffer of bounded size, which the allocator hands from layer to layer. W0 x and D x meet in
+the product's fp32 accumulator, so that a change of 1e-5 is not lost in a 16-bit weight. Saved: x and integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from abmll.kernels.fused import launch
+from abmll.kernels.fused.configurations import SCRATCH_BYTES
+from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
+
+
+def _bands(rows: int, columns: int, bytes_each: int) -> Iterator[slice]:
+    """Equal bands of rows that each fit the scratch buffer (at least 64 rows, whatever their width)."""
+    most = max(SCRATCH_BYTES // (columns * bytes_each) // 64 * 64, 64)
+    count = -(-rows // most)
+    size = -(-rows // max(count, 1) // 64) * 64
+    for start in range(0, rows, max(size, 64)):
+        yield slice(start, min(start + size, rows))
+
+
+def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bf16 has fp32's range; fp16 has not: a standard deviation of exp(-10) is subnormal there."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _of_group(pairs: Pairs, group: int) -> Pairs:
+    """Phi's factors of one group, and theta's, which all share."""
+
+    def take(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*(f[group : group + 1] for f in factors[:2]), *factors[2:])
+
+    return Pairs(take(pairs.a), take(pairs.b))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, whatever the operands' dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += a b in place, accumulated in fp32; b may be wider than y and a."""
+    if b.dtype == y.dtype:
+        y.addmm_(a, b)
+    else:
+        y.copy_(y.to(b.dtype) + a.to(b.dtype) @ b)
+
+
+@torch.library.custom_op("abmll::weight_forward", mutates_args=())
+def weight_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    phi_mean_a: Tensor,
+    phi_mean_b: Tensor,
+    phi_log_variance_a: Tensor,
+    phi_log_variance_b: Tensor,
+    theta_mean_a: Tensor | None,
+    theta_mean_b: Tensor | None,
+    theta_log_variance_a: Tensor | None,
+    theta_log_variance_b: Tensor | None,
+    scaling: float,
+    offset: float,
+    prior_shape: float,
+    prior_rate: float,
+    seed: int,
+    step: int,
+    layer: int,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]."""
+    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
+    factors += (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
+    pairs = Pairs.of(*factors)
+    scalars = Scalars(scaling, offset, prior_shape, prior_rate, seed, step, layer)
+    y = linear(x, weight, bias)
+    dtype = _scratch_dtype(x.dtype)
+    outputs, inputs = weight.shape
+    sums = []
+    for group in range(x.shape[0]):
+        own, named = _of_group(pairs, group), scalars._replace(first_group=group)
+        for band in _bands(outputs, inputs, dtype.itemsize):
+            change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
+            matrix = Matrix.of_weights(own, band)
+            sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
+            _add_product(y[group, :, band], x[group], change[0].mT)
+    return y, torch.stack(sums).sum(dim=0) if with_sums else sums[0]
+
+
+@weight_forward.register_fake
+def _(x, weight, bias, *arguments):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(2 if arguments[-1] else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("abmll::weight_backward", mutates_args=())
+def weight_backward(
+    dy: Tensor | None,
+    dsums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    phi_mean_a: Tensor,
+    phi_mean_b: Tensor,
+    phi_log_variance_a: Tensor,
+    phi_log_variance_b: Tensor,
+    theta_mean_a: Tensor | None,
+    theta_mean_b: Tensor | None,
+    theta_log_variance_a: Tensor | None,
+    theta_log_variance_b: Tensor | None,
+    scaling: float,
+    offset: float,
+    prior_shape: float,
+    prior_rate: float,
+    seed: int,
+    step: int,
+    layer: int,
+    need_x: bool,
+    need_phi: bool,
+    need_theta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
+    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
+    factors += (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
+    pairs = Pairs.of(*factors)
+    scalars = Scalars(scaling, offset, prior_shape, prior_rate, seed, step, layer)
+    groups, (outputs, inputs), rank = x.shape[0], weight.shape, pairs.rank
+    need_x = need_x and dy is not None
+    wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
+    count = 2 * need_phi + 2 * need_theta
+    da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
+    db = torch.empty(count, groups, outputs, rank, dtype=torch.float32, device=x.device)
+    dx = dy @ weight if need_x else x.new_empty(0)
+    dtype = _scratch_dtype(x.dtype)
+    for group in range(groups):
+        own, named = _of_group(pairs, group), scalars._replace(first_group=group)
+        for band in _bands(outputs, inputs, torch.float32.itemsize):
+            matrix = Matrix.of_weights(own, band)
+            change = None
+            if need_x:
+                change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
+            if count and (dy is not None or dsums is not None):
+                dz = None if dy is None else _wide_product(dy[group, :, band].mT, x[group]).unsqueeze(0)
+                found = launch.adjoint(matrix, dz, dsums, None, named, wanted, change, band.start)
+                da[:, group] += found.dq[:, 0]
+                db[:, group, band] = found.dp[0].unflatten(-1, (count, rank)).movedim(1, 0)
+            elif need_x:
+                launch.sample(matrix, change, None, named, False, False, band.start)
+            if need_x:
+                _add_product(dx[group], dy[group, :, band], change[0])
+    return dx, da.mT.contiguous(), db
+
+
+@weight_backward.register_fake
+def _(dy, dsums, x, weight, *arguments):
+    need_x, need_phi, need_theta = arguments[-3:]
+    (outputs, inputs), rank, count = weight.shape, arguments[0].shape[-2], 2 * need_phi + 2 * need_theta
+    return (
+        x.new_empty(x.shape) if need_x and dy is not None else x.new_empty(0),
+        x.new_empty(count, x.shape[0], rank, inputs, dtype=torch.float32),
+        x.new_empty(count, x.shape[0], outputs, rank, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, *factors = inputs[:11]
+    ctx.set_materialize_grads(False)
+    ctx.scalars = inputs[11:18]
+    ctx.save_for_backward(x, weight, *factors)
+
+
+def _backward(ctx, dy, dsums):
+    needs = ctx.needs_input_grad
+    if dsums is not None and dsums.numel() == 0:
+        dsums = None
+    need_x, need_phi = needs[0] and dy is not None, any(needs[3:7])
+    need_theta = any(needs[7:11]) and dsums is not None
+    gradients: list[Tensor | None] = [None] * 19
+    if (dy is None and dsums is None) or not (need_x or need_phi or need_theta):
+        return tuple(gradients)
+    dx, da, db = torch.ops.abmll.weight_backward(
+        dy, dsums, *ctx.saved_tensors, *ctx.scalars, need_x, need_phi, need_theta
+    )
+    gradients[0] = dx if need_x else None
+    if need_phi:
+        gradients[3:7] = da[0], db[0], da[1], db[1]
+    if need_theta:
+        gradients[7:11] = (part.sum(dim=0) for part in (da[-2], db[-2], da[-1], db[-1]))
+    return tuple(gradients)
+
+
+weight_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("abmll::weight_theta_gradient", mutates_args=())
+def weight_theta_gradient(
+    phi_mean_a: Tensor,
+    phi_mean_b: Tensor,
+    phi_log_variance_a: Tensor,
+    phi_log_variance_b: Tensor,
+    theta_mean_a: Tensor,
+    theta_mean_b: Tensor,
+    theta_log_variance_a: Tensor,
+    theta_log_variance_b: Tensor,
+    scaling: float,
+    offset: float,
+    prior_shape: float,
+    prior_rate: float,
+    kl_weight: float,
+    prior_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs: one pass over tiles, without x or noise."""
+    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
+    pairs = Pairs.of(*factors, theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
+    weights = launch.constants(kl_weight, prior_weight, device=phi_mean_a.device)
+    scalars = Scalars(scaling, offset, prior_shape, prior_rate, 0, 0, 0)
+    matrix = Matrix.of_weights(pairs, slice(None))
+    found = launch.adjoint(matrix, None, weights, None, scalars, Wanted(False, True, False, True, sums=True))
+    db = found.dp.sum(dim=0).unflatten(-1, (2, pairs.rank)).movedim(1, 0)
+    return found.dq.sum(dim=1).mT.contiguous(), db.contiguous(), found.sums
+
+
+@weight_theta_gradient.register_fake
+def _(phi_mean_a, phi_mean_b, *_arguments):
+    (rank, inputs), outputs = phi_mean_a.shape[-2:], phi_mean_b.shape[-2]
+    new = phi_mean_a.new_empty
+    return new(2, rank, inputs), new(2, outputs, rank), new(2)
