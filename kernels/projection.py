@@ -158,7 +158,7 @@ def _fused_theta(
 
     factors = (*_flat(phi, grouped=True), *_flat(theta))
     low_rank = None if projection is None else projection.low_rank
-    if low_rank is None:
+    if low_rank is None or low_rank.shape[-1] != 4 * theta.mean.a.shape[0]:  # phi's two pairs alone: terms="none"
         low_rank = activation_project(x, *factors[0::2])
     return _theta(activation_theta_gradient(x, low_rank, mask, *factors, *settings, *weights))
 

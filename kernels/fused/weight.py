@@ -4,8 +4,8 @@
     backward    dx = dy W0 + dy D            with D drawn again
                 dB, dA from the adjoint of D, a band of dy^T x at a time, and from KL and prior
 
-The bands live in a scratch buffer of bounded size, which the allocator hands from layer to layer. W0 x and D x meet in
-the product's fp32 accumulator, so that a change of 1e-5 is not lost in a 16-bit weight. Saved: x and integers.
+The bands live in a scratch buffer of bounded size, which the allocator hands from layer to layer. D x is added to W0 x
+in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight. Saved: x and integers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.configurations import SCRATCH_BYTES
@@ -51,12 +50,17 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += a b in place, accumulated in fp32; b may be wider than y and a."""
-    if b.dtype == y.dtype:
-        y.addmm_(a, b)
-    else:
-        y.copy_(y.to(b.dtype) + a.to(b.dtype) @ b)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in a's dtype; b may be wider."""
+    return a @ b if a.dtype == b.dtype else (a.to(b.dtype) @ b).to(a.dtype)
+
+
+def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y [G, T, N] += a [G, T, K] b [K, N] in place, accumulated in fp32.
+
+    Last, onto the change's part: what is small is rounded at its own size, and the sum once.
+    """
+    y.flatten(0, 1).addmm_(a.flatten(0, 1), b)
 
 
 @torch.library.custom_op("abmll::weight_forward", mutates_args=())
@@ -86,7 +90,7 @@ def weight_forward(
     factors += (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
     pairs = Pairs.of(*factors)
     scalars = Scalars(scaling, offset, prior_shape, prior_rate, seed, step, layer)
-    y = linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     dtype = _scratch_dtype(x.dtype)
     outputs, inputs = weight.shape
     sums = []
@@ -96,7 +100,10 @@ def weight_forward(
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             matrix = Matrix.of_weights(own, band)
             sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
-            _add_product(y[group, :, band], x[group], change[0].mT)
+            y[group, :, band] = _product(x[group], change[0].mT)
+    _add_base_product(y, x, weight.mT)
+    if bias is not None:
+        y += bias
     return y, torch.stack(sums).sum(dim=0) if with_sums else sums[0]
 
 
@@ -142,7 +149,7 @@ def weight_backward(
     count = 2 * need_phi + 2 * need_theta
     da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
     db = torch.empty(count, groups, outputs, rank, dtype=torch.float32, device=x.device)
-    dx = dy @ weight if need_x else x.new_empty(0)
+    dx = torch.zeros_like(x) if need_x else x.new_empty(0)
     dtype = _scratch_dtype(x.dtype)
     for group in range(groups):
         own, named = _of_group(pairs, group), scalars._replace(first_group=group)
@@ -159,7 +166,9 @@ def weight_backward(
             elif need_x:
                 launch.sample(matrix, change, None, named, False, False, band.start)
             if need_x:
-                _add_product(dx[group], dy[group, :, band], change[0])
+                dx[group] += _product(dy[group, :, band], change[0])
+    if need_x:
+        _add_base_product(dx, dy, weight)
     return dx, da.mT.contiguous(), db
 
 
