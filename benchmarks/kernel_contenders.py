@@ -30,6 +30,7 @@ CONTENDERS = {
         "fused",
         "fused_library",
     ),
+    "weight": ("frozen", "peft", "plain", "fused"),
 }
 DESCRIPTIONS = {
     "frozen": "F.linear with frozen weights, and dx: the floor",
@@ -105,9 +106,12 @@ def posterior_contender(posterior: str, inputs: Inputs, backend: str) -> Contend
         return found.y, found.kl, found.negative_log_prior
 
     def outer():
+        weights = (inputs.kl_weight, inputs.prior_weight)
+        if posterior == "weight":  # reads no input
+            factors = (inputs.phi, inputs.theta)
+            return None, theta_gradient(posterior, None, *factors, inputs.settings, *weights, backend=backend)
         with torch.no_grad():
             found = project("theta")
-            weights = (inputs.kl_weight, inputs.prior_weight)
             step = theta_gradient(
                 posterior,
                 inputs.x,

@@ -72,7 +72,8 @@ def outcome(contender: Contender) -> dict[str, Tensor]:
     theta = [factor for pair in outer.gradient for factor in pair]
     values = {"y": y, "KL": kl, "-log prior": prior, "dx": dx}
     values |= {f"phi {name}": value for name, value in zip(FACTORS, phi, strict=True)}
-    values |= {"outer y": outer_y, "outer KL": outer.kl, "outer -log prior": outer.negative_log_prior}
+    values |= {} if outer_y is None else {"outer y": outer_y}
+    values |= {"outer KL": outer.kl, "outer -log prior": outer.negative_log_prior}
     values |= {f"theta {name}": value for name, value in zip(FACTORS, theta, strict=True)}
     return {name: value.detach() for name, value in values.items()}
 

@@ -109,7 +109,7 @@ def find_shapes(text: str) -> list[Shape]:
 def check_device(arguments: argparse.Namespace, device: torch.device) -> None:
     """Raises ValueError where the kernels cannot run, or cannot be timed."""
     for rank in arguments.rank:
-        reason = obstacle(arguments.posterior, device, DTYPES[arguments.dtype], rank)
+        reason = obstacle(device, DTYPES[arguments.dtype], rank)
         if reason is not None:
             raise ValueError(reason)
     if interpreted() and not arguments.parity_only:

@@ -129,7 +129,7 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     matrix = weight if base else x
     with _on(x):
         forward_kernel[programs, groups](
-            x, matrix, x if bias is None else bias, *_padded(pairs.a), y, p,
+            x, matrix, x if bias is None else bias.contiguous(), *_padded(pairs.a), y, p,
             tokens, outputs, inputs, x.stride(0), x.stride(1), matrix.stride(0),
             PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
             **launch.blocks, **launch.options,

@@ -29,6 +29,12 @@ def _bands(rows: int, columns: int, bytes_each: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def scratch_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Most bytes that the bands of a layer [outputs, inputs] take at a time: dy^T x in fp32 and the change itself."""
+    rows = next(_bands(outputs, inputs, torch.float32.itemsize)).stop
+    return rows * inputs * (torch.float32.itemsize + _scratch_dtype(dtype).itemsize)
+
+
 def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
     """bf16 has fp32's range; fp16 has not: a standard deviation of exp(-10) is subnormal there."""
     return dtype if dtype == torch.bfloat16 else torch.float32
@@ -50,9 +56,15 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in a's dtype; b may be wider."""
-    return a @ b if a.dtype == b.dtype else (a.to(b.dtype) @ b).to(a.dtype)
+def _add_product(y: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """y [T, N] += a b in place (`fresh`: y = a b); b may be wider than y and a."""
+    if b.dtype != y.dtype:
+        product = a.to(b.dtype) @ b
+        y.copy_(product if fresh else y + product)
+    elif fresh:
+        torch.mm(a, b, out=y)
+    else:
+        y.addmm_(a, b)
 
 
 def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
@@ -100,7 +112,7 @@ def weight_forward(
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             matrix = Matrix.of_weights(own, band)
             sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
-            y[group, :, band] = _product(x[group], change[0].mT)
+            _add_product(y[group, :, band], x[group], change[0].mT, fresh=True)
     _add_base_product(y, x, weight.mT)
     if bias is not None:
         y += bias
@@ -149,7 +161,7 @@ def weight_backward(
     count = 2 * need_phi + 2 * need_theta
     da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
     db = torch.empty(count, groups, outputs, rank, dtype=torch.float32, device=x.device)
-    dx = torch.zeros_like(x) if need_x else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     dtype = _scratch_dtype(x.dtype)
     for group in range(groups):
         own, named = _of_group(pairs, group), scalars._replace(first_group=group)
@@ -166,7 +178,7 @@ def weight_backward(
             elif need_x:
                 launch.sample(matrix, change, None, named, False, False, band.start)
             if need_x:
-                dx[group] += _product(dy[group, :, band], change[0])
+                _add_product(dx[group], dy[group, :, band], change[0], fresh=band.start == 0)
     if need_x:
         _add_base_product(dx, dy, weight)
     return dx, da.mT.contiguous(), db
