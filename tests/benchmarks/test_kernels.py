@@ -108,8 +108,8 @@ def test_true_kernels_pass_and_the_gates_are_reported(posterior, kernels, tmp_pa
 def test_broken_kernels_are_not_timed(run_small, monkeypatch, capsys):
     sample = launch.sample
 
-    def broken(y, *arguments):
-        sums = sample(y, *arguments)
+    def broken(matrix, y, *arguments):
+        sums = sample(matrix, y, *arguments)
         y.mul_(1.01)
         return sums
 

@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-6, "atol": 2e-8}  # for the order of sums alone; most of it 
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
-    ports = [str(free_port()) for _ in range(9)]
+    ports = [str(free_port()) for _ in range(12)]
     command = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", ports[0], str(SCRIPT)]
     started = time.monotonic()
     found = call([*command, str(folder), *ports[1:]], timeout=300)
@@ -41,6 +41,11 @@ def test_one_rank_with_two_tasks_is_two_ranks_with_one(two_ranks, make_run):
     assert_close(two.theta, one.theta, **CLOSE)
     for ours, theirs in zip(two.metrics, one.metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_weight_posterior_on_two_ranks_with_checkpointing_is_one_without(two_ranks, make_run):
+    one = make_run().train("adapters.posterior=weight", "trainer.tasks_per_step=2")
+    assert_close(two_ranks[0]("weight whole").theta, one.theta, **CLOSE)
 
 
 def test_one_rank_with_four_tasks_is_two_ranks_with_two(two_ranks, make_run):
@@ -68,6 +73,7 @@ def test_scores_do_not_depend_on_the_ranks(two_ranks, make_run):
 
 def test_resumed_on_two_ranks_equals_uninterrupted(two_ranks):
     two_ranks[0]("stopped").same_as(two_ranks[0]("whole"))
+    two_ranks[0]("weight stopped").same_as(two_ranks[0]("weight whole"))
 
 
 def test_a_checkpoint_of_two_ranks_is_refused_by_one(two_ranks):

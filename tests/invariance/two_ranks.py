@@ -33,13 +33,19 @@ def main() -> None:
     train("two each", "trainer.tasks_per_step=4")
 
     outer_step = Trainer._outer_step
-    Trainer._outer_step = lambda trainer, step: stop() if step == 2 else outer_step(trainer, step)
-    try:
-        train("stopped", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1")
-    except Stopped:
-        Trainer._outer_step = outer_step
-    train("stopped", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1", resume=True)
-    train("whole", "method.reset_inner_optimizer=false", "trainer.checkpoint_every=1")
+
+    def stop_and_resume(kind: str, *overrides: str) -> None:
+        """A run stopped at its third step and resumed, and one that was left alone."""
+        Trainer._outer_step = lambda trainer, step: stop() if step == 2 else outer_step(trainer, step)
+        try:
+            train(f"{kind}stopped", *overrides, "trainer.checkpoint_every=1")
+        except Stopped:
+            Trainer._outer_step = outer_step
+        train(f"{kind}stopped", *overrides, "trainer.checkpoint_every=1", resume=True)
+        train(f"{kind}whole", *overrides, "trainer.checkpoint_every=1")
+
+    stop_and_resume("", "method.reset_inner_optimizer=false")
+    stop_and_resume("weight ", "adapters.posterior=weight", "trainer.activation_checkpointing=true")
 
     (folder / f"done-{os.environ['RANK']}").touch()
     if os.environ["RANK"] == "1":
