@@ -50,8 +50,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Why the fused kernels cannot run this projection: argument and value; None where they can."""
     if dtype not in SUPPORTED_DTYPES:
         return f"x: dtype {dtype}: the kernels take {', '.join(str(d) for d in SUPPORTED_DTYPES)}"
-    if rank > MAXIMUM_RANK:
-        return f"rank: {rank}: the kernels take at most {MAXIMUM_RANK}"
+    if not 1 <= rank <= MAXIMUM_RANK:
+        return f"rank: {rank}: the kernels take 1 to {MAXIMUM_RANK}"
     return _device_obstacle(device)
 
 

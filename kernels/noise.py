@@ -9,7 +9,7 @@ Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,12 +29,22 @@ class NoiseKey:
 
     seed: int
     step: int
+    # The same bits as signed numbers: what operators take. Made here, once, because torch.compile follows numbers that
+    # change from call to call only if they fit 64 bits with their sign.
+    signed_seed: int = field(init=False, repr=False, compare=False)
+    signed_step: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: {self.seed}: must be in [0, 2**64)")
         if not 0 <= self.step < 2**32:
             raise ValueError(f"step: {self.step}: must be in [0, 2**32); use another seed for a longer run")
+        object.__setattr__(self, "signed_seed", _signed(self.seed, 64))
+        object.__setattr__(self, "signed_step", _signed(self.step, 32))
+
+
+def _signed(number: int, bits: int) -> int:
+    return number - (1 << bits) if number >> (bits - 1) else number
 
 
 def fold_seed(seed: int, *stream: str | int) -> int:
@@ -86,13 +96,13 @@ def standard_normal(
     quads = -(-columns // LANES)
     check_noise_size(rows, columns)
     normals = torch.empty(rows, quads, LANES, dtype=torch.float32, device=device)
-    key_words = (key.seed & WORD, key.seed >> 32)
+    key_words = (key.signed_seed & WORD, key.signed_seed >> 32 & WORD)
     # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.
     chunk = max(1, (2**16 if normals.device.type == "cpu" else 2**22) // max(quads, 1))
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
         quad = torch.arange(start * quads, stop * quads, device=device)
-        words = philox((quad, group, key.step, layer), key_words)
+        words = philox((quad, group, key.signed_step & WORD, layer), key_words)
         lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
         for lane, values in enumerate(lanes):
             normals[start:stop, :, lane] = values.view(stop - start, quads)

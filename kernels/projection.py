@@ -17,6 +17,7 @@ from abmll.kernels.reference import (
     ThetaGradient,
     activation_linear,
     activation_theta_gradient,
+    compute_dtype,
     weight_linear,
     weight_theta_gradient,
 )
@@ -51,7 +52,7 @@ def posterior_projection(
     Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, phi, theta, token_mask)
+    _check(x, weight, bias, phi, theta, token_mask)
     shape = (*x.shape[:-1], weight.shape[0])
     grouped, mask = _grouped(x, phi, token_mask)
     check_noise_size(*((grouped.shape[1], weight.shape[0]) if posterior == "activation" else weight.shape))
@@ -81,7 +82,11 @@ def theta_gradient(
     `projection` of the same x and factors with terms="theta" saves a pass over x. The weight posterior's divergence
     does not depend on x: it may be None there, and no forward pass is needed.
     """
-    factor = phi.mean.a
+    factor, rows, columns = phi.mean.a, phi.mean.b.shape[-2], phi.mean.a.shape[-1]
+    if posterior == "activation":
+        _check_input(x, columns, phi, token_mask)
+        x, *_ = _autocast(x, x, None)  # as the projection saw it
+    _check_factors(phi, theta, rows, columns, factor.dtype if x is None else compute_dtype(x))
     with torch.no_grad(), torch.autocast(factor.device.type, enabled=False):
         if posterior == "weight":
             if choose(backend, posterior, factor, factor.shape[-2]) == "triton":
@@ -133,14 +138,14 @@ def _fused(
     from abmll.kernels.fused.weight import weight_forward
 
     with_sums = terms == "divergence"
-    names = (_signed(key.seed, 64), _signed(key.step, 32), layer)
-    low_rank = None
+    noise, low_rank = [key.signed_seed, key.signed_step, layer], None
     if posterior == "activation":
-        factors = (*_flat(phi, grouped=True), *((None,) * 4 if terms == "none" else _flat(theta)))
-        y, low_rank, sums = activation_forward(x, weight, bias, mask, *factors, *settings, *names, with_sums)
+        compared = [] if terms == "none" else _flat(theta)
+        factors = (_flat(phi, grouped=True), compared)
+        y, low_rank, sums = activation_forward(x, weight, bias, mask, *factors, list(settings), noise, with_sums)
     else:
-        factors = (*_flat(phi, grouped=True), *(_flat(theta) if with_sums else (None,) * 4))
-        y, sums = weight_forward(x, weight, bias, *factors, *settings, *names, with_sums)
+        factors = (_flat(phi, grouped=True), _flat(theta) if with_sums else [])
+        y, sums = weight_forward(x, weight, bias, *factors, list(settings), noise, with_sums)
     kl, prior = sums.unbind() if with_sums else (None, None)
     return Projection(y, kl, prior, low_rank)
 
@@ -156,11 +161,11 @@ def _fused_theta(
 ) -> ThetaGradient:
     from abmll.kernels.fused.activation import activation_project, activation_theta_gradient
 
-    factors = (*_flat(phi, grouped=True), *_flat(theta))
+    factors = (_flat(phi, grouped=True), _flat(theta))
     low_rank = None if projection is None else projection.low_rank
     if low_rank is None or low_rank.shape[-1] != 4 * theta.mean.a.shape[0]:  # phi's two pairs alone: terms="none"
-        low_rank = activation_project(x, *factors[0::2])
-    return _theta(activation_theta_gradient(x, low_rank, mask, *factors, *settings, *weights))
+        low_rank = activation_project(x, *factors)
+    return _theta(activation_theta_gradient(x, low_rank, mask, *factors, list(settings), *weights))
 
 
 def _fused_theta_of_weights(
@@ -168,7 +173,7 @@ def _fused_theta_of_weights(
 ) -> ThetaGradient:
     from abmll.kernels.fused.weight import weight_theta_gradient as fused
 
-    return _theta(fused(*_flat(phi, grouped=True), *_flat(theta), *settings, *weights))
+    return _theta(fused(_flat(phi, grouped=True), _flat(theta), list(settings), *weights))
 
 
 def _theta(found: tuple[Tensor, Tensor, Tensor]) -> ThetaGradient:
@@ -176,14 +181,9 @@ def _theta(found: tuple[Tensor, Tensor, Tensor]) -> ThetaGradient:
     return ThetaGradient(GaussianFactors(LowRank(da[0], db[0]), LowRank(da[1], db[1])), kl, prior)
 
 
-def _flat(factors: GaussianFactors, grouped: bool = False) -> tuple[Tensor, ...]:
-    flat = (factors.mean.a, factors.mean.b, factors.log_variance.a, factors.log_variance.b)
-    return tuple(f if f.dim() == 3 else f.unsqueeze(0) for f in flat) if grouped else flat
-
-
-def _signed(number: int, bits: int) -> int:
-    """The signed number with the same bits: what operators and kernels take."""
-    return number - (1 << bits) if number >> (bits - 1) else number
+def _flat(factors: GaussianFactors, grouped: bool = False) -> list[Tensor]:
+    flat = [factors.mean.a, factors.mean.b, factors.log_variance.a, factors.log_variance.b]
+    return [f if f.dim() == 3 else f.unsqueeze(0) for f in flat] if grouped else flat
 
 
 def _grouped(x: Tensor, phi: GaussianFactors, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -202,22 +202,39 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(x: Tensor, weight: Tensor, phi: GaussianFactors, theta: GaussianFactors, token_mask: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, phi: GaussianFactors, theta: GaussianFactors, mask: Tensor | None
+) -> None:
     rows, columns = weight.shape
-    if x.dim() < 2 or x.shape[-1] != columns:
-        raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
+    _check_input(x, columns, phi, mask)
     if x.dtype != weight.dtype:
         raise ValueError(f"x: dtype {x.dtype}: the weight is {weight.dtype}; convert one, or run under torch.autocast")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.dtype):
+        raise ValueError(f"bias: {bias.dtype} {tuple(bias.shape)}: must be {weight.dtype} ({rows},), as the weight is")
+    _check_factors(phi, theta, rows, columns, compute_dtype(x))
+
+
+def _check_input(x: Tensor, columns: int, phi: GaussianFactors, token_mask: Tensor | None) -> None:
+    if x.dim() < 2 or x.shape[-1] != columns:
+        raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
     groups = phi.mean.a.shape[:-2]
-    rank = phi.mean.a.shape[-2]
     if groups and (len(groups) > 1 or x.dim() < 3 or x.shape[0] != groups[0]):
         raise ValueError(f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups")
-    for side, factors, lead in (("phi", phi, groups), ("theta", theta, ())):
+    if token_mask is not None and token_mask.shape != x.shape[:-1]:
+        raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last: {x.shape[:-1]}")
+
+
+def _check_factors(phi: GaussianFactors, theta: GaussianFactors, rows: int, columns: int, dtype: torch.dtype) -> None:
+    rank = phi.mean.a.shape[-2]
+    for side, factors, lead in (("phi", phi, phi.mean.a.shape[:-2]), ("theta", theta, ())):
         for name, pair in zip(factors._fields, factors, strict=True):
             if pair.a.shape != (*lead, rank, columns) or pair.b.shape != (*lead, rows, rank):
                 raise ValueError(
                     f"{side} {name}: a {tuple(pair.a.shape)}, b {tuple(pair.b.shape)}: for a weight {rows} x {columns} "
                     f"and rank {rank} they must be {(*lead, rank, columns)} and {(*lead, rows, rank)}"
                 )
-    if token_mask is not None and token_mask.shape != x.shape[:-1]:
-        raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last: {x.shape[:-1]}")
+            if pair.a.dtype != dtype or pair.b.dtype != dtype:
+                raise ValueError(
+                    f"{side} {name}: a {pair.a.dtype}, b {pair.b.dtype}: low-rank arithmetic is done in {dtype} here; "
+                    "keep the factors in it when the model is converted"
+                )

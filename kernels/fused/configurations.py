@@ -38,30 +38,33 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def fused_base(dtype: torch.dtype) -> bool:
-    """Whether W0's product runs in the same launch as the pairs'. fp32 products are the library's: no tensor cores."""
-    return dtype != torch.float32
+def fused_base(dtype: torch.dtype, outputs: int, inputs: int) -> bool:
+    """Whether W0's product [outputs, inputs] runs in the same launch as the pairs'.
+
+    Not in fp32, which has no tensor cores, nor with rows that vector loads cannot take: those are the library's.
+    """
+    return dtype != torch.float32 and outputs % 16 == 0 and inputs % 16 == 0
 
 
-def forward(dtype: torch.dtype, rank: int) -> Launch:
+def forward(base: bool, rank: int) -> Launch:
     p_rows = {16: 128, 32: 128, 64: 64}[padded_rank(rank)]
-    if fused_base(dtype):
+    if base:
         depth = 64 if padded_rank(rank) < 64 else 32
         return Launch({"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "BAND": 8, "P_ROWS": p_rows}, warps=8, stages=3)
     return Launch({"ROWS": 32, "COLUMNS": 32, "DEPTH": 32, "BAND": 8, "P_ROWS": 32}, warps=4, stages=2)
 
 
-def input_gradient(dtype: torch.dtype, rank: int) -> Launch:
-    if fused_base(dtype):
+def input_gradient(base: bool) -> Launch:
+    if base:
         return Launch({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "BAND": 8}, warps=8, stages=3)
     return Launch({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "BAND": 8}, warps=4, stages=2)
 
 
-def factor_gradient(dtype: torch.dtype, rank: int) -> Launch:
+def factor_gradient() -> Launch:
     return Launch({"ROWS": 64, "COLUMNS": 64}, warps=4, stages=2)
 
 
-def sample(rank: int) -> Launch:
+def sample() -> Launch:
     return Launch({"ROWS": 32, "COLUMNS": 64}, warps=4, stages=1)
 
 

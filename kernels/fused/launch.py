@@ -95,6 +95,9 @@ class Scalars(NamedTuple):
     first_group: int = 0
 
 
+NO_NOISE = (0, 0, 0)
+
+
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -112,8 +115,8 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     """(y0 [G, T, N] = x W0^T + bias, p [G, T, pairs * r] fp32); y0 None without a weight."""
     groups, tokens, inputs = x.shape
     count, rank = len(pairs.a), pairs.rank
-    launch = configurations.forward(x.dtype, rank)
-    base = weight is not None and configurations.fused_base(x.dtype)
+    base = weight is not None and configurations.fused_base(x.dtype, *weight.shape)
+    launch = configurations.forward(base, rank)
     p = torch.empty(groups, tokens, count * rank, dtype=torch.float32, device=x.device)
     outputs = 0 if weight is None else weight.shape[0]
     y = p
@@ -148,7 +151,7 @@ def sample(
 ) -> Tensor:
     """Draw the matrix: add it to y [G, M, N] in place, or write it there. Returns [KL, -log prior] (empty: no sums)."""
     groups, rows, columns, rank = matrix.shape
-    launch = configurations.sample(rank)
+    launch = configurations.sample()
     grid = (_blocks(rows, launch.blocks["ROWS"]), _blocks(columns, launch.blocks["COLUMNS"]), groups)
     sums = torch.empty(2, grid[0] * grid[1] * grid[2] if with_sums else 0, dtype=torch.float32, device=y.device)
     if y.numel():
@@ -219,7 +222,7 @@ def adjoint(
         with _on(some):
             adjoint_kernel[slots, chunks, groups](
                 some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
-                some if mask is None else mask, some if weights is None else weights, dp, dq, sums,
+                some if mask is None else mask, some if weights is None else weights.contiguous(), dp, dq, sums,
                 rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
                 _mask_stride(mask), slot_rows, chunk_columns, *scalars,
                 RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
@@ -234,8 +237,8 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
     """dx [G, T, K] = dy W0 + dp A in `dtype`; dp holds the first len(pairs.a) pairs."""
     groups, tokens, _ = dp.shape
     outputs, inputs = weight.shape
-    launch = configurations.input_gradient(dtype, pairs.rank)
-    base = configurations.fused_base(dtype)
+    base = configurations.fused_base(dtype, outputs, inputs)
+    launch = configurations.input_gradient(base)
     if dy is not None and not base:
         dx = dy @ weight
     else:
@@ -255,7 +258,7 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
 def factor_gradient(dp: Tensor, x: Tensor, rank: int, first: int, count: int) -> Tensor:
     """dA [count, G, r, K] of `count` pairs of dp from the `first` on."""
     groups, tokens, inputs = x.shape
-    launch = configurations.factor_gradient(x.dtype, rank)
+    launch = configurations.factor_gradient()
     column_blocks = _blocks(inputs, launch.blocks["COLUMNS"])
     chunks, chunk_rows = _split(tokens, launch.blocks["ROWS"], TARGET_PROGRAMS // max(column_blocks * groups, 1))
     da = torch.empty(chunks, count, groups, rank, inputs, dtype=torch.float32, device=x.device)

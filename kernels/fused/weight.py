@@ -5,19 +5,21 @@
                 dB, dA from the adjoint of D, a band of dy^T x at a time, and from KL and prior
 
 The bands live in a scratch buffer of bounded size, which the allocator hands from layer to layer. D x is added to W0 x
-in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight. Saved: x and integers.
+in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight. Saved: x and integers. Arguments
+as in `activation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.configurations import SCRATCH_BYTES
-from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.derivative import Needs
+from abmll.kernels.fused.launch import NO_NOISE, Matrix, Pairs, Scalars, Wanted
 
 
 def _bands(rows: int, columns: int, bytes_each: int) -> Iterator[slice]:
@@ -80,28 +82,14 @@ def weight_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    phi_mean_a: Tensor,
-    phi_mean_b: Tensor,
-    phi_log_variance_a: Tensor,
-    phi_log_variance_b: Tensor,
-    theta_mean_a: Tensor | None,
-    theta_mean_b: Tensor | None,
-    theta_log_variance_a: Tensor | None,
-    theta_log_variance_b: Tensor | None,
-    scaling: float,
-    offset: float,
-    prior_shape: float,
-    prior_rate: float,
-    seed: int,
-    step: int,
-    layer: int,
+    phi: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    settings: Sequence[float],
+    noise: Sequence[int],
     with_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]."""
-    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
-    factors += (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
-    pairs = Pairs.of(*factors)
-    scalars = Scalars(scaling, offset, prior_shape, prior_rate, seed, step, layer)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     dtype = _scratch_dtype(x.dtype)
     outputs, inputs = weight.shape
@@ -120,9 +108,9 @@ def weight_forward(
 
 
 @weight_forward.register_fake
-def _(x, weight, bias, *arguments):
+def _(x, weight, bias, phi, theta, settings, noise, with_sums):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(2 if arguments[-1] else 0, dtype=torch.float32)
+    return y, x.new_empty(2 if with_sums else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("abmll::weight_backward", mutates_args=())
@@ -131,32 +119,17 @@ def weight_backward(
     dsums: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    phi_mean_a: Tensor,
-    phi_mean_b: Tensor,
-    phi_log_variance_a: Tensor,
-    phi_log_variance_b: Tensor,
-    theta_mean_a: Tensor | None,
-    theta_mean_b: Tensor | None,
-    theta_log_variance_a: Tensor | None,
-    theta_log_variance_b: Tensor | None,
-    scaling: float,
-    offset: float,
-    prior_shape: float,
-    prior_rate: float,
-    seed: int,
-    step: int,
-    layer: int,
+    phi: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    settings: Sequence[float],
+    noise: Sequence[int],
     need_x: bool,
     need_phi: bool,
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
-    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
-    factors += (theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
-    pairs = Pairs.of(*factors)
-    scalars = Scalars(scaling, offset, prior_shape, prior_rate, seed, step, layer)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
     groups, (outputs, inputs), rank = x.shape[0], weight.shape, pairs.rank
-    need_x = need_x and dy is not None
     wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
     count = 2 * need_phi + 2 * need_theta
     da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
@@ -170,12 +143,12 @@ def weight_backward(
             change = None
             if need_x:
                 change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
-            if count and (dy is not None or dsums is not None):
+            if count:
                 dz = None if dy is None else _wide_product(dy[group, :, band].mT, x[group]).unsqueeze(0)
                 found = launch.adjoint(matrix, dz, dsums, None, named, wanted, change, band.start)
                 da[:, group] += found.dq[:, 0]
                 db[:, group, band] = found.dp[0].unflatten(-1, (count, rank)).movedim(1, 0)
-            elif need_x:
+            else:
                 launch.sample(matrix, change, None, named, False, False, band.start)
             if need_x:
                 _add_product(dx[group], dy[group, :, band], change[0], fresh=band.start == 0)
@@ -185,41 +158,32 @@ def weight_backward(
 
 
 @weight_backward.register_fake
-def _(dy, dsums, x, weight, *arguments):
-    need_x, need_phi, need_theta = arguments[-3:]
-    (outputs, inputs), rank, count = weight.shape, arguments[0].shape[-2], 2 * need_phi + 2 * need_theta
+def _(dy, dsums, x, weight, phi, theta, settings, noise, need_x, need_phi, need_theta):
+    (outputs, inputs), rank, count = weight.shape, phi[0].shape[-2], 2 * need_phi + 2 * need_theta
     return (
-        x.new_empty(x.shape) if need_x and dy is not None else x.new_empty(0),
+        x.new_empty(x.shape) if need_x else x.new_empty(0),
         x.new_empty(count, x.shape[0], rank, inputs, dtype=torch.float32),
         x.new_empty(count, x.shape[0], outputs, rank, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, *factors = inputs[:11]
+    x, weight, _, phi, theta, ctx.settings, ctx.noise, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.scalars = inputs[11:18]
-    ctx.save_for_backward(x, weight, *factors)
+    ctx.save_for_backward(x, weight, *phi, *theta)
 
 
 def _backward(ctx, dy, dsums):
-    needs = ctx.needs_input_grad
-    if dsums is not None and dsums.numel() == 0:
-        dsums = None
-    need_x, need_phi = needs[0] and dy is not None, any(needs[3:7])
-    need_theta = any(needs[7:11]) and dsums is not None
-    gradients: list[Tensor | None] = [None] * 19
-    if (dy is None and dsums is None) or not (need_x or need_phi or need_theta):
-        return tuple(gradients)
-    dx, da, db = torch.ops.abmll.weight_backward(
-        dy, dsums, *ctx.saved_tensors, *ctx.scalars, need_x, need_phi, need_theta
-    )
-    gradients[0] = dx if need_x else None
-    if need_phi:
-        gradients[3:7] = da[0], db[0], da[1], db[1]
-    if need_theta:
-        gradients[7:11] = (part.sum(dim=0) for part in (da[-2], db[-2], da[-1], db[-1]))
-    return tuple(gradients)
+    x, weight, *factors = ctx.saved_tensors
+    # x has no part in the KL
+    needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[3:5], dy, dsums)
+    dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
+    if needs.anything:
+        dx, da, db = torch.ops.abmll.weight_backward(
+            dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
+        )
+        dx, phi, theta = needs.distribute(dx, da, db, len(theta))
+    return dx, None, None, phi, theta, None, None, None
 
 
 weight_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -227,26 +191,15 @@ weight_forward.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("abmll::weight_theta_gradient", mutates_args=())
 def weight_theta_gradient(
-    phi_mean_a: Tensor,
-    phi_mean_b: Tensor,
-    phi_log_variance_a: Tensor,
-    phi_log_variance_b: Tensor,
-    theta_mean_a: Tensor,
-    theta_mean_b: Tensor,
-    theta_log_variance_a: Tensor,
-    theta_log_variance_b: Tensor,
-    scaling: float,
-    offset: float,
-    prior_shape: float,
-    prior_rate: float,
+    phi: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    settings: Sequence[float],
     kl_weight: float,
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs: one pass over tiles, without x or noise."""
-    factors = (phi_mean_a, phi_mean_b, phi_log_variance_a, phi_log_variance_b)
-    pairs = Pairs.of(*factors, theta_mean_a, theta_mean_b, theta_log_variance_a, theta_log_variance_b)
-    weights = launch.constants(kl_weight, prior_weight, device=phi_mean_a.device)
-    scalars = Scalars(scaling, offset, prior_shape, prior_rate, 0, 0, 0)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *NO_NOISE)
+    weights = launch.constants(kl_weight, prior_weight, device=phi[0].device)
     matrix = Matrix.of_weights(pairs, slice(None))
     found = launch.adjoint(matrix, None, weights, None, scalars, Wanted(False, True, False, True, sums=True))
     db = found.dp.sum(dim=0).unflatten(-1, (2, pairs.rank)).movedim(1, 0)
@@ -254,7 +207,7 @@ def weight_theta_gradient(
 
 
 @weight_theta_gradient.register_fake
-def _(phi_mean_a, phi_mean_b, *_arguments):
-    (rank, inputs), outputs = phi_mean_a.shape[-2:], phi_mean_b.shape[-2]
-    new = phi_mean_a.new_empty
+def _(phi, theta, settings, kl_weight, prior_weight):
+    (rank, inputs), outputs = theta[0].shape, theta[1].shape[0]
+    new = theta[0].new_empty
     return new(2, rank, inputs), new(2, outputs, rank), new(2)

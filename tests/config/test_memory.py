@@ -6,6 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from abmll.config import Config
+from abmll.kernels import backends
+from abmll.kernels.fused.configurations import SCRATCH_BYTES
 from abmll.memory import estimate
 
 LLAMA3_8B = LlamaConfig(
@@ -143,3 +145,24 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
+
+
+def test_fused_posteriors_keep_no_tensor_of_the_output_s_or_the_weight_s_size(monkeypatch):
+    """As on a GPU that runs the kernels: the layer's input and 4 r numbers a token, or the input and two bands."""
+    monkeypatch.setattr(backends, "_device_obstacle", lambda device: None)
+    run = config(adapters={"backend": "triton"})
+    inputs = 2048 * 2 * (4096 + 4096 + 4096)  # of q, v and o of one layer
+    assert estimate(LLAMA3_8B, run, 1).posterior == inputs + 2048 * 3 * 4 * 8 * 4
+    weight = config(adapters={"backend": "triton", "posterior": "weight"})
+    assert estimate(LLAMA3_8B, weight, 1).posterior == inputs + 2 * SCRATCH_BYTES
+
+
+def test_a_backend_that_cannot_run_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "_device_obstacle", lambda device: f"device {device}: no")
+    with pytest.raises(ValueError, match=r"adapters.backend: 'triton': device cpu: no; or set backend: auto"):
+        estimate(SMALL, config(adapters={"backend": "triton"}), 1)
+
+
+def test_samples_side_by_side_count():
+    one, eight = (estimate(SMALL, config(eval={"samples": n, "batch_size": 400}), 1).activations for n in (1, 8))
+    assert eight == 8 * one

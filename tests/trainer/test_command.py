@@ -88,6 +88,17 @@ def test_resume_and_overwrite_exclude_each_other(command, capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
+def test_a_backend_that_cannot_run_is_told_before_anything_is_written(run: Run, command, capsys, monkeypatch):
+    monkeypatch.setattr("abmll.kernels.backends._device_obstacle", lambda device: "no GPU here")
+    remedy = "adapters.backend: 'triton': no GPU here; or set backend: auto"
+    assert command("--validate", "adapters.backend=triton") == 2
+    assert f"FAILED  projections: {remedy}" in capsys.readouterr().out
+    assert command("adapters.backend=triton") == 2
+    assert remedy in capsys.readouterr().err and not run.folder.exists()
+    assert command("--validate") == 0
+    assert "ok      projections: torch: no GPU here" in capsys.readouterr().out
+
+
 def test_missing_tasks_are_told(run: Run, command, jsonl, capsys):
     assert command("--validate", *jsonl) == 0
     out = capsys.readouterr().out

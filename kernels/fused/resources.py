@@ -1,0 +1,319 @@
+"""Registers, stack and shared memory of every kernel, as Triton compiles it for sm_80 and sm_90. Needs no GPU.
+
+    python -m abmll.kernels.fused.resources                                # every variant, as a table
+    python -m abmll.kernels.fused.resources --only bfloat16:8 --training   # one dtype and rank, what training launches
+    python -m abmll.kernels.fused.resources --write benchmarks/results     # kernel_resources.json and .md
+
+What is compiled is what is launched: the operators run on small CPU tensors while recorders stand in for the kernels,
+and Triton's own just-in-time path compiles the recorded launches for a chip that is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain, groupby
+from multiprocessing import get_context
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import KernelInterface
+
+from abmll.kernels.fused import activation, launch
+from abmll.kernels.fused import weight as weight_operators
+
+CHIPS = (80, 90)
+# Bytes that one block may have: 163 KiB and 227 KiB.
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+# Bytes a thread. More than this is registers spilled to memory, not a few scalars.
+STACK_LIMIT = 64
+CASES = (*(f"bfloat16:{rank}" for rank in (8, 16, 32, 64)), "float16:8", "float32:8")
+SETTINGS = [2.0, -20.0, 1.0, 0.01]
+NAMES = [12345, 67, 5]  # neither 1 nor a multiple of 16
+# Modules whose kernels are recorded.
+LAUNCHERS = (launch,)
+
+
+class Launched(NamedTuple):
+    """One launch: constants are the kernel's constexprs, block sizes included; options are the compiler's."""
+
+    kernel: KernelInterface
+    arguments: tuple[object, ...]
+    constants: dict[str, int | bool]
+    options: dict[str, int | bool]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two launches that share their compiled code."""
+        kinds = tuple(_kind(argument) for argument in self.arguments)
+        return self.name, *sorted(self.constants.items()), *sorted(self.options.items()), kinds
+
+
+def _kind(argument: object) -> object:
+    """What Triton compiles for: a pointer's dtype and alignment, and whether an integer is 1 or a multiple of 16."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return (argument == 1, argument % 16 == 0) if isinstance(argument, int) else type(argument)
+
+
+class _Recorder:
+    def __init__(self, kernel: KernelInterface, launches: list[Launched]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *arguments: object, **keywords: int | bool) -> None:
+        constants = {name: value for name, value in keywords.items() if name in self.kernel.arg_names}
+        options = {name: value for name, value in keywords.items() if name not in constants}
+        self.launches.append(Launched(self.kernel, arguments, constants, options))
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launched]]:
+    """Within it no kernel runs: launches are listed, and outputs keep whatever their memory held."""
+    launches: list[Launched] = []
+    kernels = [(m, name, k) for m in LAUNCHERS for name, k in vars(m).items() if isinstance(k, KernelInterface)]
+    for module, name, kernel in kernels:
+        setattr(module, name, _Recorder(kernel, launches))
+    try:
+        yield launches
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def _factors(
+    rank: int, inputs: int, outputs: int, need_phi: bool = False, need_theta: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Phi's of one group, and theta's, as the operators take them."""
+    shapes = ((rank, inputs), (outputs, rank)) * 2
+    phi = [torch.zeros(1, *shape, requires_grad=need_phi) for shape in shapes]
+    return phi, [torch.zeros(shape, requires_grad=need_theta) for shape in shapes]
+
+
+def _activation_step(
+    dtype: torch.dtype,
+    rank: int,
+    terms: Literal["divergence", "theta", "none"] = "divergence",
+    need_x: bool = True,
+    need_phi: bool = True,
+    need_theta: bool = False,
+    bias: bool = False,
+    mask: bool = True,
+    sizes: tuple[int, int, int] = (80, 128, 96),
+) -> None:
+    """One projection of the activation posterior with its derivatives: the calls of `projection` and of autograd.
+
+    sizes: T, K, N. Token mask, no bias and one group are a training step's usual arguments.
+    """
+    tokens, inputs, outputs = sizes
+    x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
+    weight = torch.zeros(outputs, inputs, dtype=dtype)
+    vector = weight.new_zeros(outputs) if bias else None
+    counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
+    phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
+    factors = (phi, [] if terms == "none" else theta)
+    y, p, sums = activation.activation_forward(
+        x, weight, vector, counted, *factors, SETTINGS, NAMES, terms == "divergence"
+    )
+    if need_x or need_phi or need_theta:
+        (y.float().sum() + sums.sum()).backward()
+    if terms == "theta":
+        with torch.no_grad():
+            activation.activation_theta_gradient(x, p, counted, *factors, SETTINGS, 1.0, 1.0)
+
+
+def _activation_theta_alone(dtype: torch.dtype, rank: int) -> None:
+    activation.activation_project(torch.zeros(1, 80, 128, dtype=dtype), *_factors(rank, 128, 96))
+
+
+def _weight_step(
+    dtype: torch.dtype,
+    rank: int,
+    terms: Literal["divergence", "none"] = "divergence",
+    need_x: bool = True,
+    need_phi: bool = True,
+    need_theta: bool = False,
+    sizes: tuple[int, int, int] = (80, 128, 96),
+) -> None:
+    """`_activation_step` for the weight posterior."""
+    tokens, inputs, outputs = sizes
+    x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
+    weight = torch.zeros(outputs, inputs, dtype=dtype)
+    phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
+    factors = (phi, [] if terms == "none" else theta)
+    y, sums = weight_operators.weight_forward(x, weight, None, *factors, SETTINGS, NAMES, terms == "divergence")
+    if need_x or need_phi or need_theta:
+        (y.float().sum() + sums.sum()).backward()
+
+
+def _weight_outer_step(dtype: torch.dtype, rank: int) -> None:
+    _weight_step(dtype, rank, "none", need_x=False, need_phi=False)
+    phi, theta = _factors(rank, 128, 96)
+    weight_operators.weight_theta_gradient(phi, theta, SETTINGS, 1.0, 1.0)
+
+
+# Who launches kernels. A variant is named after the first of them that launches it.
+USES: dict[str, Callable[[torch.dtype, int], None]] = {
+    "inner step": _activation_step,
+    "inner step, first layer": partial(_activation_step, need_x=False),
+    "outer step": partial(_activation_step, terms="theta", need_x=False, need_phi=False),
+    "outer step, first order": partial(_activation_step, terms="theta"),
+    "outer step alone": _activation_theta_alone,
+    "inner step without KL": partial(_activation_step, terms="none"),
+    "inner step, bias, no mask": partial(_activation_step, bias=True, mask=False),
+    "all gradients": partial(_activation_step, need_theta=True),
+    "odd sizes": partial(_activation_step, sizes=(61, 123, 125)),
+    "weight, inner step": _weight_step,
+    "weight, inner step, first layer": partial(_weight_step, need_x=False),
+    "weight, outer step": _weight_outer_step,
+    "weight, outer step, first order": partial(_weight_step, terms="none"),
+    "weight, outer step, first order, first layer": partial(_weight_step, terms="none", need_x=False),
+    "weight, all gradients": partial(_weight_step, need_theta=True),
+    "weight, odd sizes": partial(_weight_step, sizes=(61, 123, 125)),
+}
+# What a run with the default settings launches, by posterior.
+TRAINING = {
+    "activation": ("inner step", "inner step, first layer", "outer step"),
+    "weight": ("weight, inner step", "weight, inner step, first layer", "weight, outer step"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch that some use makes first, for one dtype of x and one rank."""
+
+    use: str
+    case: str
+    launched: Launched
+
+
+@cache
+def variants(case: str) -> tuple[Variant, ...]:
+    """All launches with x's dtype and rank as in "bfloat16:8" that need code of their own."""
+    dtype, rank = case.split(":")
+    found: dict[tuple, Variant] = {}
+    for use, run in USES.items():
+        with recorded_launches() as launches:
+            run(getattr(torch, dtype), int(rank))
+        for launched in launches:
+            found.setdefault(launched.key, Variant(use, case, launched))
+    return tuple(found.values())
+
+
+class _Absent:
+    """A driver that knows which chip to compile for, and has none."""
+
+    def __init__(self, chip: int):
+        self.chip = chip
+
+    def get_current_device(self) -> int:
+        return self.chip  # Triton keeps compiled code by device: one a chip
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip, 32)
+
+
+def measure(case: str, index: int, chip: int) -> dict[str, int]:
+    """Compile variants(case)[index] for a chip."""
+    kernel, arguments, constants, options = variants(case)[index].launched
+    triton.runtime.driver.set_active(_Absent(chip))
+    compiled = kernel.warmup(*arguments, grid=(1,), **constants, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(word.split(":") for line in dump.splitlines() if "REG:" in line for word in line.split())
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "shared": compiled.metadata.shared}
+
+
+def describe(variant: Variant) -> dict[str, object]:
+    """A row of the table, without what the compiler makes of it."""
+    dtype, rank = variant.case.split(":")
+    launched = variant.launched
+    row = {"dtype": dtype, "rank": int(rank), "kernel": launched.name, "use": variant.use}
+    return {**row, "options": launched.options, "constants": launched.constants}
+
+
+def table(cases: Sequence[str] = CASES, uses: Collection[str] = tuple(USES), jobs: int | None = None) -> dict:
+    """Compile the cases' variants named after `uses` for both chips, in `jobs` processes (None: one a core)."""
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET: set: the interpreter compiles nothing; unset it")
+    work = [(case, index) for case in cases for index, variant in enumerate(variants(case)) if variant.use in uses]
+    rows = [describe(variants(case)[index]) for case, index in work]
+    with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        measured = [[pool.submit(measure, *item, chip) for chip in CHIPS] for item in work]
+        for row, chips in zip(rows, measured, strict=True):
+            row |= {f"sm_{chip}": future.result() for chip, future in zip(CHIPS, chips, strict=True)}
+    return {"triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version, "rows": rows}
+
+
+def markdown(found: dict) -> str:
+    """A table for each dtype and rank, the chips side by side."""
+    lines = [
+        "# What each kernel takes of a chip",
+        "",
+        "Made by `python -m abmll.kernels.fused.resources --write benchmarks/results`: do not edit. Compiled without a",
+        f"GPU by Triton {found['triton']} with ptxas {found['ptxas']}, for sm_80 / sm_90: registers and bytes of stack",
+        "(registers spilled to memory) a thread, KiB of shared memory a block. A variant is named after the first use",
+        "that launches it.",
+    ]
+    for (dtype, rank), rows in groupby(found["rows"], itemgetter("dtype", "rank")):
+        lines += ["", f"## {dtype}, rank {rank}", ""]
+        lines += ["| kernel | use | block | warps | stages | registers | stack | shared KiB |", "|---" * 8 + "|"]
+        lines += [_line(row) for row in sorted(rows, key=itemgetter("kernel"))]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict) -> str:
+    def chips(name: str, scale: int = 1) -> str:
+        return " / ".join(f"{row[f'sm_{chip}'][name] / scale:g}" for chip in CHIPS)
+
+    block = " x ".join(str(row["constants"][name]) for name in ("ROWS", "COLUMNS", "DEPTH") if name in row["constants"])
+    cells = (f"`{row['kernel']}`", row["use"], block, row["options"]["num_warps"], row["options"]["num_stages"])
+    cells += (chips("registers"), chips("stack"), chips("shared", 1024))
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, help="dtypes and ranks, bfloat16:8")
+    parser.add_argument("--training", action="store_true", help="only what a run with the default settings launches")
+    parser.add_argument("--write", type=Path, help="folder for kernel_resources.json and kernel_resources.md")
+    parser.add_argument("--jobs", type=int, help="processes; default: one a core")
+    arguments = parser.parse_args()
+    uses = tuple(chain.from_iterable(TRAINING.values())) if arguments.training else tuple(USES)
+    found = table(arguments.only, uses, arguments.jobs)
+    if arguments.write:
+        rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
+        head = f'{{"triton": "{found["triton"]}", "ptxas": "{found["ptxas"]}", "rows": [\n'
+        (arguments.write / "kernel_resources.json").write_text(f"{head}{rows}\n]}}\n")
+        (arguments.write / "kernel_resources.md").write_text(markdown(found))
+    else:
+        print(markdown(found), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What surrounds the fused kernels: memory that they must not read, layouts, autograd, checkpointing, compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from abmll.adapters import AdapterContext, GaussianLoRALinear
+from abmll.kernels import NoiseKey, PosteriorSettings
+from abmll.kernels.fused import activation as activation_operators
+from abmll.kernels.fused import weight as weight_operators
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same numbers in the middle of NaNs."""
+    buffer = torch.full((tensor.numel() + 2048,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return buffer[1024 : 1024 + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.fixture
+def poison():
+    """torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "rank", "dtype", "groups"),
+    [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None)],
+)
+def test_every_element_is_written_and_none_beyond_is_read(
+    harness, poison, tokens, inputs, outputs, rank, dtype, groups
+):
+    made = harness.inputs(tokens, inputs, outputs, rank, dtype, groups).map(surrounded)
+    mask = harness.mask(made, "random")
+    found = harness.run(made, mask=mask)
+    theta = harness.theta(made, mask=mask)
+    for name, value in (*found.items(), *theta.items()):
+        assert value.isfinite().all(), name
+
+
+@DTYPES
+def test_the_same_integers_give_the_same_bits(harness, dtype):
+    inputs = harness.inputs(tokens=9, inputs=32, outputs=16, dtype=dtype)
+    first, second = harness.run(inputs), harness.run(inputs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    other = harness.run(inputs, key=NoiseKey(1, 2))
+    assert not torch.isclose(first["y"], other["y"]).any(dim=-1).all()
+    assert torch.equal(first["kl"], other["kl"])
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same numbers with the last dimension the slowest in memory."""
+    return tensor.mT.contiguous().mT
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    """The same numbers in every second row of a matrix."""
+    return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-2).flatten(-3, -2)[..., ::2, :]
+
+
+def from_wider(tensor: Tensor) -> Tensor:
+    """The same numbers in the middle of wider rows."""
+    return nn.functional.pad(tensor, (3, 4), value=torch.nan)[..., 3:-4]
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "groups"), [(transposed, FP32, None), (every_other, BF16, 2), (from_wider, BF16, None)]
+)
+def test_layouts(harness, layout, dtype, groups):
+    inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=dtype, groups=groups)
+    bias = inputs.bias
+    moved = replace(inputs, bias=None).map(layout)
+    assert not moved.x.is_contiguous() and not moved.weight.is_contiguous() and not moved.phi.mean.a.is_contiguous()
+    moved.bias = torch.stack([bias, bias], dim=1)[:, 0]
+    mask = torch.stack([harness.mask(inputs, "random")] * 2, dim=-1)[..., 0]
+    upstream = harness.upstream(inputs)
+    upstream["y"] = layout(upstream["y"])
+    harness.check(moved, mask, upstream=upstream)
+    harness.check_theta(moved, mask)
+
+
+def test_groups_in_the_middle(harness):
+    """x and y as [tokens, groups, ...] in memory."""
+    inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=BF16, groups=3)
+    inputs.x = inputs.x.transpose(0, 1).contiguous().transpose(0, 1)
+    upstream = harness.upstream(inputs)
+    upstream["y"] = upstream["y"].transpose(0, 1).contiguous().transpose(0, 1)
+    harness.check(inputs, upstream=upstream)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (9, 1)], ids=["one number", "one row", "one column"])
+@DTYPES
+def test_expanded_gradients(harness, shape, dtype):
+    """What y.sum() and the like send back: one number or row for all."""
+    inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=dtype)
+    dy = harness.upstream(inputs)["y"][: shape[0], : shape[1]].expand(9, 16)
+    harness.check(inputs, upstream={"y": dy})
+
+
+def test_a_batch_of_rows_equals_its_tokens_in_a_row(harness):
+    inputs = harness.inputs(tokens=12, inputs=11, outputs=10)
+    mask = harness.mask(inputs, "random")
+    flat = harness.run(inputs, mask=mask)
+    upstream = harness.upstream(inputs)
+    upstream["y"] = upstream["y"].view(3, 4, 10)
+    inputs.x, mask = inputs.x.view(3, 4, 11), mask.view(3, 4)
+    found = harness.run(inputs, mask=mask, upstream=upstream)
+    assert found["y"].shape == (3, 4, 10) and found["x"].shape == (3, 4, 11)
+    for name, value in found.items():
+        assert torch.equal(value.view_as(flat[name]), flat[name]), name
+
+
+def test_rows_further_apart_than_a_32_bit_offset(harness):
+    """The last rows of x, W0 and dy begin beyond 2^31 elements, in one storage that is reserved and hardly touched."""
+    size = 2**31 + 2**28
+    if harness.device.type == "cuda" and torch.cuda.mem_get_info()[0] < 3 * size:
+        pytest.skip("needs 7 GB of GPU memory")
+    inputs = harness.inputs(tokens=3, inputs=32, outputs=16, dtype=BF16)
+    upstream = harness.upstream(inputs)
+    expected = harness.run(inputs, upstream=upstream)
+    before = resident_bytes()
+    storage = torch.empty(size, dtype=BF16, device=harness.device)
+
+    def spread(tensor: Tensor, place: int) -> Tensor:
+        stride = (2**31 // (len(tensor) - 1) // 16 + 1) * 16
+        return storage.as_strided(tensor.shape, (stride, 1), place * 4096).copy_(tensor)
+
+    far = replace(inputs, x=spread(inputs.x, 0), weight=spread(inputs.weight, 1))
+    upstream["y"] = spread(upstream["y"], 2)
+    found = harness.run(far, upstream=upstream)
+    assert resident_bytes() - before < 2**28
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("terms", ["divergence", "theta", "none"])
+@pytest.mark.parametrize(("dtype", "groups"), [(BF16, None), (FP32, 2)], ids=["bf16", "fp32"])
+def test_bytes_saved_for_the_backward(activation, terms, dtype, groups):
+    """x and 4r fp32 numbers a token: nothing of the outputs' size."""
+    inputs = activation.inputs(tokens=24, inputs=48, outputs=48, rank=4, dtype=dtype, groups=groups)
+    mask = activation.mask(inputs, "random")
+    count = {backend: saved_bytes(activation, inputs, mask, backend, terms) for backend in ("triton", "torch")}
+    tokens = inputs.x.shape[:-1].numel()
+    print(f"{dtype}, {tokens} tokens x {terms}: saved {count['triton']} bytes fused, {count['torch']} plain")
+    x_bytes = inputs.x.numel() * inputs.x.element_size()
+    assert x_bytes <= count["triton"] <= x_bytes + tokens * 4 * 4 * 4 + 64
+    assert count["torch"] > count["triton"] + tokens * 48 * 4
+
+
+def saved_bytes(harness, inputs, mask, backend, terms) -> int:
+    """Of distinct storages that one projection saves, but for what the caller keeps anyway: factors, W0, bias, mask."""
+    for leaf in (inputs.x, *inputs.factors):
+        leaf.requires_grad_(True)
+    kept = {tensor.untyped_storage().data_ptr() for tensor in (inputs.weight, inputs.bias, mask, *inputs.factors)}
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        projection = harness.project(inputs, backend, mask, terms)
+    del projection
+    return sum(saved.values())
+
+
+class Network(nn.Module):
+    """Two adapted layers with biases; the sums of their terms are outputs, as are those of a model's layers."""
+
+    def __init__(self, posterior: str, backend: str, sizes=(12, 20, 7), rank=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.context = AdapterContext()
+        settings = PosteriorSettings(2.0, -2.0, 1.5, 0.3)
+        self.layers = nn.ModuleList(
+            GaussianLoRALinear(
+                nn.Linear(*of).requires_grad_(False), rank, posterior, settings, self.context, index, backend
+            )
+            for index, of in enumerate(pairwise(sizes))
+        )
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.2)
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.layers[1](nn.functional.silu(self.layers[0](x)))
+
+    def gradients(self, x: Tensor, mask: Tensor, checkpointing: bool) -> dict[str, Tensor]:
+        """Loss, and its gradients by x and all parameters, theta included."""
+        x = x.clone().requires_grad_(True)
+        with self.context.forward_pass(NoiseKey(5, 6), mask, kl=True) as recorded:
+            y = checkpoint(self.block, x, use_reentrant=False) if checkpointing else self.block(x)
+            loss = y.square().sum() + 0.01 * recorded.total_kl()
+        self.zero_grad()
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {"loss": loss.detach(), "x": x.grad, **found}
+
+
+def test_checkpointing_changes_no_bit(harness):
+    """Noise drawn anew in the recomputation would change every gradient."""
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2)).to(harness.device)
+    mask = torch.arange(10).view(2, 5).to(harness.device) % 4 > 0
+    network = Network(harness.posterior, "triton").to(harness.device)
+    off, on = (network.gradients(x, mask, checkpointing) for checkpointing in (False, True))
+    assert len(off) == 2 + 2 * 8
+    for name, value in off.items():
+        assert value is not None and value.any() and torch.equal(value, on[name]), name
+    plain = Network(harness.posterior, "torch").to(harness.device).gradients(x, mask, True)
+    for name, value in off.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+def looped(step, harness, inputs, mask, keys):
+    """Outcomes and gradients of `step`, one for each key."""
+    found = []
+    for key in keys:
+        leaves = [leaf.detach().requires_grad_(True) for leaf in (inputs.x, *inputs.factors)]
+        y, kl, prior = step(inputs.with_leaves(*leaves), mask, key)
+        gradients = torch.autograd.grad(y.float().square().sum() + kl + 0.1 * prior, leaves)
+        found.append([y.detach(), kl.detach(), prior.detach(), *gradients])
+    return found
+
+
+def test_compiled_surroundings(harness):
+    """One graph without a break; then one more for steps that change and one for seeds: no compilation a step."""
+    named = [(2**63 + 11, 0), (2**63 + 11, 1), (2**63 + 11, 2**32 - 1), (17, 5), (2**64 - 1, 2**31)]
+    keys = [NoiseKey(*name) for name in named]
+    torch.compiler.reset()
+    inputs = harness.inputs(tokens=3, inputs=16, outputs=16, dtype=BF16)
+    mask = harness.mask(inputs, "random")
+
+    def step(inputs, mask, key):
+        made = replace(inputs, x=nn.functional.silu(inputs.x))
+        y, kl, prior, *_ = harness.project(made, mask=mask, key=key)
+        return y.tanh(), 2 * kl, prior
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = looped(torch.compile(step, backend=counter, fullgraph=True), harness, inputs, mask, keys)
+    for found, expected in zip(compiled, looped(step, harness, inputs, mask, keys), strict=True):
+        assert all(torch.equal(value, right) for value, right in zip(found, expected, strict=True))
+    assert counter.frame_count <= 3
+
+
+def operator_calls(harness):
+    """Each operator with arguments: (operator, arguments)."""
+    inputs = harness.inputs(tokens=3, inputs=5, outputs=4, dtype=BF16, groups=2)
+    mask, dy = harness.mask(inputs, "random"), harness.upstream(inputs)["y"]
+    dsums = torch.tensor([0.5, 0.25], device=harness.device)
+    settings, names = list(harness.settings), [-5, 7, 3]
+    factors = (inputs.factors[:4], inputs.factors[4:])
+    x, *leaves = (leaf.detach().requires_grad_(True) for leaf in (inputs.x, *inputs.factors))
+    leaves = (leaves[:4], leaves[4:])
+    if harness.posterior == "activation":
+        p = activation_operators.activation_project(inputs.x, *factors)
+        forward = (x, inputs.weight, inputs.bias, mask, *leaves, settings, names, True)
+        backward = (dy, dsums, inputs.x, p, inputs.weight, mask, *factors, settings, names, True, True, True)
+        yield activation_operators.activation_forward, forward
+        yield activation_operators.activation_backward, backward
+        yield activation_operators.activation_project, (inputs.x, *factors)
+        theta = (inputs.x, p, mask, *factors, settings, 0.5, 0.25)
+        yield activation_operators.activation_theta_gradient, theta
+    else:
+        forward = (x, inputs.weight, inputs.bias, *leaves, settings, names, True)
+        backward = (dy, dsums, inputs.x, inputs.weight, *factors, settings, names, True, True, True)
+        yield weight_operators.weight_forward, forward
+        yield weight_operators.weight_backward, backward
+        yield weight_operators.weight_theta_gradient, (*factors, settings, 0.5, 0.25)
+
+
+def test_operators_are_registered_rightly(harness):
+    """PyTorch's own checks: schema, derivative, fake shapes, and the same results when traced with dynamic shapes."""
+    for operator, arguments in operator_calls(harness):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast(harness, backend):
+    """As the call on x, W0 and bias in the autocast dtype; factors and their gradients stay fp32."""
+    inputs = harness.inputs(tokens=6, inputs=16, outputs=16)
+    narrow = replace(inputs, x=inputs.x.to(BF16), weight=inputs.weight.to(BF16), bias=inputs.bias.to(BF16))
+    mask = harness.mask(inputs, "random")
+    upstream = harness.upstream(narrow)
+    expected = harness.run(narrow, backend, mask, upstream) | harness.theta(narrow, backend, mask)
+    forward_pass = torch.autocast(harness.device.type, dtype=BF16)
+    found = harness.run(inputs, backend, mask, upstream, context=forward_pass)
+    with torch.autocast(harness.device.type, dtype=BF16):
+        found |= harness.theta(inputs, backend, mask)
+    assert found["y"].dtype == BF16 and found["x"].dtype == FP32
+    for name, value in found.items():
+        assert torch.equal(value, expected[name].to(value.dtype)), name
+        assert value.dtype == FP32 or name == "y"
