@@ -219,6 +219,8 @@ def adjoint_kernel(
         if DP_THETA:
             store_factor_tile(dp_ptr + DP_PAIR, scaling * dp_prior_mean, rows, row_end, DP_WIDTH, RANK, R)
             store_factor_tile(dp_ptr + DP_PAIR + RANK, scaling * dp_prior_low, rows, row_end, DP_WIDTH, RANK, R)
+        if DQ_PHI or DQ_THETA:
+            tl.debug_barrier()  # the next rows add to what other threads of this program may have stored
 
     if SUMS:
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
