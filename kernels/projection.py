@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ def posterior_projection(
     last dimension, true where a token counts. With phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every
     group (an episode beside others) has its own noise. The noise is named by (key, layer, group) alone, so that a
     recomputed forward pass draws it again. Differentiable in x and all factors. Under autocast x and weight take its
-    dtype, and the low-rank arithmetic stays in fp32.
+    dtype (a copy of the weight, which the backward pass keeps), and the low-rank arithmetic stays in fp32.
 
     Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
     """
+    _check_choice("posterior", posterior, Posterior)
+    _check_choice("terms", terms, Terms)
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, phi, theta, token_mask)
     shape = (*x.shape[:-1], weight.shape[0])
@@ -82,6 +84,7 @@ def theta_gradient(
     `projection` of the same x and factors with terms="theta" saves a pass over x. The weight posterior's divergence
     does not depend on x: it may be None there, and no forward pass is needed.
     """
+    _check_choice("posterior", posterior, Posterior)
     factor, rows, columns = phi.mean.a, phi.mean.b.shape[-2], phi.mean.a.shape[-1]
     if posterior == "activation":
         _check_input(x, columns, phi, token_mask)
@@ -110,15 +113,21 @@ def _plain(
     layer: int,
     mask: Tensor | None,
 ) -> Projection:
-    def noise(rows: int, columns: int) -> Tensor:
-        groups = [standard_normal(rows, columns, key, layer, group, x.device) for group in range(x.shape[0])]
-        return torch.stack(groups)
-
     if posterior == "activation":
-        drawn = noise(x.shape[1], weight.shape[0])
+        size = (x.shape[1], weight.shape[0])
+        drawn = torch.stack([standard_normal(*size, key, layer, group, x.device) for group in range(x.shape[0])])
         return activation_linear(x, weight, bias, phi, theta, settings, drawn, mask)
-    drawn = noise(*weight.shape) if phi.mean.a.dim() == 3 else standard_normal(*weight.shape, key, layer, 0, x.device)
-    return weight_linear(x, weight, bias, phi, theta, settings, drawn)
+    # one group after the other: each takes several dense matrices
+    found = []
+    for group in range(x.shape[0]):
+        drawn = standard_normal(*weight.shape, key, layer, group, x.device)
+        own = phi.of_group(group) if phi.mean.a.dim() == 3 else phi
+        found.append(weight_linear(x[group], weight, bias, own, theta, settings, drawn))
+    y = torch.stack([projection.y for projection in found])
+    if theta is None:
+        return Projection(y, None, None)
+    kl, prior = (torch.stack([projection[term] for projection in found]).sum() for term in (1, 2))
+    return Projection(y, kl, prior)
 
 
 def _fused(
@@ -137,6 +146,8 @@ def _fused(
     from abmll.kernels.fused.activation import activation_forward
     from abmll.kernels.fused.weight import weight_forward
 
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight, bias: require a gradient: the base layer is frozen here; call requires_grad_(False)")
     with_sums = terms == "divergence"
     noise, low_rank = [key.signed_seed, key.signed_step, layer], None
     if posterior == "activation":
@@ -209,19 +220,37 @@ def _check(
     _check_input(x, columns, phi, mask)
     if x.dtype != weight.dtype:
         raise ValueError(f"x: dtype {x.dtype}: the weight is {weight.dtype}; convert one, or run under torch.autocast")
+    if rows == 0 or weight.device != x.device:
+        raise ValueError(f"weight: {tuple(weight.shape)} on {weight.device}: must have rows, and be on {x.device}")
     if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.dtype):
         raise ValueError(f"bias: {bias.dtype} {tuple(bias.shape)}: must be {weight.dtype} ({rows},), as the weight is")
     _check_factors(phi, theta, rows, columns, compute_dtype(x))
 
 
-def _check_input(x: Tensor, columns: int, phi: GaussianFactors, token_mask: Tensor | None) -> None:
+def _check_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}: {value!r}: must be one of {', '.join(get_args(choices))}")
+
+
+def _check_input(x: Tensor | None, columns: int, phi: GaussianFactors, token_mask: Tensor | None) -> None:
+    if x is None:
+        raise ValueError("x: None: the activation posterior's divergence depends on the layer's input")
     if x.dim() < 2 or x.shape[-1] != columns:
         raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
     groups = phi.mean.a.shape[:-2]
     if groups and (len(groups) > 1 or x.dim() < 3 or x.shape[0] != groups[0]):
         raise ValueError(f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups")
+    if 0 in groups or columns == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}: at least one group and one column")
     if token_mask is not None and token_mask.shape != x.shape[:-1]:
-        raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last: {x.shape[:-1]}")
+        shape = tuple(x.shape[:-1])
+        raise ValueError(f"token_mask: shape {tuple(token_mask.shape)}: must be x's without the last, {shape}")
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise ValueError(f"token_mask: dtype {token_mask.dtype}: must be torch.bool; a token counts or does not")
+    tensors = {"token_mask": token_mask, "phi": phi.mean.a}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}: x is on {x.device}; move one to the other's device")
 
 
 def _check_factors(phi: GaussianFactors, theta: GaussianFactors, rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -233,6 +262,8 @@ def _check_factors(phi: GaussianFactors, theta: GaussianFactors, rows: int, colu
                     f"{side} {name}: a {tuple(pair.a.shape)}, b {tuple(pair.b.shape)}: for a weight {rows} x {columns} "
                     f"and rank {rank} they must be {(*lead, rank, columns)} and {(*lead, rows, rank)}"
                 )
+            if pair.a.device != phi.mean.a.device or pair.b.device != phi.mean.a.device:
+                raise ValueError(f"{side} {name}: on {pair.a.device}, {pair.b.device}: must be on {phi.mean.a.device}")
             if pair.a.dtype != dtype or pair.b.dtype != dtype:
                 raise ValueError(
                     f"{side} {name}: a {pair.a.dtype}, b {pair.b.dtype}: low-rank arithmetic is done in {dtype} here; "

@@ -30,6 +30,10 @@ class GaussianFactors(NamedTuple):
     mean: LowRank
     log_variance: LowRank
 
+    def of_group(self, group: int) -> GaussianFactors:
+        """The factors of one group."""
+        return GaussianFactors(*(LowRank(*(factor[group] for factor in pair)) for pair in self))
+
     def expand(self, groups: int) -> GaussianFactors:
         """The same factors for every one of G groups: views [G, r, K] and [G, N, r]."""
         return GaussianFactors(*(LowRank(*(f.expand(groups, *f.shape) for f in pair)) for pair in self))

@@ -95,7 +95,7 @@ class GaussianLoRALinear(nn.Module):
                     projection,
                     self.backend,
                 )
-        return projection.y.view(*shape[:-1], -1)
+        return projection.y.view(*shape[:-1], self.base.out_features)
 
     def theta_gradient(self, weights: OuterWeights) -> ThetaGradient:
         """Theta's local gradient in the weight posterior: of the factors alone, without a forward pass."""

@@ -109,9 +109,10 @@ def _backward(ctx, dy, _, dsums):
     needs = Needs.of(ctx.needs_input_grad[0], ctx.needs_input_grad[4:6], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
-        dx, da, db = torch.ops.abmll.activation_backward(
-            dy, needs.dsums, x, p, weight, mask, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
-        )
+        with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
+            dx, da, db = torch.ops.abmll.activation_backward(
+                dy, needs.dsums, x, p, weight, mask, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
+            )
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
     return dx, None, None, None, phi, theta, None, None, None
 

@@ -1,20 +1,24 @@
 """Block sizes, warps and pipeline stages of each kernel: fixed, so that the same inputs give the same bits.
 
-Chosen so that nothing spills for sm_80 and sm_90 (`resources` reads it off the compiled code) and tiles fill whole
-waves of a large GPU at a thousand tokens.
+Chosen by what the compiler makes of them (`resources`): in bf16 nothing spills at ranks up to 16, and shared memory
+fits every chip from compute capability 8.0 on. None was timed on a GPU yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 # Partial results of the backward pass are split over rows until about so many programs run: enough for any GPU at
 # hand, and independent of it, because the split decides the order of the sums.
 TARGET_PROGRAMS = 256
-# Partial gradients of B are T / rows-of-a-slot copies of it: few enough to stay below the size of dx.
+# Partial gradients of the column factors are copies of them, one a slot of rows.
 ADJOINT_SLOTS = 16
+# The sum over K that makes p is split too: a program that walks all of K alone would last longer than a tile of y.
+PROJECTION_PARTS = 8
+# Fewer tiles of W0's product than this leave most of a large GPU idle; the library splits K instead.
+MINIMUM_TILES = 128
 # The weight posterior's dense tiles, a band of rows of N x K, live in this much memory, whatever the layer's size.
 SCRATCH_BYTES = 32 * 2**20
 
@@ -23,7 +27,7 @@ SCRATCH_BYTES = 32 * 2**20
 class Launch:
     """Block sizes by the kernel's own names, and how the compiler lays a program out."""
 
-    blocks: dict[str, int] = field(hash=False)
+    blocks: dict[str, int]
     warps: int
     stages: int
 
@@ -38,19 +42,19 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def fused_base(dtype: torch.dtype, outputs: int, inputs: int) -> bool:
-    """Whether W0's product [outputs, inputs] runs in the same launch as the pairs'.
+def fused_base(dtype: torch.dtype, rows: int, columns: int, depth: int) -> bool:
+    """Whether W0's product, [rows, depth] times [depth, columns], runs in the same launch as the pairs'.
 
-    Not in fp32, which has no tensor cores, nor with rows that vector loads cannot take: those are the library's.
+    The library's are fp32, which has no tensor cores, rows that vector loads cannot take, and few tiles.
     """
-    return dtype != torch.float32 and outputs % 16 == 0 and inputs % 16 == 0
+    tiles = -(-rows // 128) * -(-columns // 128)
+    return dtype != torch.float32 and columns % 16 == 0 and depth % 16 == 0 and tiles >= MINIMUM_TILES
 
 
 def forward(base: bool, rank: int) -> Launch:
-    p_rows = {16: 128, 32: 128, 64: 64}[padded_rank(rank)]
     if base:
         depth = 64 if padded_rank(rank) < 64 else 32
-        return Launch({"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "BAND": 8, "P_ROWS": p_rows}, warps=8, stages=3)
+        return Launch({"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "BAND": 8, "P_ROWS": 64}, warps=8, stages=3)
     return Launch({"ROWS": 32, "COLUMNS": 32, "DEPTH": 32, "BAND": 8, "P_ROWS": 32}, warps=4, stages=2)
 
 
@@ -70,5 +74,5 @@ def sample() -> Launch:
 
 def adjoint(rank: int) -> Launch:
     # two chained products spread all warps along the rows: 16 rows a warp, or work is done twice
-    warps = 4 if padded_rank(rank) == 16 else 2
+    warps = {16: 4, 32: 2, 64: 1}[padded_rank(rank)]
     return Launch({"ROWS": 16 * warps, "COLUMNS": 16}, warps=warps, stages=1)

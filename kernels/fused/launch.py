@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from abmll.kernels.fused import configurations
-from abmll.kernels.fused.configurations import ADJOINT_SLOTS, TARGET_PROGRAMS, padded_rank
+from abmll.kernels.fused.configurations import ADJOINT_SLOTS, PROJECTION_PARTS, TARGET_PROGRAMS, padded_rank
 from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
 from abmll.kernels.fused.products import factor_gradient_kernel, forward_kernel, input_gradient_kernel
 
@@ -115,29 +115,30 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     """(y0 [G, T, N] = x W0^T + bias, p [G, T, pairs * r] fp32); y0 None without a weight."""
     groups, tokens, inputs = x.shape
     count, rank = len(pairs.a), pairs.rank
-    base = weight is not None and configurations.fused_base(x.dtype, *weight.shape)
-    launch = configurations.forward(base, rank)
-    p = torch.empty(groups, tokens, count * rank, dtype=torch.float32, device=x.device)
     outputs = 0 if weight is None else weight.shape[0]
+    base = weight is not None and configurations.fused_base(x.dtype, groups * tokens, outputs, inputs)
+    launch = configurations.forward(base, rank)
+    parts, part_depth = _split(inputs, launch.blocks["DEPTH"], PROJECTION_PARTS)
+    p = torch.empty(parts, groups, tokens, count * rank, dtype=torch.float32, device=x.device)
     y = p
     if base:
         y = torch.empty(groups, tokens, outputs, dtype=x.dtype, device=x.device)
     elif weight is not None:
         y = linear(x, weight, bias)
     if not p.numel():
-        return None if weight is None else y, p
-    programs = _blocks(tokens, launch.blocks["P_ROWS"])
+        return None if weight is None else y, _summed(p)
+    programs = _blocks(tokens, launch.blocks["P_ROWS"]) * parts
     if base:
         programs += _blocks(tokens, launch.blocks["ROWS"]) * _blocks(outputs, launch.blocks["COLUMNS"])
     matrix = weight if base else x
     with _on(x):
         forward_kernel[programs, groups](
             x, matrix, x if bias is None else bias.contiguous(), *_padded(pairs.a), y, p,
-            tokens, outputs, inputs, x.stride(0), x.stride(1), matrix.stride(0),
+            tokens, outputs, inputs, groups, x.stride(0), x.stride(1), matrix.stride(0), parts, part_depth,
             PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
             **launch.blocks, **launch.options,
         )  # fmt: skip
-    return None if weight is None else y, p
+    return None if weight is None else y, _summed(p)
 
 
 def sample(
@@ -208,14 +209,21 @@ def adjoint(
             matrix, dz, weights, mask, scalars, Wanted(wanted.dp_phi, False, wanted.dq_phi, False), sample_to, first_row
         )
         theta = adjoint(matrix, None, weights, mask, scalars, Wanted(False, wanted.dp_theta, False, True, wanted.sums))
+        if not (wanted.dp_phi or wanted.dq_phi or sample_to is not None):
+            return theta
+        own = Wanted(wanted.dp_phi, False, wanted.dq_phi, False)
+        phi = adjoint(matrix, dz, weights, mask, scalars, own, sample_to, first_row)
         return Adjoints(torch.cat([phi.dp, theta.dp], dim=-1), torch.cat([phi.dq, theta.dq]), theta.sums)
     groups, rows, columns, rank = matrix.shape
     launch = configurations.adjoint(rank)
-    slots, slot_rows = _split(rows, launch.blocks["ROWS"], ADJOINT_SLOTS)
-    chunks, chunk_columns = _split(columns, launch.blocks["COLUMNS"], TARGET_PROGRAMS // max(slots * groups, 1))
+    dp_width, dq_width = rank * sum(2 * w for w in wanted[:2]), rank * sum(2 * w for w in wanted[2:4])
+    # so that the partial sums of each take at most half of what dz does in 16 bits
+    slots, slot_rows = _split(rows, launch.blocks["ROWS"], min(ADJOINT_SLOTS, rows // max(4 * dq_width, 1)))
+    most = min(TARGET_PROGRAMS // max(slots * groups, 1), columns // max(4 * dp_width, 1))
+    chunks, chunk_columns = _split(columns, launch.blocks["COLUMNS"], most)
     some = matrix.rows[0]
     new = {"dtype": torch.float32, "device": some.device}
-    dp = torch.empty(chunks, groups, rows, (2 * wanted.dp_phi + 2 * wanted.dp_theta) * rank, **new)
+    dp = torch.empty(chunks, groups, rows, dp_width, **new)
     dq = torch.empty(slots, 2 * wanted.dq_phi + 2 * wanted.dq_theta, groups, columns, rank, **new)
     sums = torch.empty(2, slots * chunks * groups if wanted.sums else 0, **new)
     if slots and chunks:
@@ -237,7 +245,7 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
     """dx [G, T, K] = dy W0 + dp A in `dtype`; dp holds the first len(pairs.a) pairs."""
     groups, tokens, _ = dp.shape
     outputs, inputs = weight.shape
-    base = configurations.fused_base(dtype, outputs, inputs)
+    base = configurations.fused_base(dtype, groups * tokens, inputs, outputs)
     launch = configurations.input_gradient(base)
     if dy is not None and not base:
         dx = dy @ weight

@@ -31,10 +31,10 @@ def _row_factor_tile(pointer, ks, K, RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _project_rows(
-    x_ptr, a_0, a_1, a_2, a_3, p_ptr, block, T, K, x_stride,
+    x_ptr, a_0, a_1, a_2, a_3, p_ptr, block, first, T, K, x_stride, part_depth,
     PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """p of one block of rows: all pairs from one pass over x."""
+    """p of one block of rows, over a part of K from `first` on: all pairs from one pass over x."""
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = (rows < T)[:, None]
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
@@ -43,7 +43,7 @@ def _project_rows(
     if PAIRS == 4:
         p_2 = tl.zeros((ROWS, R), tl.float32)
         p_3 = tl.zeros((ROWS, R), tl.float32)
-    for start in range(0, K, DEPTH):
+    for start in range(first, tl.minimum(first + part_depth, K), DEPTH):
         ks = start + tl.arange(0, DEPTH)
         x = tl.load(x_rows + ks[None, :], mask=inside & (ks < K)[None, :], other=0.0)
         p_0 = wide_dot(x, tl.trans(_row_factor_tile(a_0, ks, K, RANK, R)), p_0)
@@ -95,30 +95,32 @@ def _base_tile(
 
 
 # Numbers that differ from batch to batch: nothing is compiled anew for them.
-VARYING = ["T", "G", "chunk_rows"]
+VARYING = ["T", "G", "chunk_rows", "parts"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     x_ptr, w_ptr, bias_ptr, a_0, a_1, a_2, a_3, y_ptr, p_ptr,
-    T, N, K, x_group, x_stride, w_stride,
+    T, N, K, G, x_group, x_stride, w_stride, parts, part_depth,
     PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, P_ROWS: tl.constexpr,
 ):  # fmt: skip
     """[y0, p] of one group a second grid axis. The first programs make p: they must not be the last to end.
 
     x [G, T, K] with unit stride along K; w [N, K]; a_0, a_1 phi's [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4);
-    y [G, T, N]; p [G, T, PAIRS * RANK].
+    y [G, T, N]; p [parts, G, T, PAIRS * RANK], each over part_depth of K (a multiple of DEPTH), to be summed.
     """
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     x_ptr += group * x_group
-    p_programs = tl.cdiv(T, P_ROWS)
+    p_programs = tl.cdiv(T, P_ROWS) * parts
     if program < p_programs:
         own = group * RANK * K
-        p_ptr += group * T * (PAIRS * RANK)
+        part = program % parts
+        p_ptr += (part * G.to(tl.int64) + group) * T * (PAIRS * RANK)
         _project_rows(
-            x_ptr, a_0 + own, a_1 + own, a_2, a_3, p_ptr, program, T, K, x_stride, PAIRS, RANK, R, P_ROWS, DEPTH
+            x_ptr, a_0 + own, a_1 + own, a_2, a_3, p_ptr, program // parts, part * part_depth, T, K, x_stride,
+            part_depth, PAIRS, RANK, R, P_ROWS, DEPTH,
         )  # fmt: skip
     else:
         if BASE:

@@ -101,9 +101,9 @@ def weight_forward(
             matrix = Matrix.of_weights(own, band)
             sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
             _add_product(y[group, :, band], x[group], change[0].mT, fresh=True)
-    _add_base_product(y, x, weight.mT)
     if bias is not None:
         y += bias
+    _add_base_product(y, x, weight.mT)
     return y, torch.stack(sums).sum(dim=0) if with_sums else sums[0]
 
 
@@ -179,9 +179,10 @@ def _backward(ctx, dy, dsums):
     needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[3:5], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
-        dx, da, db = torch.ops.abmll.weight_backward(
-            dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
-        )
+        with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
+            dx, da, db = torch.ops.abmll.weight_backward(
+                dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
+            )
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
     return dx, None, None, phi, theta, None, None, None
 

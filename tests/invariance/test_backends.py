@@ -1,0 +1,69 @@
+"""Fused kernels and plain PyTorch learn the same from the same noise: fp32, through the trainer."""
+
+from __future__ import annotations
+
+import pytest
+from runs import Run
+from torch import Tensor
+from torch.testing import assert_close
+
+from abmll.kernels.backends import interpreted
+from abmll.kernels.fused import configurations
+from abmll.kernels.fused.configurations import Launch
+
+SMALL = ("trainer.episodes=2", "adapters.modules=[v_proj]", "tasks.batch_size=1")
+OUTER_LR = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch):
+    """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
+    if not interpreted():
+        return
+    tile = {"ROWS": 256, "COLUMNS": 64}
+    for name, blocks in {
+        "forward": {**tile, "DEPTH": 64, "BAND": 1, "P_ROWS": 256},
+        "input_gradient": {**tile, "DEPTH": 64, "BAND": 1},
+        "factor_gradient": tile,
+        "sample": tile,
+        "adjoint": tile,
+    }.items():
+        launch = Launch(blocks, warps=4, stages=1)
+        monkeypatch.setattr(configurations, name, lambda *_, launch=launch: launch)
+
+
+def trained(
+    run: Run, posterior: str, meta_gradient: str, backend: str, checkpointing: str = "false"
+) -> tuple[list[dict], dict[str, Tensor]]:
+    """Step lines of two episodes, without the scoring at the end, and the theta that they led to."""
+    overrides = (
+        f"adapters.posterior={posterior}",
+        f"adapters.backend={backend}",
+        f"method.meta_gradient={meta_gradient}",
+        f"method.outer_lr={OUTER_LR}",
+        f"trainer.activation_checkpointing={checkpointing}",
+    )
+    with run.session(*SMALL, *overrides) as session:
+        session.trainer.run()
+        theta = session.parts.learner.adapters.theta
+        return run.metrics, {name: value.detach().clone() for name, value in theta.items()}
+
+
+@pytest.mark.parametrize("meta_gradient", ["kl", "first_order"])
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_fused_kernels_learn_what_plain_pytorch_learns(make_run, posterior, meta_gradient):
+    kind = (posterior, meta_gradient)
+    fused_lines, fused = trained(make_run("triton"), *kind, backend="triton")
+    lines, plain = trained(make_run("torch"), *kind, backend="torch")
+    assert len(fused_lines) == len(lines) == 2
+    for ours, theirs in zip(fused_lines, lines, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    # AdamW divides by the gradient's own size, which magnifies rounding where that is near zero: so within a
+    # thousandth of an outer step, of which every B took two from zero
+    assert_close(fused, plain, rtol=0, atol=1e-3 * OUTER_LR)
+    assert all(value.abs().max() > OUTER_LR for name, value in plain.items() if name.endswith(".b"))
+
+    if meta_gradient == "first_order":
+        again_lines, again = trained(make_run("checkpointed"), *kind, backend="triton", checkpointing="true")
+        assert again_lines == fused_lines
+        assert_close(again, fused, rtol=0, atol=0)
