@@ -4,7 +4,7 @@
     backward    dx = dy W0 + dy D            with D drawn again
                 dB, dA from the adjoint of D, a band of dy^T x at a time, and from KL and prior
 
-A training step draws 2 N K normals, whatever the tokens, four a Philox call: once forward and once backward, where one
+A training step draws 2 N K normals, whatever the tokens, four a Philox call: once forward, once backward, where one
 drawing serves both D and its adjoint (activation checkpointing draws the forward's twice). -log prior's squares and
 log-variances would have closed forms through r x r products; a tile holds both numbers in registers already, so they
 cost a few operations there, by count less than the launches of such products. (The KL's log-variances must not be summed
