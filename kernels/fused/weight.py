@@ -7,8 +7,8 @@
 A training step draws 2 N K normals, whatever the tokens, four a Philox call: once forward, once backward, where one
 drawing serves both D and its adjoint (activation checkpointing draws the forward's twice). -log prior's squares and
 log-variances would have closed forms through r x r products; a tile holds both numbers in registers already, so they
-cost a few operations there, by count less than the launches of such products. (The KL's log-variances must not be summed
-apart: they cancel.)
+cost a few operations there, by count less than the launches of such products. (The KL's log-variances must not be
+summed apart: they cancel.)
 
 The bands live in scratch memory of bounded size, which the allocator hands from layer to layer. D x is added to W0 x
 in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight. Saved: x and integers. Arguments
