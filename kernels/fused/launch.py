@@ -205,9 +205,6 @@ def adjoint(
     """
     if dz is not None and wanted.dq_theta:
         # theta's adjoints do not depend on dz, and all four pairs' at once would not fit the registers
-        phi = adjoint(
-            matrix, dz, weights, mask, scalars, Wanted(wanted.dp_phi, False, wanted.dq_phi, False), sample_to, first_row
-        )
         theta = adjoint(matrix, None, weights, mask, scalars, Wanted(False, wanted.dp_theta, False, True, wanted.sums))
         if not (wanted.dp_phi or wanted.dq_phi or sample_to is not None):
             return theta

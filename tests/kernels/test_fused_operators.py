@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from abmll.adapters import AdapterContext, GaussianLoRALinear
 from abmll.kernels import NoiseKey, PosteriorSettings
 from abmll.kernels.fused import activation as activation_operators
+from abmll.kernels.fused import configurations
 from abmll.kernels.fused import weight as weight_operators
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -124,8 +125,9 @@ def test_a_batch_of_rows_equals_its_tokens_in_a_row(harness):
         assert torch.equal(value.view_as(flat[name]), flat[name]), name
 
 
-def test_rows_further_apart_than_a_32_bit_offset(harness):
+def test_rows_further_apart_than_a_32_bit_offset(harness, monkeypatch):
     """The last rows of x, W0 and dy begin beyond 2^31 elements, in one storage that is reserved and hardly touched."""
+    monkeypatch.setattr(configurations, "MINIMUM_TILES", 1)  # W0's product is ours: here it is not the library's test
     size = 2**31 + 2**28
     if harness.device.type == "cuda" and torch.cuda.mem_get_info()[0] < 3 * size:
         pytest.skip("needs 7 GB of GPU memory")
