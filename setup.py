@@ -41,6 +41,7 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "scipy>=1.11",
+            "matplotlib>=3.8",
             "tensorboard>=2.17",
             "ruff>=0.8",
         ],

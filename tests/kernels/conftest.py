@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abmll.kernels import GaussianFactors, LowRank, NoiseKey, PosteriorSettings, posterior_projection, theta_gradient
 from abmll.kernels.backends import interpreted
+from abmll.kernels.fused import configurations
 from abmll.kernels.noise import LANES, WORD, philox
 
 SETTINGS = PosteriorSettings(scaling=2.0, log_variance_offset=-1.0, prior_shape=1.5, prior_rate=0.3)
@@ -252,6 +253,12 @@ def harness(request, device) -> Harness:
 def activation(device) -> Harness:
     """Of the activation posterior, for what is its own."""
     return Harness("activation", device)
+
+
+@pytest.fixture
+def own_base_product(monkeypatch):
+    """W0's product in 16 bits runs in our launch at any multiples of 16, as it does for many tiles."""
+    monkeypatch.setattr(configurations, "MINIMUM_TILES", 1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,6 @@
 """Fused kernels against the plain version: outputs, gradients and theta's gradient, all held to float64.
 
-Low-precision inputs are made first and widened for the float64 run. See `Harness.compare` for what is allowed. The
-product with W0 is part of the kernels at 16-bit multiples of 16, and the library's elsewhere: shapes are of both kinds.
+Low-precision inputs are made first and widened for the float64 run. See `Harness.compare` for what is allowed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PHI, THETA = (
     ],
     ids=str,
 )
-def test_dtypes_masks_and_bias(harness, dtype, mask, bias):
+def test_dtypes_masks_and_bias(harness, own_base_product, dtype, mask, bias):
     inputs = harness.inputs(tokens=11, inputs=48, outputs=16, dtype=dtype)
     if not bias:
         inputs = replace(inputs, bias=None)
@@ -79,7 +78,7 @@ def test_no_tokens(harness, dtype, groups):
     mask=st.sampled_from([None, "random", "empty"]),
     seed=st.integers(0, 99),
 )
-def test_any_shape(harness, tokens, inputs, outputs, rank, groups, dtype, mask, seed):
+def test_any_shape(harness, own_base_product, tokens, inputs, outputs, rank, groups, dtype, mask, seed):
     made = harness.inputs(tokens, inputs, outputs, rank, dtype, groups, seed)
     counted = harness.mask(made, mask)
     harness.check(made, counted)
@@ -102,18 +101,21 @@ def test_near_initialisation(harness, dtype):
 
 @pytest.mark.parametrize(("slots", "programs"), [(16, 256), (1, 1)])
 def test_several_blocks_in_the_backward_pass(harness, monkeypatch, slots, programs):
-    """As shipped: several slots and chunks of one block. With fewer: programs that accumulate over blocks."""
+    """As shipped: several slots and chunks of one block. With fewer: programs that accumulate over blocks.
+
+    At rank 1: slots and chunks are as many as keep their partial sums small.
+    """
     monkeypatch.setattr(launch, "ADJOINT_SLOTS", slots)
     monkeypatch.setattr(launch, "TARGET_PROGRAMS", programs)
     tokens, inputs, outputs = (70, 20, 32) if harness.posterior == "activation" else (5, 32, 70)
-    inputs = harness.inputs(tokens, inputs, outputs, dtype=BF16)
+    inputs = harness.inputs(tokens, inputs, outputs, rank=1, dtype=BF16)
     mask = harness.mask(inputs, "random")
     harness.check(inputs, mask)
     harness.check_theta(inputs, mask)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_base_product_in_the_same_launch(activation, monkeypatch, dtype):
+def test_base_product_in_the_same_launch(activation, own_base_product, monkeypatch, dtype):
     """Sizes that 16-bit kernels take W0 at: several blocks along every axis. Its own blocks are as shipped."""
     if activation.device.type == "cpu":  # in the interpreter, few blocks take little time
         elementwise = configurations.Launch({"ROWS": 64, "COLUMNS": 256}, warps=4, stages=1)
@@ -144,8 +146,8 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(("dtype", "groups"), [(FP32, 2), (BF16, None)], ids=["fp32", "bf16"])
 def test_small_blocks(harness, monkeypatch, dtype, groups):
     small_blocks(monkeypatch)
-    tokens, outputs = (35, 32) if groups is None else (17, 20)
-    inputs = harness.inputs(tokens, 32, outputs, dtype=dtype, groups=groups)
+    tokens, inputs, outputs = (35, 80, 32) if groups is None else (17, 32, 20)
+    inputs = harness.inputs(tokens, inputs, outputs, rank=1, dtype=dtype, groups=groups)
     mask = harness.mask(inputs, "random")
     harness.check(inputs, mask)
     harness.check_theta(inputs, mask)

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from abmll.adapters import AdapterContext, GaussianLoRALinear
 from abmll.kernels import NoiseKey, PosteriorSettings
 from abmll.kernels.fused import activation as activation_operators
-from abmll.kernels.fused import configurations
 from abmll.kernels.fused import weight as weight_operators
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,7 +42,7 @@ def poison():
     [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None)],
 )
 def test_every_element_is_written_and_none_beyond_is_read(
-    harness, poison, tokens, inputs, outputs, rank, dtype, groups
+    harness, poison, own_base_product, tokens, inputs, outputs, rank, dtype, groups
 ):
     made = harness.inputs(tokens, inputs, outputs, rank, dtype, groups).map(surrounded)
     mask = harness.mask(made, "random")
@@ -81,7 +80,7 @@ def from_wider(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("layout", "dtype", "groups"), [(transposed, FP32, None), (every_other, BF16, 2), (from_wider, BF16, None)]
 )
-def test_layouts(harness, layout, dtype, groups):
+def test_layouts(harness, own_base_product, layout, dtype, groups):
     inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=dtype, groups=groups)
     bias = inputs.bias
     moved = replace(inputs, bias=None).map(layout)
@@ -94,7 +93,7 @@ def test_layouts(harness, layout, dtype, groups):
     harness.check_theta(moved, mask)
 
 
-def test_groups_in_the_middle(harness):
+def test_groups_in_the_middle(harness, own_base_product):
     """x and y as [tokens, groups, ...] in memory."""
     inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=BF16, groups=3)
     inputs.x = inputs.x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -105,7 +104,7 @@ def test_groups_in_the_middle(harness):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (9, 1)], ids=["one number", "one row", "one column"])
 @DTYPES
-def test_expanded_gradients(harness, shape, dtype):
+def test_expanded_gradients(harness, own_base_product, shape, dtype):
     """What y.sum() and the like send back: one number or row for all."""
     inputs = harness.inputs(tokens=9, inputs=16, outputs=16, dtype=dtype)
     dy = harness.upstream(inputs)["y"][: shape[0], : shape[1]].expand(9, 16)
@@ -125,9 +124,8 @@ def test_a_batch_of_rows_equals_its_tokens_in_a_row(harness):
         assert torch.equal(value.view_as(flat[name]), flat[name]), name
 
 
-def test_rows_further_apart_than_a_32_bit_offset(harness, monkeypatch):
+def test_rows_further_apart_than_a_32_bit_offset(harness, own_base_product):
     """The last rows of x, W0 and dy begin beyond 2^31 elements, in one storage that is reserved and hardly touched."""
-    monkeypatch.setattr(configurations, "MINIMUM_TILES", 1)  # W0's product is ours: here it is not the library's test
     size = 2**31 + 2**28
     if harness.device.type == "cuda" and torch.cuda.mem_get_info()[0] < 3 * size:
         pytest.skip("needs 7 GB of GPU memory")
