@@ -149,6 +149,11 @@ def wrong_pair(side: GaussianFactors, change) -> GaussianFactors:
         ({"theta": lambda p: p.expand(2)}, r"theta mean: a \(2, 3, 6\)"),
         ({"phi": lambda p: p.expand(2)}, r"x: shape \(4, 6\): must be \[2, tokens, 6\], as phi has groups"),
         ({"x": lambda x: x.expand(3, 4, 6), "phi": lambda p: p.expand(2)}, r"x: shape \(3, 4, 6\): must be \[2, tok"),
+        ({"x": lambda x: x.expand(0, 4, 6), "phi": lambda p: p.expand(0)}, r"x: shape \(0, 4, 6\): at least one group"),
+        ({"x": lambda x: x[:, :0], "weight": lambda w: w[:, :0]}, r"x: shape \(4, 0\): at least one"),
+        ({"weight": lambda w: w[:0]}, r"weight: \(0, 6\) on .*: must have rows"),
+        ({"weight": lambda w: w.to("meta")}, r"weight: \(5, 6\) on meta: must .* be on"),
+        ({"phi": lambda p: wrong_pair(p, lambda f: f.to("meta"))}, r"phi log_variance: on meta, meta: must be on"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(harness, backend, change, message):
@@ -166,6 +171,33 @@ def test_masks_that_do_not_fit_are_refused(activation, backend):
         for call in (activation.project, activation.theta):
             with pytest.raises(ValueError, match=r"^token_mask: shape .*: must be x's without the last"):
                 call(inputs, backend, mask)
+
+
+def test_masks_that_are_no_choice_are_refused(activation):
+    inputs = activation.inputs(tokens=4, inputs=6, outputs=5)
+    with pytest.raises(ValueError, match=r"^token_mask: dtype torch.float32: must be torch.bool"):
+        activation.project(inputs, mask=torch.ones(4, device=activation.device))
+
+
+def test_unknown_choices_are_refused(activation):
+    inputs = activation.inputs(tokens=4, inputs=6, outputs=5)
+    with pytest.raises(ValueError, match=r"^terms: 'kl': must be one of none, divergence, theta"):
+        activation.project(inputs, terms="kl")
+    unknown = replace(activation, posterior="activations")
+    for call in (unknown.project, unknown.theta):
+        with pytest.raises(ValueError, match=r"^posterior: 'activations': must be one of activation, weight"):
+            call(inputs)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_layer_that_is_trained_is_refused(harness, name):
+    """Its gradient would silently be missing."""
+    inputs = harness.inputs(tokens=4, inputs=6, outputs=5)
+    getattr(inputs, name).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^weight, bias: require a gradient: the base layer is frozen"):
+        harness.project(inputs)
+    with torch.no_grad():
+        harness.project(inputs)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -139,15 +139,20 @@ def small_blocks(monkeypatch):
     for name in ("sample", "adjoint"):
         monkeypatch.setattr(configurations, name, lambda *_: configurations.Launch(plain, warps=1, stages=1))
     monkeypatch.setattr(configurations, "fused_base", lambda dtype, *_: dtype != FP32)
-    monkeypatch.setattr(launch, "ADJOINT_SLOTS", 2)
-    monkeypatch.setattr(launch, "TARGET_PROGRAMS", 10)
+    for name, parts in {"ADJOINT_SLOTS": 2, "TARGET_PROGRAMS": 10, "PROJECTION_PARTS": 2}.items():
+        monkeypatch.setattr(launch, name, parts)
 
 
-@pytest.mark.parametrize(("dtype", "groups"), [(FP32, 2), (BF16, None)], ids=["fp32", "bf16"])
-def test_small_blocks(harness, monkeypatch, dtype, groups):
+def test_small_blocks(harness, monkeypatch):
     small_blocks(monkeypatch)
-    tokens, inputs, outputs = (35, 80, 32) if groups is None else (17, 32, 20)
-    inputs = harness.inputs(tokens, inputs, outputs, rank=1, dtype=dtype, groups=groups)
+    tokens, inputs, outputs = (35, 48, 32) if harness.posterior == "activation" else (5, 32, 35)
+    inputs = harness.inputs(tokens, inputs, outputs, rank=1, dtype=BF16)
+    harness.check(inputs, harness.mask(inputs, "random"))
+
+
+def test_small_blocks_of_several_groups(harness, monkeypatch):
+    small_blocks(monkeypatch)
+    inputs = harness.inputs(tokens=17, inputs=17, outputs=17, rank=1, groups=2)
     mask = harness.mask(inputs, "random")
     harness.check(inputs, mask)
     harness.check_theta(inputs, mask)
