@@ -95,7 +95,7 @@ class Evaluator:
         keys = self._prediction_keys(method, task, adapted)
         for batch in scoring_batches(examples, self.letter_ids, self.config.batch_size):
             batch = batch.to(self.ranks.device)
-            accumulator.update(self._probabilities(batch, keys), batch)
+            accumulator.update(self.probabilities(batch, keys), batch)
         return accumulator.predictions()
 
     def _prediction_keys(self, method: Method, task: str, adapted: int) -> Iterator[NoiseKey] | None:
@@ -105,7 +105,7 @@ class Evaluator:
         seed = fold_seed(self.seed, "prediction", task, adapted)
         return (NoiseKey(seed, step) for step in range(2**32))
 
-    def _probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None) -> Tensor:
+    def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None) -> Tensor:
         """Predictive probabilities over the vocabulary [B, V]: of the mean, or the average over S posterior samples."""
         if keys is None:
             return self.learner.forward(batch, None)[0].softmax(dim=-1)

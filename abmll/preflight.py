@@ -13,7 +13,7 @@ from abmll.build import prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.engine import check_monitors
-from abmll.memory import estimate
+from abmll.memory.formula_old import estimate
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.run import check_folder

@@ -9,7 +9,7 @@ from abmll.build import Parts
 from abmll.config import Config
 from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
-from abmll.memory import estimate
+from abmll.memory.formula_old import estimate
 from abmll.trainer import Trainer
 
 # Scores in the tables: name, heading, factor. Accuracies and F1 in percent.

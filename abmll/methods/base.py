@@ -42,6 +42,7 @@ class Method:
     name: ClassVar[str]
     gaussian: ClassVar[bool] = False
     pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
+    inner_loop: ClassVar[bool] = True  # an update adapts phi to its task, by the inner optimizer
 
     def __init__(self, config: MethodConfig, posterior: Posterior = "activation"):
         self.config, self.posterior = config, posterior

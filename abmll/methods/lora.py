@@ -10,6 +10,7 @@ class StructuredLoRA(Method):
     """K steps of theta on the NLL of one task after another; nothing is reset between tasks."""
 
     name = "structured_lora"
+    inner_loop = False
 
     @property
     def updates_per_episode(self) -> int:

@@ -7,6 +7,7 @@ from abmll.methods.base import Method
 
 class Pretrained(Method):
     name = "pretrained"
+    inner_loop = False
 
     @property
     def updates_per_episode(self) -> int:

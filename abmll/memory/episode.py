@@ -1,0 +1,250 @@
+"""One episode of a configured run on fake tensors: the real model, adapters, method and scoring, every storage counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from abmll.adapters import inject_adapters
+from abmll.config import Config
+from abmll.evaluation import Evaluator
+from abmll.kernels import NoiseKey
+from abmll.learner import Learner, StepTerms
+from abmll.memory import attention
+from abmll.memory.engine import CountedEngine
+from abmll.memory.fake import as_on_gpu, counted
+from abmll.memory.storages import (
+    ADAPTERS,
+    COMPONENTS,
+    GRADIENTS,
+    LOAD,
+    OUTER,
+    PHASES,
+    SCORING,
+    STATES,
+    TRAINING,
+    WEIGHTS,
+    Storage,
+    StorageCounter,
+)
+from abmll.methods import Method, Visit, build_method
+from abmll.metrics import ScoreAccumulator
+from abmll.models.checkpointing import Checkpointing, checkpoint_layers
+from abmll.tasks.task import Batch, Episode
+
+OPTIONS = 4  # of an example: too small to matter
+SETTLING = "settling"  # a phase that is not reported: what a run does once
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is counted: a run, and where it runs.
+
+    `scoring`: sizes of a scoring batch, in examples; the first that needs no more memory than training does is taken,
+    or else the last. None: nothing is scored.
+    """
+
+    config: Config
+    architecture: PreTrainedConfig
+    deepspeed: dict[str, Any]
+    world_size: int = 1
+    gpu: bool = True
+    checkpointing: Checkpointing = "all layers"
+    scoring: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Tensors alike at the peak: of one maker, shape and component."""
+
+    size: int
+    count: int
+    maker: str
+    what: str
+    component: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes at each phase's fullest moment by component, the largest tensors at the fullest of all, and the scoring
+    batch that was taken."""
+
+    phases: dict[str, dict[str, int]]
+    largest: list[Largest]
+    scored: int | None
+
+    def peak_of(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def fullest(self) -> str:
+        return max(self.phases, key=self.peak_of)
+
+    @property
+    def peak(self) -> int:
+        return self.peak_of(self.fullest)
+
+
+class CountedLearner(Learner):
+    """A learner whose phases the counter is told, where neither autograd nor an optimizer does."""
+
+    counter: StorageCounter
+
+    def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
+        terms = super()._phi_gradient(batch, key)
+        self.counter.label(GRADIENTS, (p.grad for p in self.adapters.phi.values()))
+        return terms
+
+    def theta_gradient_kl(self, *arguments: Any) -> tuple[dict[str, Tensor], StepTerms]:
+        with self.counter.stage(OUTER):
+            return super().theta_gradient_kl(*arguments)
+
+    def theta_gradient_of_weights(self) -> tuple[dict[str, Tensor], StepTerms]:
+        with self.counter.stage(OUTER):
+            return super().theta_gradient_of_weights()
+
+    def theta_gradient_first_order(self, *arguments: Any) -> tuple[dict[str, Tensor], StepTerms]:
+        with self.counter.stage(OUTER):
+            return super().theta_gradient_first_order(*arguments)
+
+
+def count_episode(setup: Setup) -> Ledger:
+    """Bytes of an inner step, the outer step and one scoring batch, every prompt of max_tokens.
+
+    Not the first ones: the moments of phi and theta are there, as they are from the second step on.
+
+    Raises ValueError where no module matches adapters.modules, or adapters.backend cannot run on the device.
+    """
+    with counted(setup.gpu) as counter:
+        scored = run_episode(setup, counter)
+        return read_ledger(counter, scored)
+
+
+def run_episode(setup: Setup, counter: StorageCounter) -> int | None:
+    """The episode itself, on whatever tensors are made here: fake ones, or real ones to test the counter.
+
+    Returns the size of the scoring batch that was taken.
+    """
+    config = setup.config
+    with counter.stage(LOAD):
+        learner, method = _build(setup, counter)
+        build_optimizer = partial(_outer_optimizer, method, setup.gpu)
+        engine = CountedEngine(learner.adapters.theta, build_optimizer, setup.deepspeed, setup.world_size, counter)
+        inner = learner.optimizer(config.method.inner_lr)
+        if setup.gpu:
+            as_on_gpu(inner)
+        batch = make_batch(config.tasks.batch_size, config.tasks.max_tokens)
+    with counter.stage(SETTLING):
+        engine.step({name: torch.zeros_like(value) for name, value in learner.adapters.theta.items()})
+        if method.inner_loop:
+            _settle(inner)
+    if method.updates_per_episode:
+        counter.label(STATES, _states(inner))
+        visit = Visit(Episode(0, 0, "", (batch,), batch), 0, [NoiseKey(0, step) for step in range(2)], inner, 0.0)
+        update = method.update(learner, visit)
+        counter.label(GRADIENTS, update.gradient.values())
+        with counter.stage(OUTER):
+            engine.step(update.gradient)
+        del update
+    with counter.stage(SETTLING):
+        inner.state.clear()
+        learner.adapters.reset_phi()
+    training = max((counter.peaks[phase].size for phase in TRAINING if phase in counter.peaks), default=None)
+    for examples in setup.scoring:
+        counter.peaks.pop(SCORING, None)
+        _score(learner, method, examples, setup, counter)
+        if training is None or counter.peaks[SCORING].size <= training:
+            break
+    return examples if setup.scoring else None
+
+
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    """Its states are there, as after a first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def _build(setup: Setup, counter: StorageCounter) -> tuple[Learner, Method]:
+    config = setup.config
+    eager = config.model.attention == "eager"
+    model = AutoModelForCausalLM.from_config(
+        setup.architecture,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation="eager" if eager else "sdpa",
+    )
+    if setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
+        model.config.get_text_config()._attn_implementation = attention.register()
+    model.requires_grad_(False).eval()
+    counter.label(WEIGHTS, (*model.parameters(), *model.buffers()))
+    method = build_method(config.method, config.adapters.posterior)
+    adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
+    counter.label(ADAPTERS, (*adapters.theta.values(), *adapters.phi.values()))
+    checkpoint_layers(model, setup.checkpointing)
+    counter.name_modules(model)
+    learner = CountedLearner(model, adapters, config.method, num_train_tasks=1, batch_size=config.tasks.batch_size)
+    learner.counter = counter
+    return learner, method
+
+
+def _outer_optimizer(method: Method, gpu: bool, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = method.outer_optimizer(parameters)
+    return as_on_gpu(optimizer) if gpu else optimizer
+
+
+def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: StorageCounter) -> None:
+    evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, setup.config.seed, ranks=None)
+    keys = iter([NoiseKey(0, 0)]) if method.gaussian and setup.config.eval.samples else None
+    learner.model.eval()
+    with counter.stage(SCORING), torch.inference_mode():
+        batch = make_batch(examples, setup.config.tasks.max_tokens)
+        ScoreAccumulator().update(evaluator.probabilities(batch, keys), batch)
+
+
+def make_batch(examples: int, tokens: int) -> Batch:
+    """Zeros in a batch's shapes: every prompt as long as the longest allowed."""
+    number = torch.zeros(examples, dtype=torch.int64)
+    return Batch(
+        input_ids=torch.zeros(examples, tokens, dtype=torch.int64),
+        token_mask=torch.ones(examples, tokens, dtype=torch.bool),
+        answer_position=number + tokens - 1,
+        target=number,
+        label=number,
+        letter_ids=torch.zeros(examples, OPTIONS, dtype=torch.int64),
+        option_mask=torch.ones(examples, OPTIONS, dtype=torch.bool),
+        num_real_tokens=examples * tokens,
+    )
+
+
+def read_ledger(counter: StorageCounter, scored: int | None = None) -> Ledger:
+    """What the counter saw, by phase and component."""
+    peaks = {phase: counter.peaks[phase] for phase in PHASES if phase in counter.peaks}
+    phases = {phase: _by_component(counter.alive(peak.time)) for phase, peak in peaks.items()}
+    fullest = max(peaks.values(), key=lambda peak: peak.size)
+    alike, count = Counter(), Counter()
+    for storage in counter.alive(fullest.time):
+        kind = (storage.maker, storage.what, storage.classified())
+        alike[kind] += storage.size
+        count[kind] += 1
+    largest = [Largest(size, count[kind], *kind) for kind, size in alike.most_common()]
+    return Ledger(phases, largest, scored)
+
+
+def _by_component(alive: Iterable[Storage]) -> dict[str, int]:
+    sizes = dict.fromkeys(COMPONENTS, 0)
+    for storage in alive:
+        sizes[storage.classified()] += storage.size
+    return sizes

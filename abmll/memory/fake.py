@@ -1,0 +1,44 @@
+"""Fake tensors that stand for a run's device: shapes, dtypes and lifetimes, no numbers.
+
+They live on the device `cpu`, whatever they stand for, because a CPU build of PyTorch has no guard for CUDA devices.
+What code does differently on a GPU it is told here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from abmll.kernels.backends import assume_gpu
+from abmll.memory.storages import StorageCounter
+
+CUDA_GRANULARITY = 512  # bytes to which the CUDA allocator rounds
+
+
+@contextmanager
+def counted(gpu: bool) -> Iterator[StorageCounter]:
+    """All tensors made inside are fake and counted, as on a GPU (or a CPU); yields the counter."""
+    with ExitStack() as stack:
+        bodies = {}
+        # transformers reads one bool back from the device, which fake tensors refuse: no sequences are packed here
+        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
+        if gpu:
+            from abmll.kernels.fused.dry_run import BODIES, dry_launches  # needs triton
+
+            stack.enter_context(assume_gpu())
+            stack.enter_context(dry_launches())
+            bodies = BODIES
+        counter = StorageCounter(CUDA_GRANULARITY if gpu else 1, bodies)
+        stack.enter_context(FakeTensorMode())
+        yield stack.enter_context(counter.counting())
+
+
+def as_on_gpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer with the code path that it takes for CUDA parameters: all of them at once."""
+    for group in optimizer.param_groups:
+        group["foreach"] = True
+    return optimizer

@@ -1,0 +1,133 @@
+"""What a run will take of each device's memory, counted before anything is loaded; and what that decides.
+
+`settle` answers what a configuration leaves open (`auto`): the fastest checkpointing that fits the budget, and the
+largest scoring batch that needs no more than training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from abmll.config import Config
+from abmll.memory.episode import Ledger, Setup, count_episode
+from abmll.methods import METHODS
+from abmll.models.checkpointing import POLICIES, Checkpointing
+
+GB = 1e9
+SCORING_BATCHES = (16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with nothing left open, and its bytes on each device. Of `budget`, `allowance` stays free."""
+
+    setup: Setup
+    ledger: Ledger
+    budget: float
+    allowance: float
+
+    @property
+    def fits(self) -> bool:
+        return self.ledger.peak + self.allowance <= self.budget
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        return self.setup.checkpointing
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.ledger.scored or 1
+
+
+def settle(
+    config: Config,
+    architecture: PreTrainedConfig,
+    deepspeed: dict[str, Any],
+    world_size: int = 1,
+    gpu: bool = True,
+    capacity: float | None = None,
+) -> Plan:
+    """The plan of a configured run. `capacity`: the device's bytes, which bound memory.budget_gb.
+
+    Raises ValueError where no module matches adapters.modules, or adapters.backend cannot run on the device.
+    """
+    budget = min(config.memory.budget_gb * GB, float("inf") if capacity is None else capacity)
+    allowance = config.memory.allowance_gb * GB if gpu else 0.0
+    asked = config.eval.batch_size
+    setup = Setup(
+        config, architecture, deepspeed, world_size, gpu, scoring=SCORING_BATCHES if asked == "auto" else (asked,)
+    )
+    for policy in _policies(config):
+        setup = replace(setup, checkpointing=policy)
+        plan = Plan(setup, count_episode(setup), budget, allowance)
+        if plan.fits:
+            break
+    return plan
+
+
+def _policies(config: Config) -> Sequence[Checkpointing]:
+    """To be tried in this order, the last one taken if none fits."""
+    if METHODS[config.method.name].updates_per_episode == 0:
+        return POLICIES[:1]
+    return {True: POLICIES[-1:], False: POLICIES[:1], "auto": POLICIES}[config.trainer.activation_checkpointing]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Overrides that make a run smaller, and its plan with them."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def remedies(plan: Plan) -> Iterator[Remedy]:
+    """What would make a run fit, each one counted: single changes first, then all of those so far together, until one
+    fits. Ends without one that fits where none of these is enough.
+    """
+    together: dict[str, Any] = {}
+    for change in _changes(plan.setup.config):
+        together |= change
+        tried = [change] if len(together) == len(change) else [change, together]
+        fitting = False
+        for overrides in tried:
+            found = _changed(plan, overrides)
+            fitting |= found.fits
+            yield Remedy(tuple(f"{key}={_text(value)}" for key, value in overrides.items()), found)
+        if fitting:
+            return
+
+
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
+    """From the cheapest to what changes the run most."""
+    if config.trainer.activation_checkpointing is False:
+        yield {"trainer.activation_checkpointing": True}
+    if config.eval.batch_size != "auto":
+        yield {"eval.batch_size": "auto"}
+    if config.adapters.backend == "torch" and METHODS[config.method.name].gaussian:
+        yield {"adapters.backend": "auto"}
+    if config.eval.samples > 1:
+        yield {"eval.samples": 1}
+    if config.tasks.batch_size > 1:
+        yield {"tasks.batch_size": config.tasks.batch_size // 2}
+    if config.tasks.max_tokens >= 256:
+        yield {"tasks.max_tokens": config.tasks.max_tokens // 2}
+    if config.model.dtype == "float32":
+        yield {"model.dtype": "bfloat16"}
+
+
+def _changed(plan: Plan, overrides: dict[str, Any]) -> Plan:
+    config = plan.setup.config
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: part})
+    setup = plan.setup
+    return settle(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget)
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
