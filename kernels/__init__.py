@@ -3,16 +3,15 @@
 Imports torch (and triton) only; knows nothing of the rest of `abmll`.
 """
 
-from abmll.kernels.backends import Backend, Posterior, resolve
+from abmll.kernels.backends import Backend, Posterior, assume_gpu, on_gpu, resolve
 from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
-from abmll.kernels.projection import posterior_projection, theta_gradient
+from abmll.kernels.projection import mean_linear, posterior_projection, theta_gradient
 from abmll.kernels.reference import (
     GaussianFactors,
     LowRank,
     PosteriorSettings,
     Projection,
     ThetaGradient,
-    mean_linear,
 )
 
 __all__ = [
@@ -24,8 +23,10 @@ __all__ = [
     "PosteriorSettings",
     "Projection",
     "ThetaGradient",
+    "assume_gpu",
     "fold_seed",
     "mean_linear",
+    "on_gpu",
     "posterior_projection",
     "resolve",
     "standard_normal",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
@@ -18,6 +20,28 @@ MINIMUM_CAPABILITY = (8, 0)
 
 logger = logging.getLogger("abmll.kernels")
 
+_assumed = False
+
+
+@contextmanager
+def assume_gpu() -> Iterator[None]:
+    """Any device counts as a GPU that runs the kernels: to count on fake tensors what a run would take on one.
+
+    Real tensors on a CPU are not meant for this: their launches would fail.
+    """
+    global _assumed
+    before, _assumed = _assumed, True
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def on_gpu(where: Tensor | torch.device) -> bool:
+    """Whether code takes the GPU's way for this tensor or device: CUDA devices, and all inside `assume_gpu`."""
+    device = where.device if isinstance(where, Tensor) else where
+    return _assumed or device.type == "cuda"
+
 
 @cache
 def interpreted() -> bool:
@@ -29,14 +53,18 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
 def _device_obstacle(device: torch.device) -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed; pip install triton"
-    if interpreted():
+    if _assumed or interpreted():
         return None
+    return _hardware_obstacle(device)
+
+
+@cache
+def _hardware_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"device {device}: the kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, to test them without one)"
     capability = torch.cuda.get_device_capability(device)
@@ -71,7 +99,7 @@ def resolve(
         if reason is not None:
             raise ValueError(f"backend: 'triton': {reason}; or set backend: auto")
         return "triton", "as configured"
-    if reason is None and interpreted():
+    if reason is None and interpreted() and not _assumed:
         reason = "Triton's interpreter is for tests only"
     return ("triton", "fused kernels run here") if reason is None else ("torch", reason)
 
@@ -85,6 +113,8 @@ def choose(backend: Backend, posterior: Posterior, x: Tensor, rank: int) -> Lite
 def _settled(
     backend: Backend, posterior: Posterior, device: torch.device, dtype: torch.dtype, rank: int
 ) -> Literal["triton", "torch"]:
+    if _assumed:  # holds for the moment, so it is not remembered
+        return resolve(backend, posterior, device, dtype, rank)[0]
     return _choose(backend, posterior, device, dtype, rank)
 
 

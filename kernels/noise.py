@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from abmll.kernels.backends import on_gpu
+
 WORD = 0xFFFFFFFF
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -84,24 +86,31 @@ def check_noise_size(rows: int, columns: int) -> None:
 
 
 def standard_normal(
-    rows: int, columns: int, key: NoiseKey, layer: int, group: int = 0, device: torch.device | str = "cpu"
+    rows: int,
+    columns: int,
+    key: NoiseKey,
+    layer: int,
+    group: int = 0,
+    device: torch.device | str = "cpu",
+    first_row: int = 0,
 ) -> torch.Tensor:
     """fp32 normals [rows, columns] of one layer (index), forward pass (`key`) and group (episode side by side).
 
     Element (row, column) comes from the Philox counter (quad, group, step, layer) with
-    quad = row * Q + column // 4, Q = ceil(columns / 4), lane column % 4.
+    quad = row * Q + column // 4, Q = ceil(columns / 4), lane column % 4. Rows are counted from `first_row` on: a band
+    of a larger draw.
 
-    Raises ValueError where rows * Q does not fit 32 bits (some 17 billion elements a layer and group).
+    Raises ValueError where the last row's quad does not fit 32 bits (some 17 billion elements a layer and group).
     """
     quads = -(-columns // LANES)
-    check_noise_size(rows, columns)
+    check_noise_size(first_row + rows, columns)
     normals = torch.empty(rows, quads, LANES, dtype=torch.float32, device=device)
     key_words = (key.signed_seed & WORD, key.signed_seed >> 32 & WORD)
-    # Chunks keep the integer temporaries in the cache on a CPU, and small on a GPU.
-    chunk = max(1, (2**16 if normals.device.type == "cpu" else 2**22) // max(quads, 1))
+    # Chunks keep the integer temporaries, some ten of 8 bytes a call, in the cache on a CPU and near 40 MB on a GPU.
+    chunk = max(1, (2**19 if on_gpu(normals) else 2**16) // max(quads, 1))
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
-        quad = torch.arange(start * quads, stop * quads, device=device)
+        quad = torch.arange((first_row + start) * quads, (first_row + stop) * quads, device=device)
         words = philox((quad, group, key.signed_step & WORD, layer), key_words)
         lanes = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
         for lane, values in enumerate(lanes):

@@ -6,20 +6,18 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from abmll.kernels import plain
 from abmll.kernels.backends import Backend, Posterior, choose
-from abmll.kernels.noise import NoiseKey, check_noise_size, standard_normal
+from abmll.kernels.noise import NoiseKey, check_noise_size
 from abmll.kernels.reference import (
     GaussianFactors,
     LowRank,
     PosteriorSettings,
     Projection,
     ThetaGradient,
-    activation_linear,
-    activation_theta_gradient,
     compute_dtype,
-    weight_linear,
-    weight_theta_gradient,
 )
 
 # What will be asked about theta: nothing; the sums of KL and -log prior, with their derivatives; or, after the
@@ -63,8 +61,22 @@ def posterior_projection(
             found = _fused(posterior, grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
         else:
             compared = theta if terms == "divergence" else None
-            found = _plain(posterior, grouped, weight, bias, phi, compared, settings, key, layer, mask)
+            y0, arguments = linear(grouped, weight, bias), (phi, compared, settings, key, layer)
+            if posterior == "activation":
+                found = plain.activation_projection(grouped, y0, *arguments, mask)
+            else:
+                found = plain.weight_projection(grouped, y0, *arguments)
     return found._replace(y=found.y.view(shape))
+
+
+def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, scaling: float) -> Tensor:
+    """The posterior mean's output W0 x + bias + s B A x [..., N] of x [..., K]: also a plain LoRA layer.
+
+    mean: a [r, K], b [N, r], or [G, r, K] and [G, N, r] with x [G, ..., K]. Under autocast as `posterior_projection`.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return plain.mean_projection(x, linear(x, weight, bias), mean, scaling)
 
 
 def theta_gradient(
@@ -94,40 +106,11 @@ def theta_gradient(
         if posterior == "weight":
             if choose(backend, posterior, factor, factor.shape[-2]) == "triton":
                 return _fused_theta_of_weights(phi, theta, settings, (kl_weight, prior_weight))
-            return weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
+            return plain.weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
         x, mask = _grouped(x, phi, token_mask)
         if choose(backend, posterior, x, factor.shape[-2]) == "triton":
             return _fused_theta(x, phi, theta, settings, (kl_weight, prior_weight), mask, projection)
-        return activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
-
-
-def _plain(
-    posterior: Posterior,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    phi: GaussianFactors,
-    theta: GaussianFactors | None,
-    settings: PosteriorSettings,
-    key: NoiseKey,
-    layer: int,
-    mask: Tensor | None,
-) -> Projection:
-    if posterior == "activation":
-        size = (x.shape[1], weight.shape[0])
-        drawn = torch.stack([standard_normal(*size, key, layer, group, x.device) for group in range(x.shape[0])])
-        return activation_linear(x, weight, bias, phi, theta, settings, drawn, mask)
-    # one group after the other: each takes several dense matrices
-    found = []
-    for group in range(x.shape[0]):
-        drawn = standard_normal(*weight.shape, key, layer, group, x.device)
-        own = phi.of_group(group) if phi.mean.a.dim() == 3 else phi
-        found.append(weight_linear(x[group], weight, bias, own, theta, settings, drawn))
-    y = torch.stack([projection.y for projection in found])
-    if theta is None:
-        return Projection(y, None, None)
-    kl, prior = (torch.stack([projection[term] for projection in found]).sum() for term in (1, 2))
-    return Projection(y, kl, prior)
+        return plain.activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
 
 
 def _fused(

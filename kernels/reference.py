@@ -34,6 +34,10 @@ class GaussianFactors(NamedTuple):
         """The factors of one group."""
         return GaussianFactors(*(LowRank(*(factor[group] for factor in pair)) for pair in self))
 
+    def of_rows(self, band: slice) -> GaussianFactors:
+        """The factors of a band of output units."""
+        return GaussianFactors(*(LowRank(pair.a, pair.b[..., band, :]) for pair in self))
+
     def expand(self, groups: int) -> GaussianFactors:
         """The same factors for every one of G groups: views [G, r, K] and [G, N, r]."""
         return GaussianFactors(*(LowRank(*(f.expand(groups, *f.shape) for f in pair)) for pair in self))
@@ -66,6 +70,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def add_change(base: Tensor, change: Tensor) -> Tensor:
+    """The base product and what is added to it, summed in the change's dtype and rounded to the base's once."""
+    return (base.to(change.dtype) + change).to(base.dtype)
+
+
 def low_rank_product(x: Tensor, pair: LowRank, scaling: float) -> Tensor:
     """s * B (A x): x [..., T, K] -> [..., T, N]."""
     return scaling * ((x @ pair.a.mT) @ pair.b.mT)
@@ -91,8 +100,7 @@ def negative_log_prior(mean: Tensor, log_variance: Tensor, settings: PosteriorSe
 
 def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, scaling: float) -> Tensor:
     """The posterior mean's output W0 x + bias + s B A x, in x's dtype: also a plain LoRA layer."""
-    dtype = compute_dtype(x)
-    return (linear(x, weight, bias).to(dtype) + low_rank_product(x.to(dtype), mean, scaling)).to(x.dtype)
+    return add_change(linear(x, weight, bias), low_rank_product(x.to(compute_dtype(x)), mean, scaling))
 
 
 def _activation_statistics(x: Tensor, factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
@@ -105,6 +113,51 @@ def _weight_statistics(factors: GaussianFactors, settings: PosteriorSettings) ->
     """Mean (of the change to W0) and log-variance of every weight, [..., N, K] each."""
     log_variance = low_rank_matrix(factors.log_variance, settings.scaling) + settings.log_variance_offset
     return low_rank_matrix(factors.mean, settings.scaling), log_variance
+
+
+class Sample(NamedTuple):
+    """What a posterior adds to the base product, [..., T, N], and its terms as in `Projection`."""
+
+    change: Tensor
+    kl: Tensor | None
+    negative_log_prior: Tensor | None
+
+
+def activation_sample(
+    x: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors | None,
+    settings: PosteriorSettings,
+    noise: Tensor,
+    token_mask: Tensor | None,
+) -> Sample:
+    """m_phi(x) + exp(l_phi(x) / 2) * noise, the KL to theta's, theta's prior: see `activation_linear`."""
+    inputs = x.to(compute_dtype(x))
+    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
+    change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(inputs.dtype)
+    if theta is None:
+        return Sample(change, None, None)
+    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings)
+    if token_mask is not None:
+        kl, prior = kl * token_mask.unsqueeze(-1), prior * token_mask.unsqueeze(-1)
+    return Sample(change, kl.sum(), prior.sum())
+
+
+def weight_sample(
+    x: Tensor, phi: GaussianFactors, theta: GaussianFactors | None, settings: PosteriorSettings, noise: Tensor
+) -> Sample:
+    """(M_phi + exp(L_phi / 2) * noise) x, the KL to theta's, theta's prior: see `weight_linear`."""
+    dtype = compute_dtype(x)
+    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
+    change = x.to(dtype) @ (mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)).mT
+    if theta is None:
+        return Sample(change, None, None)
+    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
+    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings).expand_as(kl)
+    return Sample(change, kl.sum(), prior.sum())
 
 
 def activation_linear(
@@ -123,19 +176,9 @@ def activation_linear(
     Returns y [..., T, N] in x's dtype; KL and -log prior are summed over counted tokens and output units (None without
     theta).
     """
-    dtype = compute_dtype(x)
-    inputs = x.to(dtype)
-    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
-    sample = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
-    y = (linear(x, weight, bias).to(dtype) + sample).to(x.dtype)
-    if theta is None:
-        return Projection(y, None, None)
-    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
-    prior = negative_log_prior(mean_theta, log_variance_theta, settings)
-    if token_mask is not None:
-        kl, prior = kl * token_mask.unsqueeze(-1), prior * token_mask.unsqueeze(-1)
-    return Projection(y, kl.sum(), prior.sum())
+    base = linear(x, weight, bias)
+    change, *terms = activation_sample(x, phi, theta, settings, noise, token_mask)
+    return Projection(add_change(base, change), *terms)
 
 
 def weight_linear(
@@ -153,16 +196,9 @@ def weight_linear(
     separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype; KL and
     -log prior are summed over all N x K weights and phi's groups, each with its own prior term (None without theta).
     """
-    dtype = compute_dtype(x)
-    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
-    change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)
-    y = (linear(x, weight, bias).to(dtype) + x.to(dtype) @ change.mT).to(x.dtype)
-    if theta is None:
-        return Projection(y, None, None)
-    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
-    prior = negative_log_prior(mean_theta, log_variance_theta, settings).expand_as(kl)
-    return Projection(y, kl.sum(), prior.sum())
+    base = linear(x, weight, bias)
+    change, *terms = weight_sample(x, phi, theta, settings, noise)
+    return Projection(add_change(base, change), *terms)
 
 
 class ThetaGradient(NamedTuple):

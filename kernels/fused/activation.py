@@ -17,6 +17,7 @@ from torch import Tensor
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.derivative import Needs
 from abmll.kernels.fused.launch import NO_NOISE, Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.operators import operator
 
 
 def _mask_bytes(mask: Tensor | None) -> Tensor | None:
@@ -24,7 +25,7 @@ def _mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else launch.rows_contiguous(mask.to(torch.bool)).view(torch.uint8)
 
 
-@torch.library.custom_op("abmll::activation_forward", mutates_args=())
+@operator("abmll::activation_forward")
 def activation_forward(
     x: Tensor,
     weight: Tensor,
@@ -53,7 +54,7 @@ def _(x, weight, bias, mask, phi, theta, settings, noise, with_sums):
     )
 
 
-@torch.library.custom_op("abmll::activation_backward", mutates_args=())
+@operator("abmll::activation_backward")
 def activation_backward(
     dy: Tensor | None,
     dsums: Tensor | None,
@@ -120,7 +121,7 @@ def _backward(ctx, dy, _, dsums):
 activation_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("abmll::activation_project", mutates_args=())
+@operator("abmll::activation_project")
 def activation_project(x: Tensor, phi: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensor:
     """p [G, T, pairs * r] in fp32 alone: A x of all pairs from one pass over x [G, T, K]."""
     return launch.project(launch.rows_contiguous(x), None, None, Pairs.of(*phi, *theta))[1]
@@ -131,7 +132,7 @@ def _(x, phi, theta):
     return x.new_empty(*x.shape[:-1], (len(phi) + len(theta)) // 2 * phi[0].shape[-2], dtype=torch.float32)
 
 
-@torch.library.custom_op("abmll::activation_theta_gradient", mutates_args=())
+@operator("abmll::activation_theta_gradient")
 def activation_theta_gradient(
     x: Tensor,
     p: Tensor,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from abmll.kernels.bands import SCRATCH_BYTES as SCRATCH_BYTES
+
 # Partial results of the backward pass are split over rows until about so many programs run: enough for any GPU at
 # hand, and independent of it, because the split decides the order of the sums.
 TARGET_PROGRAMS = 256
@@ -19,8 +21,6 @@ ADJOINT_SLOTS = 16
 PROJECTION_PARTS = 8
 # Fewer tiles of W0's product than this leave most of a large GPU idle; the library splits K instead.
 MINIMUM_TILES = 128
-# The weight posterior's dense tiles, a band of rows of N x K, live in this much memory, whatever the layer's size.
-SCRATCH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from abmll.kernels.backends import on_gpu
 from abmll.kernels.fused import configurations
 from abmll.kernels.fused.configurations import ADJOINT_SLOTS, PROJECTION_PARTS, TARGET_PROGRAMS, padded_rank
 from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
@@ -102,8 +103,24 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+# Set by `dry_run` alone: launches allocate their outputs and run nothing.
+dry = False
+
+
+def _run(kernel, grid: tuple[int, ...], near: Tensor, *arguments, **options) -> None:
+    """kernel[grid](*arguments, **options) on the device of `near`."""
+    if not dry:
+        with torch.cuda.device(near.device) if near.is_cuda else nullcontext():
+            kernel[grid](*arguments, **options)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] b [K, N] in fp32, whatever the operands' dtype: a library call."""
+    if not on_gpu(a) or a.dtype == torch.float32:
+        return a.float() @ b.float()
+    if dry:  # there is no such product on a CPU
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -131,13 +148,13 @@ def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs)
     if base:
         programs += _blocks(tokens, launch.blocks["ROWS"]) * _blocks(outputs, launch.blocks["COLUMNS"])
     matrix = weight if base else x
-    with _on(x):
-        forward_kernel[programs, groups](
-            x, matrix, x if bias is None else bias.contiguous(), *_padded(pairs.a), y, p,
-            tokens, outputs, inputs, groups, x.stride(0), x.stride(1), matrix.stride(0), parts, part_depth,
-            PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
-            **launch.blocks, **launch.options,
-        )  # fmt: skip
+    _run(
+        forward_kernel, (programs, groups), x,
+        x, matrix, x if bias is None else bias.contiguous(), *_padded(pairs.a), y, p,
+        tokens, outputs, inputs, groups, x.stride(0), x.stride(1), matrix.stride(0), parts, part_depth,
+        PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
+        **launch.blocks, **launch.options,
+    )  # fmt: skip
     return None if weight is None else y, _summed(p)
 
 
@@ -156,13 +173,13 @@ def sample(
     grid = (_blocks(rows, launch.blocks["ROWS"]), _blocks(columns, launch.blocks["COLUMNS"]), groups)
     sums = torch.empty(2, grid[0] * grid[1] * grid[2] if with_sums else 0, dtype=torch.float32, device=y.device)
     if y.numel():
-        with _on(y):
-            sample_kernel[grid](
-                y, *matrix.factors, y if mask is None else mask, sums,
-                rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask), *scalars,
-                RANK=rank, R=padded_rank(rank), ADD=add, SUMS=with_sums, HAS_MASK=mask is not None,
-                **launch.blocks, **launch.options,
-            )  # fmt: skip
+        _run(
+            sample_kernel, grid, y,
+            y, *matrix.factors, y if mask is None else mask, sums,
+            rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask), *scalars,
+            RANK=rank, R=padded_rank(rank), ADD=add, SUMS=with_sums, HAS_MASK=mask is not None,
+            **launch.blocks, **launch.options,
+        )  # fmt: skip
     return sums.sum(dim=1) if with_sums else sums.new_empty(0)
 
 
@@ -224,17 +241,17 @@ def adjoint(
     dq = torch.empty(slots, 2 * wanted.dq_phi + 2 * wanted.dq_theta, groups, columns, rank, **new)
     sums = torch.empty(2, slots * chunks * groups if wanted.sums else 0, **new)
     if slots and chunks:
-        with _on(some):
-            adjoint_kernel[slots, chunks, groups](
-                some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
-                some if mask is None else mask, some if weights is None else weights.contiguous(), dp, dq, sums,
-                rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
-                _mask_stride(mask), slot_rows, chunk_columns, *scalars,
-                RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
-                SAMPLE=sample_to is not None, DIVERGENCE=weights is not None, DP_PHI=wanted.dp_phi,
-                DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta, SUMS=wanted.sums,
-                **launch.blocks, **launch.options,
-            )  # fmt: skip
+        _run(
+            adjoint_kernel, (slots, chunks, groups), some,
+            some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
+            some if mask is None else mask, some if weights is None else weights.contiguous(), dp, dq, sums,
+            rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
+            _mask_stride(mask), slot_rows, chunk_columns, *scalars,
+            RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
+            SAMPLE=sample_to is not None, DIVERGENCE=weights is not None, DP_PHI=wanted.dp_phi,
+            DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta, SUMS=wanted.sums,
+            **launch.blocks, **launch.options,
+        )  # fmt: skip
     return Adjoints(_summed(dp), _summed(dq), sums.sum(dim=1) if wanted.sums else sums.new_empty(0))
 
 
@@ -250,13 +267,13 @@ def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, 
         dx = torch.empty(groups, tokens, inputs, dtype=dtype, device=dp.device)
     if dx.numel():
         programs = _blocks(tokens, launch.blocks["ROWS"]) * _blocks(inputs, launch.blocks["COLUMNS"])
-        with _on(dp):
-            input_gradient_kernel[programs, groups](
-                dp if dy is None else dy, weight, dp, *_padded(pairs.a), dx, tokens, outputs, inputs,
-                *_row_strides(dy), weight.stride(0),
-                PAIRS=len(pairs.a), RANK=pairs.rank, R=padded_rank(pairs.rank), BASE=base, HAS_DY=dy is not None,
-                **launch.blocks, **launch.options,
-            )  # fmt: skip
+        _run(
+            input_gradient_kernel, (programs, groups), dp,
+            dp if dy is None else dy, weight, dp, *_padded(pairs.a), dx, tokens, outputs, inputs,
+            *_row_strides(dy), weight.stride(0),
+            PAIRS=len(pairs.a), RANK=pairs.rank, R=padded_rank(pairs.rank), BASE=base, HAS_DY=dy is not None,
+            **launch.blocks, **launch.options,
+        )  # fmt: skip
     return dx
 
 
@@ -268,12 +285,12 @@ def factor_gradient(dp: Tensor, x: Tensor, rank: int, first: int, count: int) ->
     chunks, chunk_rows = _split(tokens, launch.blocks["ROWS"], TARGET_PROGRAMS // max(column_blocks * groups, 1))
     da = torch.empty(chunks, count, groups, rank, inputs, dtype=torch.float32, device=x.device)
     if chunks:
-        with _on(x):
-            factor_gradient_kernel[column_blocks, chunks, groups](
-                dp, x, da, tokens, inputs, groups, x.stride(0), x.stride(1), chunk_rows,
-                WIDTH=dp.shape[-1], FIRST=first, PAIRS=count, RANK=rank, R=padded_rank(rank),
-                **launch.blocks, **launch.options,
-            )  # fmt: skip
+        _run(
+            factor_gradient_kernel, (column_blocks, chunks, groups), x,
+            dp, x, da, tokens, inputs, groups, x.stride(0), x.stride(1), chunk_rows,
+            WIDTH=dp.shape[-1], FIRST=first, PAIRS=count, RANK=rank, R=padded_rank(rank),
+            **launch.blocks, **launch.options,
+        )  # fmt: skip
     return _summed(da)
 
 

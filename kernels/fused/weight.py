@@ -17,29 +17,21 @@ as in `activation`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.configurations import SCRATCH_BYTES
 from abmll.kernels.fused.derivative import Needs
 from abmll.kernels.fused.launch import NO_NOISE, Matrix, Pairs, Scalars, Wanted
-
-
-def _bands(rows: int, columns: int, bytes_each: int) -> Iterator[slice]:
-    """Equal bands of rows that each fit the scratch buffer (at least 64 rows, whatever their width)."""
-    most = max(SCRATCH_BYTES // (columns * bytes_each) // 64 * 64, 64)
-    count = -(-rows // most)
-    size = -(-rows // max(count, 1) // 64) * 64
-    for start in range(0, rows, max(size, 64)):
-        yield slice(start, min(start + size, rows))
+from abmll.kernels.fused.operators import operator
 
 
 def scratch_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
     """Most bytes that the bands of a layer [outputs, inputs] take at a time: dy^T x in fp32 and the change itself."""
-    rows = next(_bands(outputs, inputs, torch.float32.itemsize)).stop
+    rows = next(bands(outputs, inputs, torch.float32.itemsize)).stop
     return rows * inputs * (torch.float32.itemsize + _scratch_dtype(dtype).itemsize)
 
 
@@ -55,13 +47,6 @@ def _of_group(pairs: Pairs, group: int) -> Pairs:
         return (*(f[group : group + 1] for f in factors[:2]), *factors[2:])
 
     return Pairs(take(pairs.a), take(pairs.b))
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32, whatever the operands' dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
@@ -83,7 +68,7 @@ def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
     y.flatten(0, 1).addmm_(a.flatten(0, 1), b)
 
 
-@torch.library.custom_op("abmll::weight_forward", mutates_args=())
+@operator("abmll::weight_forward")
 def weight_forward(
     x: Tensor,
     weight: Tensor,
@@ -102,7 +87,7 @@ def weight_forward(
     sums = []
     for group in range(x.shape[0]):
         own, named = _of_group(pairs, group), scalars._replace(first_group=group)
-        for band in _bands(outputs, inputs, dtype.itemsize):
+        for band in bands(outputs, inputs, dtype.itemsize):
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             matrix = Matrix.of_weights(own, band)
             sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
@@ -119,7 +104,7 @@ def _(x, weight, bias, phi, theta, settings, noise, with_sums):
     return y, x.new_empty(2 if with_sums else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("abmll::weight_backward", mutates_args=())
+@operator("abmll::weight_backward")
 def weight_backward(
     dy: Tensor | None,
     dsums: Tensor | None,
@@ -144,13 +129,13 @@ def weight_backward(
     dtype = _scratch_dtype(x.dtype)
     for group in range(groups):
         own, named = _of_group(pairs, group), scalars._replace(first_group=group)
-        for band in _bands(outputs, inputs, torch.float32.itemsize):
+        for band in bands(outputs, inputs, torch.float32.itemsize):
             matrix = Matrix.of_weights(own, band)
             change = None
             if need_x:
                 change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             if count:
-                dz = None if dy is None else _wide_product(dy[group, :, band].mT, x[group]).unsqueeze(0)
+                dz = None if dy is None else launch.wide_product(dy[group, :, band].mT, x[group]).unsqueeze(0)
                 found = launch.adjoint(matrix, dz, dsums, None, named, wanted, change, band.start)
                 da[:, group] += found.dq[:, 0]
                 db[:, group, band] = found.dp[0].unflatten(-1, (count, rank)).movedim(1, 0)
@@ -196,7 +181,7 @@ def _backward(ctx, dy, dsums):
 weight_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("abmll::weight_theta_gradient", mutates_args=())
+@operator("abmll::weight_theta_gradient")
 def weight_theta_gradient(
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],

@@ -19,7 +19,7 @@ FP32 = torch.float32
 @pytest.fixture
 def fresh():
     """No decision from before, and none left behind."""
-    caches = (backends._choose, backends._device_obstacle, backends.interpreted)
+    caches = (backends._choose, backends._hardware_obstacle, backends.interpreted)
     for function in caches:
         function.cache_clear()
     yield

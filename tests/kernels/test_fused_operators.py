@@ -154,7 +154,7 @@ def resident_bytes() -> int:
 @pytest.mark.parametrize("terms", ["divergence", "theta", "none"])
 @pytest.mark.parametrize(("dtype", "groups"), [(BF16, None), (FP32, 2)], ids=["bf16", "fp32"])
 def test_bytes_saved_for_the_backward(activation, terms, dtype, groups):
-    """x and 4r fp32 numbers a token: nothing of the outputs' size."""
+    """x and, fused, 4r fp32 numbers a token: nothing of the outputs' size."""
     inputs = activation.inputs(tokens=24, inputs=48, outputs=48, rank=4, dtype=dtype, groups=groups)
     mask = activation.mask(inputs, "random")
     count = {backend: saved_bytes(activation, inputs, mask, backend, terms) for backend in ("triton", "torch")}
@@ -162,7 +162,7 @@ def test_bytes_saved_for_the_backward(activation, terms, dtype, groups):
     print(f"{dtype}, {tokens} tokens x {terms}: saved {count['triton']} bytes fused, {count['torch']} plain")
     x_bytes = inputs.x.numel() * inputs.x.element_size()
     assert x_bytes <= count["triton"] <= x_bytes + tokens * 4 * 4 * 4 + 64
-    assert count["torch"] > count["triton"] + tokens * 48 * 4
+    assert x_bytes <= count["torch"] <= x_bytes + 64
 
 
 def saved_bytes(harness, inputs, mask, backend, terms) -> int:

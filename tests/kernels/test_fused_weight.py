@@ -7,9 +7,8 @@ import weakref
 import pytest
 import torch
 
-from abmll.kernels import NoiseKey, PosteriorSettings, posterior_projection, standard_normal, theta_gradient
+from abmll.kernels import NoiseKey, PosteriorSettings, bands, posterior_projection, standard_normal, theta_gradient
 from abmll.kernels.fused import launch
-from abmll.kernels.fused import weight as fused
 from abmll.kernels.reference import low_rank_matrix
 
 from .conftest import Harness, draw_inputs
@@ -53,7 +52,7 @@ def test_bands_do_not_show(weights, monkeypatch, dtype):
     """Three bands of at most 64 rows of N = 150, for each of two groups."""
     inputs = weights.inputs(tokens=5, inputs=36, outputs=150, dtype=dtype, groups=2)
     whole = weights.run(inputs)
-    monkeypatch.setattr(fused, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(bands, "SCRATCH_BYTES", 1)
     banded = weights.check(inputs)
     for name in ("y", "kl", "prior", "phi mean a", "phi log-variance b", "theta mean b"):
         torch.testing.assert_close(banded[name], whole[name], rtol=1e-5, atol=1e-5)
@@ -62,7 +61,7 @@ def test_bands_do_not_show(weights, monkeypatch, dtype):
 def test_scratch_is_bounded_and_handed_on(weights, monkeypatch, scratch):
     """The dense tensors of three layers: none above the bound, none alive afterwards, each noise drawn twice a step."""
     bound = 64 * 128 * 4
-    monkeypatch.setattr(fused, "SCRATCH_BYTES", bound)
+    monkeypatch.setattr(bands, "SCRATCH_BYTES", bound)
     inputs = weights.inputs(tokens=4, inputs=128, outputs=150)
     for _ in range(3):
         weights.run(inputs, wanted=("x", "phi mean a", "phi mean b", "phi log-variance a", "phi log-variance b"))
@@ -94,8 +93,7 @@ def test_saved_for_the_backward_is_x_alone(weights, capsys):
         del found
     with capsys.disabled():
         print(f"\nsaved bytes of a weight projection, T 8, K 64, N 48, bf16: {counts}")
-    assert counts["triton"] <= inputs.x.numel() * 2 + 64
-    assert counts["torch"] > 48 * 64 * 4
+    assert all(count <= inputs.x.numel() * 2 + 64 for count in counts.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

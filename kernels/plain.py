@@ -1,0 +1,180 @@
+"""The contract's functions in plain PyTorch as a model runs them: the same numbers, and little kept for the backward.
+
+`reference` would keep some eight tensors of the output's (or the weight's) size for each projection. Here the backward
+pass makes them again from x and the factors, the noise included, which is a function of integers; the base product
+W0 x, which costs more than all the rest, is made outside and never again. Dense matrices of the weight posterior are
+made a band of rows at a time. What a projection keeps: x in its own dtype and numbers of the rank's size.
+
+Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from abmll.kernels import reference
+from abmll.kernels.bands import bands
+from abmll.kernels.noise import NoiseKey, standard_normal
+from abmll.kernels.reference import (
+    GaussianFactors,
+    LowRank,
+    PosteriorSettings,
+    Projection,
+    Sample,
+    ThetaGradient,
+    add_change,
+    compute_dtype,
+    low_rank_product,
+)
+
+# Bytes an element of a band: four fp32 tensors' worth, which makes a band a quarter of the scratch memory. A dozen
+# such tensors live at a time in a band's backward pass.
+BAND_BYTES = 4 * torch.float32.itemsize
+
+
+def _recomputed(function: Callable, *arguments):
+    """function(*arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
+
+    Nothing in it draws from a generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
+    """
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def mean_projection(x: Tensor, y0: Tensor, mean: LowRank, scaling: float) -> Tensor:
+    """y0 + s B A x in x's dtype: `reference.mean_linear`, bit for bit."""
+    if x.dtype == compute_dtype(x):  # x is kept as it is
+        return add_change(y0, low_rank_product(x, mean, scaling))
+    return add_change(y0, _recomputed(_mean_change, x, *mean, scaling))
+
+
+def _mean_change(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return low_rank_product(x.to(compute_dtype(x)), LowRank(a, b), scaling)
+
+
+def activation_projection(
+    x: Tensor,
+    y0: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors | None,
+    settings: PosteriorSettings,
+    key: NoiseKey,
+    layer: int,
+    mask: Tensor | None,
+) -> Projection:
+    """`reference.activation_linear` with the noise named by (key, layer), bit for bit."""
+    names = (settings, key, layer)
+    change, *terms = _recomputed(_activation_change, x, mask, names, *_flat(phi), *_flat(theta))
+    return Projection(add_change(y0, change), *terms)
+
+
+def _activation_change(
+    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey, int], *factors: Tensor
+) -> Sample:
+    (settings, key, layer), (phi, theta) = names, _paired(factors)
+    size = (x.shape[1], phi.mean.b.shape[-2])
+    noise = [standard_normal(*size, key, layer, group, x.device) for group in range(x.shape[0])]
+    noise = noise[0].unsqueeze(0) if len(noise) == 1 else torch.stack(noise)
+    return reference.activation_sample(x, phi, theta, settings, noise, mask)
+
+
+def weight_projection(
+    x: Tensor,
+    y0: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors | None,
+    settings: PosteriorSettings,
+    key: NoiseKey,
+    layer: int,
+) -> Projection:
+    """`reference.weight_linear` with the noise named by (key, layer), a band of rows of the change at a time.
+
+    One group after the other. The sums of KL and -log prior are taken band by band: another order than the reference's.
+    """
+    changes, sums = [], []
+    for group in range(x.shape[0]):
+        found = []
+        for band, own, other in _row_bands(phi, theta, group):
+            names = (settings, key, layer, group, band.start)
+            found.append(_recomputed(_weight_change, x[group], names, *_flat(own), *_flat(other)))
+        changes.append(torch.cat([sample.change for sample in found], dim=-1))
+        sums += [torch.stack(sample[1:]) for sample in found if sample.kl is not None]
+    y = add_change(y0, torch.stack(changes))
+    return Projection(y, *(torch.stack(sums).sum(dim=0).unbind() if sums else (None, None)))
+
+
+def _weight_change(x: Tensor, names: tuple[PosteriorSettings, NoiseKey, int, int, int], *factors: Tensor) -> Sample:
+    (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
+    noise = standard_normal(phi.mean.b.shape[-2], x.shape[-1], key, layer, group, x.device, first_row)
+    return reference.weight_sample(x, phi, theta, settings, noise)
+
+
+def activation_theta_gradient(
+    x: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    mask: Tensor | None,
+    kl_weight: float,
+    prior_weight: float,
+) -> ThetaGradient:
+    """`reference.activation_theta_gradient`, a band of tokens at a time."""
+    found = []
+    for band in [*bands(x.shape[1], x.shape[0] * theta.mean.b.shape[-2], BAND_BYTES)] or [slice(0)]:
+        counted = None if mask is None else mask[:, band]
+        arguments = (x[:, band], phi, theta, settings, counted, kl_weight, prior_weight)
+        found.append(reference.activation_theta_gradient(*arguments))
+    return _joined(found)
+
+
+def weight_theta_gradient(
+    phi: GaussianFactors,
+    theta: GaussianFactors,
+    settings: PosteriorSettings,
+    kl_weight: float,
+    prior_weight: float,
+) -> ThetaGradient:
+    """`reference.weight_theta_gradient`, a group and a band of rows at a time."""
+    of_groups = []
+    for group in range(phi.mean.a.shape[0] if phi.mean.a.dim() == 3 else 1):
+        found = [
+            reference.weight_theta_gradient(own, other, settings, kl_weight, prior_weight)
+            for _, own, other in _row_bands(phi, theta, group)
+        ]
+        of_groups.append(_joined(found, by_rows=True))
+    return _joined(of_groups)
+
+
+def _joined(parts: list[ThetaGradient], by_rows: bool = False) -> ThetaGradient:
+    """The sum of all parts; `by_rows`: of parts that hold a band of b's rows each."""
+
+    def total(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).sum(dim=0)
+
+    pairs = []
+    for of_parts in zip(*(part.gradient for part in parts), strict=True):
+        b = [pair.b for pair in of_parts]
+        pairs.append(LowRank(total([pair.a for pair in of_parts]), torch.cat(b) if by_rows else total(b)))
+    return ThetaGradient(GaussianFactors(*pairs), *(total([part[term] for part in parts]) for term in (1, 2)))
+
+
+def _row_bands(
+    phi: GaussianFactors, theta: GaussianFactors | None, group: int
+) -> Iterator[tuple[slice, GaussianFactors, GaussianFactors | None]]:
+    """Bands of output units, with one group's factors of phi and theta's."""
+    own = phi.of_group(group) if phi.mean.a.dim() == 3 else phi
+    for band in bands(own.mean.b.shape[0], own.mean.a.shape[1], BAND_BYTES):
+        yield band, own.of_rows(band), None if theta is None else theta.of_rows(band)
+
+
+def _flat(factors: GaussianFactors | None) -> list[Tensor]:
+    return [] if factors is None else [factor for pair in factors for factor in pair]
+
+
+def _paired(factors: tuple[Tensor, ...]) -> tuple[GaussianFactors, GaussianFactors | None]:
+    """What `_flat` made of phi's factors, then theta's."""
+    pairs = [LowRank(*factors[at : at + 2]) for at in range(0, len(factors), 2)]
+    return GaussianFactors(*pairs[:2]), GaussianFactors(*pairs[2:]) if pairs[2:] else None
