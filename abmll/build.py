@@ -79,23 +79,15 @@ def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> Run
     return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=notes, longest=longest)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # nothing in a layer draws from a generator: noise is counted, dropout is off
-    arguments = {"use_reentrant": False, "preserve_rng_state": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(arguments)
-    else:  # its name before transformers 5.2x
-        model.gradient_checkpointing_enable(arguments)
-
-
 def build(config: Config, config_path: str | Path, device: torch.device) -> Parts:
-    """Everything but the engine. ValueError, with the remedy, for whatever the configuration names and is not there."""
+    """Everything but the engine and activation checkpointing.
+
+    ValueError, with the remedy, for whatever the configuration names and is not there.
+    """
     loaded = read_tasks(config, config_path)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
     tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
-    if config.trainer.activation_checkpointing:
-        _checkpoint_activations(model)
     learner = Learner(model, adapters, config.method, len(tasks.train), config.tasks.batch_size)
     return Parts(model, learner, method, tasks)

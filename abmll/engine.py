@@ -68,6 +68,28 @@ class ThetaEngine:
         self._set_trainable(True)  # the engine hooks only what requires a gradient when it starts
         self.engine, *_ = deepspeed.initialize(model=_Theta(list(theta.values())), optimizer=optimizer, config=config)
         self._set_trainable(False)
+        self._share_master()
+
+    def _share_master(self) -> None:
+        """A rank's part of theta serves as its own master copy, which ZeRO keeps for parameters in 16 bits.
+
+        Theta is fp32. DeepSpeed copies the updated master back into the part: now onto itself.
+        """
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 0:
+            return
+        groups = zip(
+            optimizer.parallel_partitioned_bit16_groups,
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.real_dp_process_group,
+            strict=True,
+        )
+        for parts, master, process_group in groups:
+            part = parts[deepspeed.comm.get_rank(group=process_group)]
+            if part.shape != master.shape or part.dtype != master.dtype:
+                raise RuntimeError("DeepSpeed's master copy of theta is not a copy of this rank's part of it")
+            master.data = part
+        optimizer._link_all_hp_params()  # its fragments were views of the copy
 
     @property
     def zero_stage(self) -> int:

@@ -60,8 +60,17 @@ class Evaluator:
     to the ranks, and every rank gets all the scores.
     """
 
-    def __init__(self, learner: Learner, letter_ids: Sequence[int], config: EvalConfig, seed: int, ranks: Ranks):
+    def __init__(
+        self,
+        learner: Learner,
+        letter_ids: Sequence[int],
+        config: EvalConfig,
+        batch_size: int,  # config's own, or what the plan makes of `auto`
+        seed: int,
+        ranks: Ranks,
+    ):
         self.learner, self.letter_ids, self.config, self.seed, self.ranks = learner, letter_ids, config, seed, ranks
+        self.batch_size = batch_size
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
         """All ranks call this with the same tasks. ValueError where predictions are not finite."""
@@ -93,7 +102,7 @@ class Evaluator:
         self.learner.model.eval()
         accumulator = ScoreAccumulator()
         keys = self._prediction_keys(method, task, adapted)
-        for batch in scoring_batches(examples, self.letter_ids, self.config.batch_size):
+        for batch in scoring_batches(examples, self.letter_ids, self.batch_size):
             batch = batch.to(self.ranks.device)
             accumulator.update(self.probabilities(batch, keys), batch)
         return accumulator.predictions()

@@ -13,7 +13,8 @@ from abmll.build import prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.engine import check_monitors
-from abmll.memory.formula_old import estimate
+from abmll.memory import plan_run
+from abmll.memory.table import decisions, peak_table, verdict
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.run import check_folder
@@ -61,15 +62,13 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def memory() -> str:
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-        needed = estimate(model_config(config.model), config, world_size, engine, device)
-        lines = [f"estimated for each of {world_size} ranks", *needed.format().splitlines()]
-        if on_gpu:
-            free, total = torch.cuda.mem_get_info()
-            lines.append(f"of {total / 1e9:.1f} GB on this GPU, {free / 1e9:.1f} GB free")
-            if needed.total > free:
-                raise ValueError(
-                    "\n        ".join([*lines, "more than is free; lower tasks.batch_size or tasks.max_tokens"])
-                )
+        free = torch.cuda.mem_get_info()[0] if on_gpu else None
+        plan = plan_run(config, model_config(config.model), engine, world_size, on_gpu, free)
+        table = peak_table({f"each of {world_size} ranks, counted": plan.ledger})
+        lines = [verdict(plan), decisions(plan), *table.splitlines()]
+        if not plan.fits:
+            lines.append(f"what would make it fit: python launch/plan.py --config {config_path}")
+            raise ValueError("\n        ".join(lines))
         return "\n        ".join(lines)
 
     def deepspeed() -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from abmll.adapters import projection_backend
 from abmll.build import Parts
 from abmll.config import Config
 from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
-from abmll.memory.formula_old import estimate
+from abmll.memory import Plan
+from abmll.memory.table import decisions, peak_table, verdict
 from abmll.trainer import Trainer
 
 # Scores in the tables: name, heading, factor. Accuracies and F1 in percent.
@@ -24,9 +23,7 @@ COLUMNS = (
 )
 
 
-def derived_numbers(
-    config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, deepspeed_config: dict[str, Any]
-) -> str:
+def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, plan: Plan) -> str:
     """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
     tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
     per_step = trainer.tasks_per_step * parts.method.passes_per_episode
@@ -47,12 +44,9 @@ def derived_numbers(
         "forward passes",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
-    try:
-        memory = estimate(parts.model.config, config, ranks.world_size, deepspeed_config, ranks.device).format()
-    except ValueError as error:  # an architecture that the estimate does not know may well run
-        memory = str(error)
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
-    return f"{text}{notes}\nestimated memory of each rank\n{memory}"
+    memory = f"{decisions(plan)}\n{verdict(plan)}\n\n{peak_table({'each rank, counted': plan.ledger})}\n"
+    return f"{text}{notes}\nmemory          {memory}"
 
 
 def _backend(parts: Parts, config: Config) -> tuple[str, str]:

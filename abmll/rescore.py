@@ -10,7 +10,9 @@ from abmll.config import Refused, load_config
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.evaluation import Evaluator
 from abmll.methods import Pretrained
+from abmll.models.checkpointing import checkpoint_layers
 from abmll.report import score_table
+from abmll.run import plan_on
 from abmll.summary import load_summary
 
 
@@ -33,7 +35,10 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
             parts.learner.adapters.load_theta(theta)
         except ValueError as error:
             raise Refused(str(error)) from error
-        evaluator = Evaluator(parts.learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
+        plan = plan_on(ranks, config, {})  # no engine runs here
+        checkpoint_layers(parts.model, plan.checkpointing)
+        letters = parts.tasks.letter_ids
+        evaluator = Evaluator(parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, ranks)
         evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             parts.learner.adapters.initialise(config.seed)  # back to the start, where the adapters are zero

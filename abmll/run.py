@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
@@ -18,7 +20,10 @@ from abmll.distributed import Ranks, start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.files import damage, remove_whole, sweep, write_whole
+from abmll.memory import Plan, plan_run
 from abmll.methods import Pretrained
+from abmll.models.checkpointing import checkpoint_layers
+from abmll.models.load import model_config
 from abmll.progress import Progress
 from abmll.report import derived_numbers, score_table
 from abmll.summary import load_summary, save_summary
@@ -175,6 +180,8 @@ def open_session(
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
     check_folder(folder, resume, overwrite)
     parts = build(config, config_path, ranks.device)
+    plan = plan_on(ranks, config, deepspeed_config)
+    checkpoint_layers(parts.model, plan.checkpointing)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
     learner, method = parts.learner, parts.method
     theta = learner.adapters.theta
@@ -184,11 +191,11 @@ def open_session(
     progress = Progress(folder, config.logging, ranks.is_main, engine)
     sampler = parts.tasks.sampler(config, method)
     trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress)
-    evaluator = Evaluator(learner, parts.tasks.letter_ids, config.eval, config.seed, ranks)
+    evaluator = Evaluator(learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks)
     session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress)
     trainer.validate, trainer.after_save = session.validate, session.prune_best
     checkpoint = store.newest_whole() if resume else None
-    progress.say(derived_numbers(config, parts, trainer, ranks, deepspeed_config))
+    progress.say(derived_numbers(config, parts, trainer, ranks, plan))
     if checkpoint is not None:
         _check_same_run(config, checkpoint)
         trainer.resume(checkpoint)
@@ -200,6 +207,14 @@ def open_session(
     if ranks.is_main:
         save_config(with_absolute_paths(config, config_path), folder / "config.yaml")
     return session, checkpoint
+
+
+def plan_on(ranks: Ranks, config: Config, deepspeed_config: dict[str, Any]) -> Plan:
+    """The run's plan on these ranks' devices; all of them take the main rank's."""
+    gpu = ranks.device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(ranks.device).total_memory if gpu else None
+    architecture = model_config(config.model)
+    return ranks.from_main(plan_run(config, architecture, deepspeed_config, ranks.world_size, gpu, capacity))
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -119,12 +119,12 @@ class Trainer:
         tables = []
         for index in range(self.method.updates_per_episode):
             table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
-            gradient = {name: torch.zeros_like(theta) for name, theta in self.learner.adapters.theta.items()}
+            gradient: dict[str, Tensor] = {}  # nothing is held for theta while phi is adapted
             for slot, episode in episodes.items():
                 update = self._update(episode, index, step)
                 table[slot] = torch.tensor(_row(update), dtype=torch.float64)
                 if table[slot, COLUMNS.index("finite")]:
-                    torch._foreach_add_([gradient[name] for name in update.gradient], list(update.gradient.values()))
+                    gradient = _sum(gradient, update.gradient)
                 else:
                     self.inner_optimizer.state.clear()  # its moments are poisoned
             table = self.ranks.sum_table(table)
@@ -132,7 +132,7 @@ class Trainer:
             finite = int(table[:, COLUMNS.index("finite")].sum())
             if finite:  # the engine averages over ranks; theta's gradient is the mean over finite episodes
                 scale = self.ranks.world_size / finite
-                self.engine.step({name: value * scale for name, value in gradient.items()})
+                self.engine.step(self._scaled(gradient, scale))
             self.learner.adapters.reset_phi()
         return _merge(tables)
 
@@ -145,6 +145,13 @@ class Trainer:
         keys = [NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)]
         visit = Visit(episode, index, keys, self.inner_optimizer, progress=step / self.num_steps)
         return self.method.update(self.learner, visit)
+
+    def _scaled(self, gradient: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Theta's gradient times `scale`, in place; zeros of a rank that has no finite episode."""
+        if not gradient:
+            return {name: torch.zeros_like(theta) for name, theta in self.learner.adapters.theta.items()}
+        torch._foreach_mul_(list(gradient.values()), scale)
+        return gradient
 
     def _count_nonfinite(self, table: Tensor) -> None:
         position = self.position
@@ -198,6 +205,14 @@ def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
             f"{world_size}, or fewer ranks"
         )
     return number
+
+
+def _sum(total: dict[str, Tensor], gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The running sum, in the first gradient's own tensors."""
+    if not total:
+        return gradient
+    torch._foreach_add_([total[name] for name in gradient], list(gradient.values()))
+    return total
 
 
 def _merge(tables: list[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from abmll.build import Parts, build
 from abmll.config import Config
 from abmll.kernels import NoiseKey
+from abmll.models.checkpointing import checkpoint_layers
 from abmll.tasks.task import Batch, Episode
 
 
@@ -88,6 +89,7 @@ def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = build(config, "tiny.yaml", torch.device("cpu"))
+        checkpoint_layers(parts.model, "all layers" if config.trainer.activation_checkpointing else "none")
     if dtype == torch.float64:
         parts.model.double()
     return Tiny(config, parts)

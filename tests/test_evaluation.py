@@ -48,7 +48,9 @@ class Meeting:
 
 def evaluator(tiny, ranks=None, **changes):
     config = tiny.config.eval.model_copy(update=changes)
-    return Evaluator(tiny.learner, tiny.parts.tasks.letter_ids, config, tiny.config.seed, ranks or OneRank())
+    return Evaluator(
+        tiny.learner, tiny.parts.tasks.letter_ids, config, config.batch_size, tiny.config.seed, ranks or OneRank()
+    )
 
 
 def evaluate(tiny, split="test", method=None, **changes):

@@ -125,7 +125,9 @@ class TrainerConfig(Section):
     tasks_per_step: int | None = Field(
         None, ge=1, description="Episodes an outer step, over all ranks; null: one a rank."
     )
-    activation_checkpointing: bool = True
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="auto: of no layer, every second or all, the fastest that fits memory.budget_gb."
+    )
     max_nonfinite: int = Field(5, ge=1, description="Stop after so many NaN or Inf episodes in a row.")
     deepspeed: str = "configs/deepspeed/zero2.json"
     checkpoint_every: int | None = Field(
@@ -138,12 +140,23 @@ class EvalConfig(Section):
     """Scores on unseen tasks."""
 
     every: int | None = Field(None, ge=1, description="Outer steps between validations; null: none.")
-    batch_size: int = Field(16, ge=1)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Examples scored at a time; auto: as many, up to 16, as need no more memory than training."
+    )
     max_examples: int | None = Field(None, ge=1, description="Test examples scored a task; null: all.")
     validation_examples: int = Field(50, ge=1, description="Validation examples scored a task.")
     samples: int = Field(0, ge=0, description="0: the posterior mean; S: average of S sampled predictions.")
     pretrained: bool = Field(True, description="Also score the pretrained model, at 0 and K steps.")
     select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = "accuracy"
+
+
+class MemoryConfig(Section):
+    """What a run may take of each device, in GB (1e9 bytes)."""
+
+    budget_gb: float = Field(40.0, gt=0, description="Of each device; a smaller GPU's own memory bounds it.")
+    allowance_gb: float = Field(
+        1.5, ge=0, description="Kept free on a GPU for what no plan counts: CUDA's context, libraries, fragments."
+    )
 
 
 class LoggingConfig(Section):
@@ -167,6 +180,7 @@ class Config(Section):
     tasks: TasksConfig = TasksConfig()
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
+    memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

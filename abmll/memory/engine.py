@@ -1,7 +1,7 @@
 """What theta's DeepSpeed engine takes of a device's memory: the same tensors, in the same order, without the engine.
 
 A test holds it to the engine itself, on one rank, at ZeRO stages 0 and 2. With N ranks a stage above 0 keeps a Nth of
-theta's master copy and moments; stage 2 keeps a Nth of its gradient beside the bucket that is being reduced.
+theta's moments; stage 2 keeps a Nth of its gradient beside the bucket that is being reduced.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abmll.memory.storages import ENGINE, STATES, StorageCounter
+from abmll.memory.storages import ADAPTERS, ENGINE, STATES, StorageCounter, Uncounted
 
 DEFAULT_BUCKET = 5e8  # DeepSpeed's own, in elements
 
@@ -26,7 +26,7 @@ class CountedEngine:
         build_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         settings: dict[str, Any],
         world_size: int,
-        counter: StorageCounter,
+        counter: StorageCounter | Uncounted,
     ):
         zero = settings.get("zero_optimization", {})
         self.theta, self.counter = theta, counter
@@ -35,11 +35,22 @@ class CountedEngine:
         self.shard = -(-size // world_size) if self.stage else size
         buckets = 2 if zero.get("overlap_comm") else 1
         self.bucket = buckets * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)) if self.stage else 0
-        parameters: list[nn.Parameter] = list(theta.values())
-        if self.stage:  # theta itself moves into one flat tensor of its own size
-            parameters = [nn.Parameter(torch.zeros(self.shard))]
-            counter.label(ENGINE, parameters)
+        parameters: Iterable[nn.Parameter] = theta.values()
+        if self.stage:
+            parameters = [nn.Parameter(self._flat(world_size)[: self.shard])]  # this rank's part, its own master
         self.optimizer = build_optimizer(parameters)
+
+    def _flat(self, world_size: int) -> Tensor:
+        """Theta in one tensor, into which its parameters become views."""
+        padding = self.shard * world_size - sum(parameter.numel() for parameter in self.theta.values())
+        pieces = [parameter.detach().flatten() for parameter in self.theta.values()]
+        flat = torch.cat([*pieces, pieces[0].new_zeros(padding)])
+        self.counter.label(ADAPTERS, [flat])
+        offset = 0
+        for parameter in self.theta.values():
+            parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        return flat
 
     def step(self, gradient: dict[str, Tensor]) -> None:
         handed_over = [1.0 * value for value in gradient.values()]

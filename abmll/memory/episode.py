@@ -1,16 +1,17 @@
-"""One episode of a configured run on fake tensors: the real model, adapters, method and scoring, every storage counted."""
+"""One episode of a configured run on fake tensors, every storage counted: the real model, adapters, method, scoring."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch._guards import detect_fake_mode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from abmll.adapters import inject_adapters
 from abmll.config import Config
@@ -33,11 +34,14 @@ from abmll.memory.storages import (
     WEIGHTS,
     Storage,
     StorageCounter,
+    Uncounted,
 )
 from abmll.methods import Method, Visit, build_method
 from abmll.metrics import ScoreAccumulator
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
 from abmll.tasks.task import Batch, Episode
+
+Counting = StorageCounter | Uncounted
 
 OPTIONS = 4  # of an example: too small to matter
 SETTLING = "settling"  # a phase that is not reported: what a run does once
@@ -95,7 +99,7 @@ class Ledger:
 class CountedLearner(Learner):
     """A learner whose phases the counter is told, where neither autograd nor an optimizer does."""
 
-    counter: StorageCounter
+    counter: Counting
 
     def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
         terms = super()._phi_gradient(batch, key)
@@ -127,14 +131,15 @@ def count_episode(setup: Setup) -> Ledger:
         return read_ledger(counter, scored)
 
 
-def run_episode(setup: Setup, counter: StorageCounter) -> int | None:
-    """The episode itself, on whatever tensors are made here: fake ones, or real ones to test the counter.
+def run_episode(setup: Setup, counter: Counting) -> int | None:
+    """The episode itself, on whatever tensors are made here: fake ones, or real ones to measure or to test the counter.
 
-    Returns the size of the scoring batch that was taken.
+    Under `torch.device`, on that device. Returns the size of the scoring batch that was taken.
     """
     config = setup.config
     with counter.stage(LOAD):
-        learner, method = _build(setup, counter)
+        model = make_model(setup, counter)
+        learner, method = _adapted(model, setup, counter)
         build_optimizer = partial(_outer_optimizer, method, setup.gpu)
         engine = CountedEngine(learner.adapters.theta, build_optimizer, setup.deepspeed, setup.world_size, counter)
         inner = learner.optimizer(config.method.inner_lr)
@@ -178,7 +183,8 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values()]
 
 
-def _build(setup: Setup, counter: StorageCounter) -> tuple[Learner, Method]:
+def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
+    """The frozen base model, its attention as it would be on the device."""
     config = setup.config
     eager = config.model.attention == "eager"
     model = AutoModelForCausalLM.from_config(
@@ -186,10 +192,15 @@ def _build(setup: Setup, counter: StorageCounter) -> tuple[Learner, Method]:
         dtype=getattr(torch, config.model.dtype),
         attn_implementation="eager" if eager else "sdpa",
     )
-    if setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
+    fake = detect_fake_mode([next(model.parameters())]) is not None
+    if fake and setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
         model.config.get_text_config()._attn_implementation = attention.register()
-    model.requires_grad_(False).eval()
-    counter.label(WEIGHTS, (*model.parameters(), *model.buffers()))
+    counter.label_model(WEIGHTS, model)
+    return model.requires_grad_(False).eval()
+
+
+def _adapted(model: PreTrainedModel, setup: Setup, counter: Counting) -> tuple[Learner, Method]:
+    config = setup.config
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
     counter.label(ADAPTERS, (*adapters.theta.values(), *adapters.phi.values()))
@@ -205,8 +216,8 @@ def _outer_optimizer(method: Method, gpu: bool, parameters: Iterable[nn.Paramete
     return as_on_gpu(optimizer) if gpu else optimizer
 
 
-def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: StorageCounter) -> None:
-    evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, setup.config.seed, ranks=None)
+def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: Counting) -> None:
+    evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, examples, setup.config.seed, ranks=None)
     keys = iter([NoiseKey(0, 0)]) if method.gaussian and setup.config.eval.samples else None
     learner.model.eval()
     with counter.stage(SCORING), torch.inference_mode():

@@ -1,6 +1,6 @@
 """What a run will take of each device's memory, counted before anything is loaded; and what that decides.
 
-`settle` answers what a configuration leaves open (`auto`): the fastest checkpointing that fits the budget, and the
+`plan_run` answers what a configuration leaves open (`auto`): the fastest checkpointing that fits the budget, and the
 largest scoring batch that needs no more than training does.
 """
 
@@ -43,7 +43,7 @@ class Plan:
         return self.ledger.scored or 1
 
 
-def settle(
+def plan_run(
     config: Config,
     architecture: PreTrainedConfig,
     deepspeed: dict[str, Any],
@@ -126,7 +126,7 @@ def _changed(plan: Plan, overrides: dict[str, Any]) -> Plan:
         part = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: part})
     setup = plan.setup
-    return settle(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget)
+    return plan_run(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget)
 
 
 def _text(value: Any) -> str:

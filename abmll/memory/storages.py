@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Storage:
         return self.born <= time and (self.died is None or time < self.died)
 
     def classified(self) -> str:
-        """Its component, from its whole life: what a forward pass made and left alive was kept for the backward pass."""
+        """Its component, from its whole life: what outlived the forward pass that made it was kept for the backward."""
         if self.component is not None:
             return self.component
         outlived = self.death_passage is None or self.death_passage != self.passage
@@ -89,11 +89,15 @@ class StorageCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         body = self.bodies.get(func.name().partition(".")[0]) if func.namespace == "abmll" else None
-        if body is None:
-            found = func(*args, **(kwargs or {}))
-            self._see(found, func.__name__)
-        else:
-            found = self._run(body, func.__name__.partition(".")[0], args, kwargs or {})
+        if body is not None:
+            return self._run(body, func.__name__.partition(".")[0], args, kwargs or {})
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # operators made of others come whole there
+            with self:
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
+        found = func(*args, **(kwargs or {}))
+        self._see(found, func.__name__)
         return found
 
     def _run(self, body: Callable, name: str, args: tuple, kwargs: dict) -> Any:
@@ -182,9 +186,15 @@ class StorageCounter(TorchDispatchMode):
                 self._see(tensor, "given")
                 self._known[tensor.untyped_storage()._cdata][1].component = component
 
+    def label_model(self, component: str, model: nn.Module) -> None:
+        """Label its parameters and buffers, each made by the module that holds it."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.label(component, [tensor])
+            self._known[tensor.untyped_storage()._cdata][1].maker = _pattern(name)
+
     def name_modules(self, model: nn.Module) -> None:
-        """Makers are named after this model's modules; numbers of layers become `*`."""
-        self._names = {module: re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, module in model.named_modules()}
+        """Makers are named after this model's modules."""
+        self._names = {module: _pattern(name) for name, module in model.named_modules()}
 
     @contextmanager
     def counting(self) -> Iterator[StorageCounter]:
@@ -220,6 +230,21 @@ class StorageCounter(TorchDispatchMode):
         return [storage for storage in self.storages if storage.alive(time)]
 
 
+class Uncounted:
+    """Stands for a counter where the device's own allocator counts."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, Peak] = {}
+
+    def stage(self, _: str) -> nullcontext:
+        return nullcontext()
+
+    def label(self, *_: Any) -> None:
+        pass
+
+    label_model = name_modules = label
+
+
 @dataclass
 class _Body:
     """An operator's function while it runs: what it made, and what of that is gone already."""
@@ -227,6 +252,11 @@ class _Body:
     name: str
     made: list[int] = field(default_factory=list)
     freed: list[Storage] = field(default_factory=list)
+
+
+def _pattern(name: str) -> str:
+    """A module's name with `*` for the layer's number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _tensors(found: Any) -> Iterator[Tensor]:

@@ -1,0 +1,49 @@
+"""The command `launch/plan.py`: a run's plan beside plain LoRA's and on several ranks, and what would make it fit."""
+
+from __future__ import annotations
+
+from abmll.config import Config, resolve_path
+from abmll.config.deepspeed import load_deepspeed
+from abmll.memory.plan import GB, Plan, plan_run, remedies
+from abmll.memory.table import decisions, largest_table, peak_table, phase_table, verdict
+from abmll.models.load import describe, model_config
+
+BASELINE = "lora"
+
+
+def show_plan(config: Config, config_path: str, ranks: int, gpu: bool) -> bool:
+    """Print it; whether the run fits memory.budget_gb. ValueError for what the configuration names and is not there."""
+    deepspeed = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
+    architecture = model_config(config.model)
+    print(describe(config.model))
+    tasks = config.tasks
+    print(
+        f"{config.method.name}, {config.adapters.posterior} posterior, rank {config.adapters.rank}; batches of "
+        f"{tasks.batch_size} prompts of {tasks.max_tokens} tokens; on a {'GPU' if gpu else 'CPU'}, counted in GB (1e9 "
+        "bytes)"
+    )
+    plan = plan_run(config, architecture, deepspeed, gpu=gpu)
+    plans = {f"{config.method.name}, 1 rank": plan}
+    if ranks > 1:
+        plans[f"{config.method.name}, {ranks} ranks"] = plan_run(config, architecture, deepspeed, ranks, gpu)
+    if config.method.name != BASELINE:
+        method = config.method.model_copy(update={"name": BASELINE})
+        baseline = config.model_copy(update={"method": method})
+        plans[f"plain LoRA ({BASELINE}), 1 rank"] = plan_run(baseline, architecture, deepspeed, gpu=gpu)
+    print(f"\nEach rank's peak\n\n{peak_table({name: found.ledger for name, found in plans.items()})}")
+    print(f"\n{config.method.name}, 1 rank, by phase\n\n{phase_table(plan.ledger)}")
+    print(f"\nLargest at the peak\n\n{largest_table(plan.ledger)}")
+    print(f"\n{decisions(plan)}\n{verdict(plan)}")
+    if not plan.fits:
+        _show_remedies(plan)
+    return plan.fits
+
+
+def _show_remedies(plan: Plan) -> None:
+    print("\nTried:")
+    fitting = False
+    for remedy in remedies(plan):
+        fitting |= remedy.plan.fits
+        print(f"  {' '.join(remedy.overrides)}\n      {verdict(remedy.plan)}; {decisions(remedy.plan)}")
+    if not fitting:
+        print(f"Nothing of this is enough for {plan.budget / GB:g} GB: take a smaller model, or a larger GPU")
