@@ -63,11 +63,13 @@ class CountedEngine:
     def _sharded(self, gradients: list[Tensor]) -> None:
         bucket = gradients[0].new_empty(self.bucket)
         self.counter.label(ENGINE, [bucket])
-        own = gradients[0].new_empty(self.shard)
-        gradients.clear()
+        device = gradients[0].device
+        gradients.clear()  # into the bucket, one after the other
+        own = torch.empty(self.shard, device=device)
         del bucket
         (master,) = self.optimizer.param_groups[0]["params"]
         master.grad = torch.cat([own])
+        del own
         self.optimizer.step()
         master.grad = None
 

@@ -29,6 +29,7 @@ from abmll.memory.storages import (
     OUTER,
     PHASES,
     SCORING,
+    SETTLING,
     STATES,
     TRAINING,
     WEIGHTS,
@@ -44,7 +45,6 @@ from abmll.tasks.task import Batch, Episode
 Counting = StorageCounter | Uncounted
 
 OPTIONS = 4  # of an example: too small to matter
-SETTLING = "settling"  # a phase that is not reported: what a run does once
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
     with counter.stage(SETTLING):
         engine.step({name: torch.zeros_like(value) for name, value in learner.adapters.theta.items()})
         if method.inner_loop:
-            _settle(inner)
+            settle_optimizer(inner)
     if method.updates_per_episode:
         counter.label(STATES, _states(inner))
         visit = Visit(Episode(0, 0, "", (batch,), batch), 0, [NoiseKey(0, step) for step in range(2)], inner, 0.0)
@@ -170,7 +170,7 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
     return examples if setup.scoring else None
 
 
-def _settle(optimizer: torch.optim.Optimizer) -> None:
+def settle_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Its states are there, as after a first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LOAD, FORWARD, RECOMPUTATION, BACKWARD = "load", "forward", "recomputation", "backward"
 OPTIMIZER, OUTER, SCORING = "optimizer", "outer step", "scoring"
+SETTLING = "settling"  # what a run does once; not reported
 TRAINING = (FORWARD, RECOMPUTATION, BACKWARD, OPTIMIZER, OUTER)
 PHASES = (LOAD, *TRAINING, SCORING)
 

@@ -26,9 +26,9 @@ def make_config(**sections: Any) -> Config:
     return Config.model_validate(named)
 
 
-def deepspeed(stage: int = 2) -> dict[str, Any]:
+def deepspeed(stage: int = 2, bucket: int = BUCKET) -> dict[str, Any]:
     settings = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
-    zero = settings["zero_optimization"] | {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero = settings["zero_optimization"] | {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     return settings | {"zero_optimization": zero}
 
 
