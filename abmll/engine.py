@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from abmll.config.schema import LoggingConfig
+from abmll.profiling import phase
 
 
 class _Theta(nn.Module):
@@ -95,6 +96,7 @@ class ThetaEngine:
     def zero_stage(self) -> int:
         return int(self.engine.zero_optimization_stage())
 
+    @phase("engine step")
     def step(self, gradient: dict[str, Tensor]) -> None:
         """Average the ranks' gradients (named as theta) and take one optimizer step. Communicates."""
         self._set_trainable(True)

@@ -16,6 +16,7 @@ from abmll.config.schema import MethodConfig
 from abmll.kernels import NoiseKey
 from abmll.models.answers import answer_logits
 from abmll.objective import answer_nll, gradient_norm, inner_objective
+from abmll.profiling import phase
 from abmll.tasks.task import Batch
 
 
@@ -59,6 +60,7 @@ class Learner:
             logits = answer_logits(self.model, repeated)
         return logits.softmax(dim=-1).unflatten(0, (samples, -1)).mean(dim=0)
 
+    @phase("forward")
     def forward(
         self, batch: Batch, key: NoiseKey | None, terms: Literal["none", "kl", "theta"] = "none"
     ) -> tuple[Tensor, RecordedTerms]:
@@ -71,43 +73,51 @@ class Learner:
     def nll(self, logits: Tensor, batch: Batch) -> Tensor:
         return answer_nll(logits, batch.target, self.method.nll_reduction)
 
+    @phase("inner step")
     def phi_step(self, batch: Batch, key: NoiseKey | None, optimizer: torch.optim.Optimizer) -> StepTerms:
         """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean)."""
         terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
         norm = gradient_norm([p.grad for p in parameters])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return terms._replace(gradient_norm=norm)
 
     def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
         logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
         kl = recorded.total_kl() if recorded.kl else self.zero
-        inner_objective(nll, kl, self.method.beta).backward()
+        with phase("backward"):
+            inner_objective(nll, kl, self.method.beta).backward()
         return StepTerms(nll.detach(), kl.detach(), self.zero, self.zero)
 
+    @phase("theta gradient")
     def theta_gradient_at_mean(self, batch: Batch) -> tuple[dict[str, Tensor], StepTerms]:
         """The NLL's gradient by phi at the posterior mean, named as theta: for methods without a task level."""
         terms = self._phi_gradient(batch, key=None)
         gradient = self._take_phi_gradient()
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
 
+    @phase("theta gradient")
     def theta_gradient_kl(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
         """Gradient of beta * KL + (beta / M) * (-log prior) by theta: one forward pass, no backward pass."""
         with torch.no_grad():
             logits, recorded = self._train().forward(batch, key, "theta")
             return self._outer_result(self.nll(logits, batch), recorded)
 
+    @phase("theta gradient")
     def theta_gradient_of_weights(self) -> tuple[dict[str, Tensor], StepTerms]:
         """`theta_gradient_kl` in the weight posterior, whose divergence reads no batch: no forward pass, no NLL."""
         terms = {layer.index: layer.theta_gradient(self.outer_weights) for layer in self.adapters.layers.values()}
         return self._outer_result(self.zero, RecordedTerms(theta=terms))
 
+    @phase("theta gradient")
     def theta_gradient_first_order(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
         """As `theta_gradient_kl`, plus the NLL's gradient at the adapted phi, as first-order MAML gives it to theta."""
         logits, recorded = self._train().forward(batch, key, "theta")
         nll = self.nll(logits, batch)
-        nll.backward()
+        with phase("backward"):
+            nll.backward()
         gradient, terms = self._outer_result(nll.detach(), recorded)
         for name, value in self._take_phi_gradient().items():
             gradient[name] = gradient[name] + value

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from abmll.memory import Plan, plan_run
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
+from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.report import derived_numbers, score_table
 from abmll.summary import load_summary, save_summary
@@ -36,7 +38,17 @@ MAY_CHANGE = ("adapters.backend",)  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
 # All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
-WRITTEN = ("checkpoints", "best", "final", "monitor", "metrics.jsonl", "scores.json", "scores.md", "config.yaml")
+WRITTEN = (
+    "checkpoints",
+    "best",
+    "final",
+    "monitor",
+    "profile",
+    "metrics.jsonl",
+    "scores.json",
+    "scores.md",
+    "config.yaml",
+)
 
 
 @dataclass
@@ -95,6 +107,22 @@ class Session:
                 save_summary(self._best(position.step), self.parts.learner.adapters.theta, self._facts(position))
             self.ranks.barrier()
 
+    def profiler(self) -> Profiler:
+        """Of the first outer steps that the trainer is going to make."""
+        trainer, ranks, step = self.trainer, self.ranks, self.trainer.position.step
+        episodes = -(-trainer.tasks_per_step // ranks.world_size)
+        wanted = EPISODES_ON_GPU if ranks.device.type == "cuda" else EPISODES_ON_CPU
+        if episodes > wanted:
+            self.progress.say(
+                f"note: --profile: an outer step has {episodes} episodes on each rank; with fewer "
+                f"(trainer.tasks_per_step: {trainer.tasks_per_step}) the profile is smaller"
+            )
+        steps = steps_to_record(step, trainer.num_steps, max(1, wanted // episodes), self.config.eval.every)
+        folder = self.folder / "profile" / f"rank-{ranks.rank:05d}"
+        profiler = Profiler(folder, ranks.device, step, steps, self.progress.say)
+        trainer.after_step = profiler.step
+        return profiler
+
     def finish(self, pretrained: Evaluation | None) -> list[Evaluation]:
         """After training: take the best theta if it was tracked, score it, write the summary and the tables."""
         position = self.trainer.position
@@ -152,7 +180,7 @@ class Session:
             write_whole(self.folder / "scores.json", text)
 
 
-def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
+def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:
     """The command `launch/train.py`. ConfigError or Refused for a mistake of the user's, TrainingDiverged for NaNs."""
     config = load_config(config_path, overrides)
     ranks = start_ranks()
@@ -162,7 +190,8 @@ def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool)
         except ValueError as error:  # later ones are no mistakes of the user's, and keep their traceback
             raise Refused(str(error)) from error
         pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
-        session.trainer.run()
+        with session.profiler() if profile else nullcontext():
+            session.trainer.run()
         evaluations = session.finish(pretrained)
         if ranks.is_main:
             table = score_table(evaluations)

@@ -21,6 +21,7 @@ from abmll.engine import ThetaEngine
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
+from abmll.profiling import phase
 from abmll.progress import Progress, StepReport
 from abmll.tasks.episodes import EpisodeSampler
 from abmll.tasks.task import Episode
@@ -69,6 +70,7 @@ class Trainer:
     ranks: Ranks
     progress: Progress
     validate: Callable[[Position], None] | None = None
+    after_step: Callable[[], None] | None = None
     after_save: Callable[[], None] | None = None
     position: Position = field(default_factory=Position)
 
@@ -104,6 +106,8 @@ class Trainer:
             position.step += 1
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
+            if self.after_step:
+                self.after_step()
             self._stop_if_diverged()
             last = position.step == self.num_steps
             if self.validate and evaluation.every and (position.step % evaluation.every == 0 or last):
@@ -111,6 +115,7 @@ class Trainer:
             if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
                 self._save()
 
+    @phase("outer step")
     def _outer_step(self, step: int) -> Tensor:
         """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns]."""
         first = step * self.tasks_per_step
@@ -136,6 +141,7 @@ class Trainer:
             self.learner.adapters.reset_phi()
         return _merge(tables)
 
+    @phase("episode")
     def _update(self, episode: Episode, index: int, step: int) -> Update:
         method = self.config.method
         if method.reset_inner_optimizer:
@@ -186,6 +192,7 @@ class Trainer:
             skipped=self.position.skipped_episodes,
         )
 
+    @phase("checkpoint")
     def _save(self) -> None:
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
         inner = self.inner_optimizer

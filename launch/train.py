@@ -9,10 +9,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the file")
-    parser.add_argument("--validate", action="store_true", help="check everything without training")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", choices=["auto"], help="continue from the newest whole checkpoint of the run")
     existing.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
+    doing = parser.add_mutually_exclusive_group()
+    doing.add_argument("--validate", action="store_true", help="check everything without training")
+    doing.add_argument(
+        "--profile",
+        action="store_true",
+        help="train as usual, and profile an outer step or two behind the first: writes a trace, the largest costs in "
+        "time and memory, and on a GPU a memory snapshot to OUTPUT/profile, and says what opens them",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
 
@@ -34,7 +41,13 @@ def main() -> int:
         from abmll.run import train
         from abmll.trainer import TrainingDiverged as diverged
 
-        train(arguments.config, arguments.overrides, resume=arguments.resume == "auto", overwrite=arguments.overwrite)
+        train(
+            arguments.config,
+            arguments.overrides,
+            resume=arguments.resume == "auto",
+            overwrite=arguments.overwrite,
+            profile=arguments.profile,
+        )
         return 0
     except ConfigError as error:  # the same on all ranks
         if rank == 0:
