@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from random import Random
 
 from abmll.tasks.shuffle import keyed_random
 from abmll.tasks.task import Example, PromptedExample
@@ -15,7 +14,7 @@ Encode = Callable[[Sequence[Example]], list[PromptedExample | None]]
 
 
 class TrainingExamples:
-    """The rows of a training split; prompts are made anew whenever places are taken, and none is kept.
+    """The rows of a training split; a prompt is made when its place is first taken, and kept.
 
     Which rows fit is known only once they are tokenised, so a place is a row's, whether it fits or not: the draw of
     places depends on the number of rows alone. A row that does not fit gives its place to another one of the split,
@@ -25,7 +24,7 @@ class TrainingExamples:
 
     def __init__(self, name: str, rows: Sequence[Example], encode: Encode):
         self._name, self._rows, self._encode = name, rows, encode
-        self._unfit: set[int] = set()  # rows that were tokenised and do not fit: they need no second look
+        self._made: dict[int, PromptedExample | None] = {}  # by row, None for one that does not fit
 
     def __len__(self) -> int:
         """Places, that is rows."""
@@ -33,26 +32,30 @@ class TrainingExamples:
 
     def take(self, places: Sequence[int]) -> list[PromptedExample]:
         """The examples at these places. ValueError if no row of the split fits."""
-        draws = [keyed_random("instead", self._name, place) for place in places]
-        rows, made = list(places), {}
-        while missing := self._step_aside(rows, draws, made):
-            for row, example in zip(missing, self._encode([self._rows[row] for row in missing]), strict=True):
-                if example is None:
-                    self._unfit.add(row)
-                else:
-                    made[row] = example
-        return [made[row] for row in rows]
+        candidates = [self._candidates(place) for place in places]
+        rows = [next(of_place) for of_place in candidates]
+        while True:
+            self._make(rows)
+            unfit = [at for at, row in enumerate(rows) if self._made[row] is None]
+            if not unfit:
+                return [self._made[row] for row in rows]
+            if len(self._made) == len(self) and not any(self._made.values()):
+                raise ValueError(
+                    f"task {self._name}: none of its {len(self)} training prompts fits; raise tasks.max_tokens"
+                )
+            for at in unfit:
+                rows[at] = next(candidates[at])
 
-    def _step_aside(self, rows: list[int], draws: list[Random], made: Collection[int]) -> list[int]:
-        """Replaces, in `rows`, those that are known not to fit; returns those still to be made, each once."""
-        if len(self._unfit) == len(self._rows):
-            raise ValueError(
-                f"task {self._name}: none of its {len(self)} training prompts fits; raise tasks.max_tokens"
-            )
-        for at, draw in enumerate(draws):
-            while rows[at] in self._unfit:
-                rows[at] = draw.randrange(len(self._rows))
-        return [row for row in dict.fromkeys(rows) if row not in made]
+    def _make(self, rows: Sequence[int]) -> None:
+        new = [row for row in dict.fromkeys(rows) if row not in self._made]
+        self._made.update(zip(new, self._encode([self._rows[row] for row in new]), strict=True))
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        """Rows for a place: the first of them that fits takes it."""
+        yield place
+        draw = keyed_random("instead", self._name, place)
+        while True:
+            yield draw.randrange(len(self._rows))
 
 
 class ScoredExamples(Sequence[PromptedExample]):
