@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +15,23 @@ from abmll.learner import Learner
 from abmll.methods import Method, build_method
 from abmll.models.load import load_model
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
-from abmll.tasks.prompt import Prompter
+from abmll.tasks.examples import PromptCounts, PromptedTask
+from abmll.tasks.prompt import Limits, Prompter
 from abmll.tasks.sources import LoadedTasks, load_tasks
-from abmll.tasks.task import PromptedTask, Task
+from abmll.tasks.task import Task
+
+ROLES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class RunTasks:
-    """A run's tasks as token ids, and what is worth telling about them."""
+    """A run's tasks, ready to be drawn from, and what is worth telling about them."""
 
     train: list[PromptedTask]
     validation: list[PromptedTask]
     test: list[PromptedTask]
     letter_ids: tuple[int, ...]
     notes: list[str]
-    longest: int  # tokens of the longest prompt
 
     def sampler(self, config: Config, method: Method) -> EpisodeSampler:
         kind = PooledSampler if method.pooled else EpisodeSampler
@@ -46,48 +47,52 @@ class Parts:
     tasks: RunTasks
 
 
-def read_tasks(config: Config, config_path: str | Path) -> LoadedTasks:
-    """The configured tasks as text. ValueError, naming what is missing, where a list comes out empty."""
+def read_tasks(config: Config, config_path: str | Path, scoring: bool = False) -> LoadedTasks:
+    """The configured tasks as text; `scoring`: the test tasks alone.
+
+    ValueError, naming what is missing, where a list comes out empty.
+    """
 
     def resolve(path: str) -> Path:
         return resolve_path(path, config_path)
 
-    lists = None if config.tasks.source == "builtin" else resolve_task_lists(config.tasks, resolve)
+    lists = None if config.tasks.source == "builtin" else resolve_task_lists(config.tasks, resolve, scoring)
     validation_examples = config.eval.validation_examples if config.eval.every else None
-    return load_tasks(config.tasks, lists, config.seed, validation_examples, resolve)
+    return load_tasks(config.tasks, lists, config.seed, validation_examples, resolve, scoring)
 
 
 def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> RunTasks:
-    """Tasks as token ids; a task that serves in two roles is prompted once."""
-    limits = {
-        "max_train": config.tasks.max_train_examples,
-        "max_validation": config.eval.validation_examples,
-        "max_test": config.eval.max_examples,
-    }
-    done: dict[str, PromptedTask] = {}
-
-    def prompted(tasks: Sequence[Task]) -> list[PromptedTask]:
-        for task in tasks:
-            if task.name not in done:
-                done[task.name] = prompter.prompt_task(task, **limits)
-        return [done[task.name] for task in tasks]
-
-    roles = {role: prompted(getattr(loaded, role)) for role in ("train", "validation", "test")}
+    """Tasks whose prompts are made when they are used; a task that serves in two roles is one object."""
+    done = {task.name: prompter.prompt_task(task, _limits(config)) for task in _each(loaded)}
+    roles = {role: [done[task.name] for task in getattr(loaded, role)] for role in ROLES}
     notes = [f"missing task {name}: {where}" for name, where in loaded.missing.items()]
-    notes += [*loaded.notes, *prompter.report.lines()]
-    longest = max(counts.longest for counts in prompter.report.tasks.values())
-    return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=notes, longest=longest)
+    return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=[*notes, *loaded.notes])
 
 
-def build(config: Config, config_path: str | Path, device: torch.device) -> Parts:
+def measure_prompts(loaded: LoadedTasks, prompter: Prompter, config: Config) -> dict[str, PromptCounts]:
+    """What `tasks.max_tokens` does to each task: tokenises every example that the run may use."""
+    return {task.name: prompter.measure(task, _limits(config)) for task in _each(loaded)}
+
+
+def _each(loaded: LoadedTasks) -> list[Task]:
+    """Every task once, in the order of the roles."""
+    return list({task.name: task for role in ROLES for task in getattr(loaded, role)}.values())
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(config.tasks.max_train_examples, config.eval.validation_examples, config.eval.max_examples)
+
+
+def build(config: Config, config_path: str | Path, device: torch.device, scoring: bool = False) -> Parts:
     """Everything but the engine and activation checkpointing.
 
-    ValueError, with the remedy, for whatever the configuration names and is not there.
+    `scoring`: without tasks to train and validate on, for scores alone. ValueError, with the remedy, for whatever the
+    configuration names and is not there.
     """
-    loaded = read_tasks(config, config_path)  # first: a wrong path should not cost the loading of a model
+    loaded = read_tasks(config, config_path, scoring)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
     tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
-    learner = Learner(model, adapters, config.method, len(tasks.train), config.tasks.batch_size)
+    learner = Learner(model, adapters, config.method, None if scoring else len(tasks.train), config.tasks.batch_size)
     return Parts(model, learner, method, tasks)

@@ -17,7 +17,8 @@ from abmll.learner import Learner
 from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
 from abmll.tasks.episodes import scoring_batches, support_batches
-from abmll.tasks.task import Batch, PromptedExample, PromptedTask
+from abmll.tasks.examples import PromptedTask
+from abmll.tasks.task import Batch, PromptedExample
 
 Split = Literal["validation", "test"]
 

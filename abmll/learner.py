@@ -33,10 +33,11 @@ class Learner:
     """A frozen language model with adapters. theta never receives a gradient here except as a returned dict."""
 
     def __init__(
-        self, model: nn.Module, adapters: AdapterSet, method: MethodConfig, num_train_tasks: int, batch_size: int
+        self, model: nn.Module, adapters: AdapterSet, method: MethodConfig, num_train_tasks: int | None, batch_size: int
     ):
+        """`num_train_tasks` is M, which weighs the prior in theta's gradient; None where theta is not trained."""
         self.model, self.adapters, self.method, self.batch_size = model, adapters, method, batch_size
-        self.outer_weights = OuterWeights(kl=method.beta, prior=method.beta / num_train_tasks)
+        self.outer_weights = OuterWeights(method.beta, method.beta / num_train_tasks) if num_train_tasks else None
         self.zero = torch.zeros((), device=next(iter(adapters.phi.values())).device)
         for parameter in adapters.theta.values():
             parameter.requires_grad_(False)  # the engine alone turns it on, for the moment of its backward

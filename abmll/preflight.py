@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from abmll.adapters import projection_backend
-from abmll.build import prompt_tasks, read_tasks
+from abmll.build import measure_prompts, prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.engine import check_monitors
@@ -82,8 +82,13 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
             return f"{len(loaded.train)} to train on, {len(loaded.test)} unseen, {len(loaded.missing)} missing"
         prompter = Prompter(load_tokenizer(config.model), config.tasks.max_tokens, config.tasks.too_long)
         found = prompt_tasks(loaded, prompter, config)
-        summary = f"{len(found.train)} to train on, {len(found.validation)} to validate on, {len(found.test)} unseen"
-        return summary + "".join(f"\n        note: {note}" for note in found.notes)
+        counts = measure_prompts(loaded, prompter, config)
+        summary = (
+            f"{len(found.train)} to train on, {len(found.validation)} to validate on, {len(found.test)} unseen; "
+            f"prompts of at most {max(count.longest for count in counts.values())} tokens"
+        )
+        losses = [count.loss(name, config.tasks.max_tokens) for name, count in counts.items()]
+        return summary + "".join(f"\n        note: {note}" for note in (*found.notes, *losses) if note)
 
     lines.append(f"ok      configuration: {config_path}")
     check("output", output)

@@ -21,6 +21,7 @@ COLUMNS = (
     ("nll", "NLL", 1.0),
     ("brier", "Brier", 1.0),
 )
+_TOO_LONG = {"drop": "dropped", "truncate": "truncated"}
 
 
 def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, plan: Plan) -> str:
@@ -37,7 +38,8 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         **({"projections": "{}: {}".format(*_backend(parts, config))} if parts.method.gaussian else {}),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
         f"{sum(len(task.train) for task in tasks.train):,} training and "
-        f"{sum(len(task.test) for task in tasks.test):,} test examples; prompts of at most {tasks.longest} tokens",
+        f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "
+        f"{config.tasks.max_tokens} tokens, longer ones {_TOO_LONG[config.tasks.too_long]} (--validate counts them)",
         "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks "
         f"({trainer.num_episodes:,} episodes, {trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",
         "tokens a step": f"at most {per_step * config.tasks.batch_size * config.tasks.max_tokens:,} in {per_step} "

@@ -19,19 +19,20 @@ from abmll.summary import load_summary
 def evaluate(run: str, overrides: list[str], output: str | None) -> None:
     """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
 
-    The configuration is the run's own, with `overrides` (of tasks and eval; the adapters must fit the model's).
+    The configuration is the run's own, with `overrides` (of tasks and eval; the adapters must fit the model's). Only
+    the test tasks are read: the run's training and validation tasks may be gone.
     ConfigError or Refused where the folder holds no finished run, or its configuration cannot be had.
     """
     folder = Path(run)
     config_path = folder / "config.yaml"
     if not config_path.is_file():
         raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
-    config = load_config(config_path, overrides)
+    config = load_config(config_path, overrides, scoring=True)
     ranks = start_ranks()
     try:
         try:
             theta, facts = load_summary(folder / "final")
-            parts = build(config, config_path, ranks.device)
+            parts = build(config, config_path, ranks.device, scoring=True)
             parts.learner.adapters.load_theta(theta)
         except ValueError as error:
             raise Refused(str(error)) from error
@@ -44,6 +45,8 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
             parts.learner.adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         if ranks.is_main:
+            for note in parts.tasks.notes:
+                print(f"note: {note}")
             print(f"{folder / 'final'}, after step {facts['step']}\n\n{score_table(evaluations)}")
             if output:
                 Path(output).write_text(json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))

@@ -17,8 +17,11 @@ class Problem:
     judged_by: tuple[str, ...]
 
 
-def sections_disagree(config: Any) -> list[Problem]:
-    """Every broken rule of a schema.Config, which calls this, in the order of its sections."""
+def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
+    """Every broken rule of a schema.Config, which calls this, in the order of its sections.
+
+    `scoring`: the configuration serves to score tasks, and need not name any to train on.
+    """
     found = []
 
     def rule(broken: object, key: str, remedy: str, *others: str) -> None:
@@ -54,9 +57,9 @@ def sections_disagree(config: Any) -> list[Problem]:
         "tasks.source",
     )
     rule(
-        tasks.source != "builtin" and not tasks.lists and not (tasks.train and tasks.test),
+        tasks.source != "builtin" and not tasks.lists and not (tasks.test and (tasks.train or scoring)),
         "tasks.lists",
-        "name a list file (tasks.lists=PATH), or set both tasks.train and tasks.test",
+        f"name a list file (tasks.lists=PATH), or set {'' if scoring else 'both tasks.train and '}tasks.test",
         "tasks.source",
         "tasks.train",
         "tasks.test",

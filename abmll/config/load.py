@@ -20,11 +20,12 @@ from .schema import Config
 _SOME_MODEL = {"name": "random:tiny"}  # stands for a model that is not set, so that the rest can be judged
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool = False) -> Config:
     """The run that the file describes, with the overrides applied in order.
 
     An override is `section.key=value`; its value is YAML, so that `tasks.train=[a, b]` and `eval.every=null` work.
     Values are taken as they are written: `3` is no text and `true` no number; only whole numbers serve as numbers.
+    `scoring`: the configuration serves to score tasks, and need not name any to train on.
 
     Raises ConfigError (a ValueError) with one line for every unknown key, wrong value, malformed override and broken
     rule between keys.
@@ -48,12 +49,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     data.setdefault("model", {})
     data = _as_tuples(data)
-    for key, line in _all_problems(data, complete=readable):
+    for key, line in _all_problems(data, readable, scoring):
         place = "override" if any(key[: len(part)] == part for part in overridden) else str(path)
         problems.append(f"{place}: {line}")
     if problems:
         raise ConfigError(problems)
-    return Config.model_validate(data, strict=True)
+    return _validated(data, scoring)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -150,13 +151,13 @@ def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
-def _all_problems(data: dict, complete: bool) -> Iterator[tuple[Key, str]]:
+def _all_problems(data: dict, complete: bool, scoring: bool) -> Iterator[tuple[Key, str]]:
     """Every problem as (key, line): those of single keys, and then those between keys that are right in themselves.
 
     Of an incomplete configuration (its file cannot be read) nothing can be said about what is missing.
     """
     wrong: dict[Key, list[ErrorDetails]] = {}
-    for error in _errors(data):
+    for error in _errors(data, scoring):
         if error["type"] != "sections_disagree":
             wrong.setdefault(key_of(error, data), []).append(error)
     for key, errors in wrong.items():
@@ -168,15 +169,19 @@ def _all_problems(data: dict, complete: bool) -> Iterator[tuple[Key, str]]:
     for key in wrong:
         judged = _without(judged, key)
     judged = {**judged, "model": {**_SOME_MODEL, **judged.get("model", {})}}
-    for error in _errors(judged):
+    for error in _errors(judged, scoring):
         for problem in error.get("ctx", {}).get("problems", ()):
             if not any(_touches(key, tuple(other.split("."))) for key in wrong for other in problem.judged_by):
                 yield tuple(problem.key.split(".")), problem.text
 
 
-def _errors(data: dict) -> list[ErrorDetails]:
+def _validated(data: dict, scoring: bool) -> Config:
+    return Config.model_validate(data, strict=True, context={"scoring": scoring})
+
+
+def _errors(data: dict, scoring: bool) -> list[ErrorDetails]:
     try:
-        Config.model_validate(data, strict=True)
+        _validated(data, scoring)
     except ValidationError as error:
         return error.errors(include_url=False)
     return []

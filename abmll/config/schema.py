@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from .checks import sections_disagree
@@ -184,8 +184,8 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
-        if found := sections_disagree(self):
+    def _sections_agree(self, info: ValidationInfo) -> Config:
+        if found := sections_disagree(self, **(info.context or {})):
             text = "; ".join(problem.text for problem in found)
             # the loader reads the problems themselves from the context, to list them one by one
             raise PydanticCustomError("sections_disagree", "{text}", {"text": text, "problems": found})

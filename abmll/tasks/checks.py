@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from abmll.tasks.task import Example, Task
+from abmll.tasks.task import Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MOST_LINES = 20  # of an error message
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,51 @@ class Found:
     tasks: dict[str, Task]
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+class Faults:
+    """What is wrong with several files or entries, for one ValueError that names them all.
+
+    Each keeps its first lines and counts the others, so that a file full of faults costs no memory.
+    """
+
+    def __init__(self, where: str, kind: str):
+        """`where` opens the message, `kind` is the plural of what may be at fault."""
+        self._where, self._kind = where, kind
+        self._kept: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, place: str, line: str) -> None:
+        """`line` says alone what is wrong and where; `place` is the file or entry that it is about."""
+        kept = self._kept.setdefault(place, [])
+        if line not in kept:
+            self._counts[place] += 1
+            if len(kept) < _MOST_LINES:
+                kept.append(line)
+
+    def __contains__(self, place: str) -> bool:
+        return place in self._kept
+
+    def check(self) -> None:
+        """ValueError if there are faults: some 20 lines, dealt to the places in turns, and how many more there are."""
+        total = self._counts.total()
+        if total == 1:
+            raise ValueError(next(iter(self._kept.values()))[0])
+        if total:
+            raise ValueError(f"{self._where}: {total:,} faults in {len(self._kept):,} {self._kind}:{self._listing()}")
+
+    def _listing(self) -> str:
+        turns = sorted((turn, at) for at, kept in enumerate(self._kept.values()) for turn in range(len(kept)))
+        shown = Counter(at for _, at in turns[:_MOST_LINES])
+        lines = []
+        for at, (place, kept) in enumerate(self._kept.items()):
+            lines += kept[: shown[at]]
+            if shown[at] and self._counts[place] > shown[at]:
+                lines.append(f"{place}: {self._counts[place] - shown[at]:,} more")
+        unseen = [count for at, count in enumerate(self._counts.values()) if not shown[at]]
+        if unseen:
+            lines.append(f"{sum(unseen):,} more in {len(unseen):,} other {self._kind}")
+        return "".join(f"\n  {line}" for line in lines)
 
 
 def check_options(options: Sequence[object], where: str) -> tuple[str, ...]:
@@ -45,9 +92,8 @@ def check_output(output: str, options: tuple[str, ...], where: str) -> None:
         raise ValueError(f"{where}: output {output!r} is not among the options {list(options)}")
 
 
-def check_split(examples: Sequence[Example], name: str, split: str, where: str) -> None:
-    if not examples:
-        raise ValueError(f"{where}: task {name} has no {split} rows: add some, or take it out of the list")
+def no_rows(name: str, split: str, where: str) -> str:
+    return f"{where}: task {name} has no {split} rows: add some, or take it out of the list"
 
 
 def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:

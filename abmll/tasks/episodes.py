@@ -1,19 +1,26 @@
 """Which examples an episode sees: pure functions of (seed, index), so a run's position in its data is one integer.
 
 Ranks and groups only decide who asks for which index; the sequence of episodes is the same for any number of them.
+An episode's prompts are made when it is drawn.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from abmll.tasks.batch import collate
+from abmll.tasks.examples import PromptedTask
 from abmll.tasks.shuffle import EndlessShuffle
-from abmll.tasks.task import Batch, Episode, PromptedExample, PromptedTask
+from abmll.tasks.task import Batch, Episode, PromptedExample
 
 
 class EpisodeSampler:
-    """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen."""
+    """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen.
+
+    (But for those that take the place of a row which does not fit: see `abmll.tasks.examples`.)
+    """
 
     def __init__(
         self,
@@ -47,7 +54,7 @@ class EpisodeSampler:
         (number,) = self._order.take(index, 1)
         task = self.tasks[number]
         places = self._data[number].take(epoch * self.examples_per_visit, self.examples_per_visit)
-        return self._join(index, epoch, task.name, [task.train[place] for place in places])
+        return self._join(index, epoch, task.name, task.train.take(places))
 
     def _join(self, index: int, epoch: int, name: str, examples: list[PromptedExample]) -> Episode:
         batches = tuple(_batches(examples, self.batch_size, self.letter_ids))
@@ -67,12 +74,22 @@ class PooledSampler(EpisodeSampler):
         query: bool,
     ):
         super().__init__(tasks, letter_ids, seed, inner_steps, batch_size, query)
-        self._pool = [example for task in self.tasks for example in task.train]
-        self._places = EndlessShuffle(len(self._pool), seed, "pooled")
+        *self._starts, size = accumulate((len(task.train) for task in self.tasks), initial=0)  # of each task's places
+        self._places = EndlessShuffle(size, seed, "pooled")
 
     def episode(self, index: int) -> Episode:
         places = self._places.take(index * self.examples_per_visit, self.examples_per_visit)
-        return self._join(index, index // self.episodes_per_epoch, "pooled", [self._pool[place] for place in places])
+        return self._join(index, index // self.episodes_per_epoch, "pooled", self._take(places))
+
+    def _take(self, places: list[int]) -> list[PromptedExample]:
+        wanted: dict[int, list[int]] = {}
+        for place in places:
+            wanted.setdefault(bisect_right(self._starts, place) - 1, []).append(place)
+        taken = {}
+        for number, own in wanted.items():
+            start = self._starts[number]
+            taken |= zip(own, self.tasks[number].train.take([place - start for place in own]), strict=True)
+        return [taken[place] for place in places]
 
 
 def support_batches(
@@ -81,7 +98,7 @@ def support_batches(
     """The batches on which an unseen task is adapted, the same for every method that is given the same seed."""
     _check_trainable([task])
     places = EndlessShuffle(len(task.train), seed, "support", task.name).take(0, steps * batch_size)
-    return tuple(_batches([task.train[place] for place in places], batch_size, letter_ids))
+    return tuple(_batches(task.train.take(places), batch_size, letter_ids))
 
 
 def scoring_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -98,5 +115,5 @@ def _check_trainable(tasks: Sequence[PromptedTask]) -> None:
     if not tasks:
         raise ValueError("tasks.train: []: there is no task to train on")
     for task in tasks:
-        if not task.train:
+        if not len(task.train):
             raise ValueError(f"task {task.name}: no training examples: take it out of the list")

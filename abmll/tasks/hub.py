@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from abmll.config.schema import HubTask
-from abmll.tasks.checks import Found, check_names, check_options, check_output, check_split, similar
+from abmll.tasks.checks import Faults, Found, check_names, check_options, check_output, no_rows, similar
 from abmll.tasks.task import Example, Task
 
 
 def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collection[str] | None = None) -> Found:
     """Loads the named tasks; those without an entry in `hub` are returned in `missing`.
 
-    `scored` names the tasks whose test split is read (None: all). ValueError names the entry and what is wrong.
+    `scored` names the tasks whose test split is read (None: all). ValueError names the entries and what is wrong with
+    them, all of it up to a bound.
     """
     names = check_names(names, "tasks")
     known = [name for name in names if name in hub]
@@ -23,39 +24,47 @@ def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collec
         raise ValueError(
             f"tasks.hub: describes none of {', '.join(names[:5])}{similar(names, hub)}; add an entry tasks.hub.NAME"
         )
-    tasks = {name: _load(name, hub[name], scored is None or name in scored) for name in known}
+    faults = Faults("tasks.hub", "entries")
+    tasks = {name: _load(name, hub[name], scored is None or name in scored, faults) for name in known}
+    faults.check()
     missing = {name: f"no entry tasks.hub.{name}" for name in names if name not in hub}
     return Found(tasks, missing)
 
 
-def _load(name: str, task: HubTask, needs_test: bool) -> Task:
-    def examples(split: str | None) -> tuple[Example, ...]:
-        return _read_split(name, task, split) if split else ()
-
-    loaded = Task(
-        name,
-        examples(task.train_split),
-        examples(task.validation_split),
-        examples(task.test_split if needs_test else None),
-    )
-    check_split(loaded.train, name, "train", f"tasks.hub.{name}.train_split: {task.train_split}")
-    if needs_test:
-        check_split(loaded.test, name, "test", f"tasks.hub.{name}.test_split: {task.test_split}")
-    return loaded
+def _load(name: str, task: HubTask, needs_test: bool, faults: Faults) -> Task:
+    key = f"tasks.hub.{name}"
+    names = {"train": task.train_split, "validation": task.validation_split, "test": task.test_split}
+    if not needs_test:
+        names["test"] = None
+    splits = {role: _read_split(key, task, split, faults) if split else () for role, split in names.items()}
+    if key not in faults:  # else rows may be there, and bad
+        for role in ("train", "test") if needs_test else ("train",):
+            if not splits[role]:
+                faults.add(key, no_rows(name, role, f"{key}.{role}_split: {names[role]}"))
+    return Task(name, **splits)
 
 
-def _read_split(name: str, task: HubTask, split: str) -> tuple[Example, ...]:
+def _read_split(key: str, task: HubTask, split: str, faults: Faults) -> tuple[Example, ...]:
+    """The good rows; what is wrong with the entry or with the other rows is added to `faults`."""
     from datasets import load_dataset  # slow to import, and needed by this source only
 
-    key = f"tasks.hub.{name}"
     try:
         rows = load_dataset(
             task.path, task.name, revision=task.revision, data_files=_plain(task.data_files), split=split
         )
     except Exception as error:  # the library raises half a dozen types; all are the user's to act on
-        raise ValueError(f"{key}: {task.path}, split {split}: {error}{_remedy(error)}") from error
-    _check_columns(key, task, rows.column_names)
-    return tuple(_example(row, task, f"{key}: split {split}, row {number}") for number, row in enumerate(rows))
+        faults.add(key, f"{key}: {task.path}, split {split}: {error}{_remedy(error)}")
+        return ()
+    wrong = list(_wrong_columns(key, task, rows.column_names))
+    for line in wrong:
+        faults.add(key, line)
+    examples = []
+    for number, row in enumerate(() if wrong else rows):
+        try:
+            examples.append(_example(row, task, f"{key}: split {split}, row {number}"))
+        except ValueError as error:
+            faults.add(key, str(error))
+    return tuple(examples)
 
 
 def _plain(data_files: str | dict[str, str] | None) -> str | dict[str, str] | None:
@@ -68,18 +77,19 @@ def _remedy(error: Exception) -> str:
     return ""
 
 
-def _check_columns(key: str, task: HubTask, columns: list[str]) -> None:
+def _wrong_columns(key: str, task: HubTask, columns: list[str]) -> Iterator[str]:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(task.input) if name is not None]
     except ValueError as error:
-        raise ValueError(f"{key}.input: {task.input!r}: {error}; write {{column}}, and {{{{ for a brace") from None
+        yield f"{key}.input: {task.input!r}: {error}; write {{column}}, and {{{{ for a brace"
+        fields = []
     used = [("input", re.split(r"[.\[]", name)[0]) for name in fields] + [("label", task.label)]
     if isinstance(task.options, str):
         used.append(("options", task.options))
     for where, column in used:
         if column not in columns:
             hint = similar([column], columns)
-            raise ValueError(f"{key}.{where}: no column {column!r}; the columns are {', '.join(columns)}{hint}")
+            yield f"{key}.{where}: no column {column!r}; the columns are {', '.join(columns)}{hint}"
 
 
 def _example(row: dict[str, Any], task: HubTask, where: str) -> Example:

@@ -7,12 +7,13 @@ Two layouts, a folder per task in both:
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from abmll.tasks.checks import Found, check_names, check_options, check_output, check_split, similar
+from abmll.tasks.checks import Faults, Found, check_names, check_options, check_output, no_rows, similar
 from abmll.tasks.task import Example, Task
 
 _FIELDS = {"input": str, "output": str, "options": list}
@@ -23,21 +24,24 @@ def load_jsonl_tasks(folder: str | Path, names: Iterable[str], scored: Collectio
     """Reads the named tasks, and no others.
 
     `scored` names the tasks that must have test rows (None: all); MetaICL's training tasks have none.
-    A task that is not there is returned in `missing`; ValueError when none is there, or when a row is bad.
+    A task that is not there is returned in `missing`; ValueError when none is there, or, naming all of them up to a
+    bound, when rows are bad.
     """
     folder = Path(folder)
     names = check_names(names, "tasks")
     if not folder.is_dir():
         raise ValueError(f"tasks.folder: {folder}: no such folder; set tasks.folder to the folder that holds the tasks")
     tasks, missing, notes = {}, {}, []
+    faults = Faults(f"tasks.folder: {folder}", "files")
     for name in names:
         needs_test = scored is None or name in scored
         files, note = _find_files(folder / name, name, needs_test)
         if not files:
             missing[name] = f"no {folder / name}/train.jsonl and no {folder / name}/{name}_<k>_<seed>_train.jsonl"
             continue
-        tasks[name] = _read_task(name, folder / name, files, needs_test)
+        tasks[name] = _read_task(name, folder / name, files, needs_test, faults)
         notes += note
+    faults.check()
     if names and not tasks:
         hint = similar(names, (path.name for path in folder.iterdir() if path.is_dir()))
         raise ValueError(
@@ -47,10 +51,12 @@ def load_jsonl_tasks(folder: str | Path, names: Iterable[str], scored: Collectio
     return Found(tasks, missing, notes)
 
 
-def _read_task(name: str, folder: Path, files: dict[str, Path], needs_test: bool) -> Task:
-    splits = {split: read_examples(files[split]) if split in files else () for split in _SPLITS}
+def _read_task(name: str, folder: Path, files: dict[str, Path], needs_test: bool, faults: Faults) -> Task:
+    splits = {split: read_examples(files[split], faults) if split in files else () for split in _SPLITS}
     for split in ("train", "test") if needs_test else ("train",):
-        check_split(splits[split], name, split, str(files.get(split, folder)))
+        where = str(files.get(split, folder))
+        if not splits[split] and where not in faults:  # else its rows are there, and bad
+            faults.add(where, no_rows(name, split, where))
     return Task(name, **splits)
 
 
@@ -77,22 +83,45 @@ def _find_files(folder: Path, name: str, needs_test: bool) -> tuple[dict[str, Pa
     return draws[k, seed], note
 
 
-def read_examples(path: Path) -> tuple[Example, ...]:
-    """The rows of one file; blank lines, CRLF and a byte-order mark are fine. ValueError names file, line, reason."""
-    data = path.read_bytes()
+def read_examples(path: Path, faults: Faults) -> tuple[Example, ...]:
+    """The good rows of one file; blank lines, CRLF and a byte-order mark are fine.
+
+    What is wrong with the other rows is added to `faults`, as file, line and reason.
+    """
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8"
-        ) from None
+        data = path.read_bytes()
+    except OSError as error:
+        faults.add(str(path), f"{path}: {error.strerror}: make it a file that can be read")
+        return ()
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        lines = _decodable(data, path, faults)
     checked: dict[tuple, tuple[str, ...]] = {}  # most rows of a task share their options: check and keep them once
     examples = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line and not line.isspace():
-            examples.append(_parse(line, path, number, checked))
+            try:
+                examples.append(_parse(line, path, number, checked))
+            except ValueError as error:
+                faults.add(str(path), str(error))
     return tuple(examples)
+
+
+def _decodable(data: bytes, path: Path, faults: Faults) -> list[str]:
+    """The lines, those that are not UTF-8 left blank."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # else each of its lines would be a fault
+        faults.add(str(path), f"{path}:1: byte 0x{data[0]:02x} is not UTF-8 but UTF-16: save the file as UTF-8")
+        return []
+    lines = []
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            faults.add(str(path), f"{path}:{number}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8")
+            lines.append("")
+    return lines
 
 
 def _parse(line: str, path: Path, number: int, checked: dict[tuple, tuple[str, ...]]) -> Example:

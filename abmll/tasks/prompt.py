@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from abmll.tasks.checks import LETTERS
+from abmll.tasks.examples import PromptCounts, PromptedTask, ScoredExamples, TrainingExamples, any_fits
 from abmll.tasks.shuffle import permutation
-from abmll.tasks.task import Example, PromptedExample, PromptedTask, Task
+from abmll.tasks.task import Example, PromptedExample, Task
 
 _INSTRUCTION = "Return the label of the correct answer for the question below."
 _PLACE = "THE QUESTION'S PLACE"
@@ -17,43 +18,29 @@ _PROBE = Example("Is water wet?", ("yes", "no"), "yes")
 # Some templates print today's date or open a chain of thought: a prompt must be the same every day, and its next
 # token must be the answer. Templates that know neither variable ignore them.
 _TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+_CHUNK = 1024  # examples that are measured at a time
 
 
-@dataclass
-class PromptCounts:
-    """Of one task's examples: how many, how many lost part of the question, how many were left out."""
+@dataclass(frozen=True)
+class Limits:
+    """At most so many examples of each split; None: all."""
 
-    total: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    longest: int = 0  # tokens, of those that are kept
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
 
 
-@dataclass
-class PromptReport:
-    """What `max_tokens` did to each task."""
-
-    max_tokens: int
-    tasks: dict[str, PromptCounts] = field(default_factory=dict)
-
-    def lines(self) -> list[str]:
-        """One sentence for every task that lost something."""
-        return [
-            f"{name}: of {c.total} prompts {c.truncated} truncated and {c.dropped} dropped at {self.max_tokens} tokens"
-            for name, c in self.tasks.items()
-            if c.truncated or c.dropped
-        ]
+_ALL = Limits()
 
 
 class Prompter:
-    """Turns tasks into token ids. `letter_ids` are the ids of A .. Z as they follow a prompt; `report` counts."""
+    """Turns tasks into token ids. `letter_ids` are the ids of A .. Z as they follow a prompt."""
 
     def __init__(self, tokenizer: Any, max_tokens: int, too_long: Literal["drop", "truncate"]):
         """`max_tokens` bounds a prompt, template included. ValueError if the tokenizer cannot serve."""
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.too_long = too_long
-        self.report = PromptReport(max_tokens)
         self._name = f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self._before, self._after = self._frame()
@@ -65,48 +52,46 @@ class Prompter:
         question = f"{_INSTRUCTION}\n\nQuestion: {example.input}\n\nChoices:\n{choices}".rstrip()
         return f"{self._before}{question}{self._after}"
 
-    def prompt_task(
-        self,
-        task: Task,
-        max_train: int | None = None,
-        max_validation: int | None = None,
-        max_test: int | None = None,
-    ) -> PromptedTask:
-        """Prompts at most so many examples of each split: a fixed draw, the same for every seed and method.
+    def prompt_task(self, task: Task, limits: Limits = _ALL) -> PromptedTask:
+        """The task's examples, at most `limits` of a split: a fixed draw, the same for every seed and method.
 
-        ValueError if a split has examples but none is short enough.
+        Prompts are made when they are used (see `abmll.tasks.examples`). ValueError if a split has examples but none
+        fits, which most often is known from its first.
         """
-        counts = self.report.tasks[task.name] = PromptCounts()
-        splits = {}
-        for split, limit in (("train", max_train), ("validation", max_validation), ("test", max_test)):
-            examples = getattr(task, split)
-            if limit is not None and limit < len(examples):
-                drawn = sorted(permutation(len(examples), "limit", task.name, split)[:limit])
-                examples = [examples[place] for place in drawn]
-            splits[split] = self._prompt_all(examples, counts)
-            if examples and not splits[split]:
+        splits = _drawn(task, limits)
+        for split, rows in splits.items():
+            if rows and not any_fits(rows, self.encode):
                 raise ValueError(
-                    f"task {task.name}: none of its {len(examples)} {split} prompts fits in tasks.max_tokens: "
+                    f"task {task.name}: none of its {len(rows)} {split} prompts fits in tasks.max_tokens: "
                     f"{self.max_tokens}; raise it, or set tasks.too_long to truncate if it is drop"
                 )
-        return PromptedTask(task.name, **splits)
-
-    def _prompt_all(self, examples: Sequence[Example], counts: PromptCounts) -> tuple[PromptedExample, ...]:
-        ids = self._encode([self.prompt(example) for example in examples])
-        long = [place for place, tokens in enumerate(ids) if len(tokens) > self.max_tokens]
-        if self.too_long == "truncate":
-            self._shorten(examples, ids, long)
-        prompted = tuple(
-            PromptedExample(array("i", tokens), example.label, len(example.options))
-            for example, tokens in zip(examples, ids, strict=True)
-            if len(tokens) <= self.max_tokens
+        return PromptedTask(
+            task.name,
+            TrainingExamples(task.name, splits["train"], self.encode),
+            ScoredExamples(splits["validation"], self.encode),
+            ScoredExamples(splits["test"], self.encode),
         )
-        dropped = len(examples) - len(prompted)
-        counts.total += len(examples)
-        counts.dropped += dropped
-        counts.truncated += len(long) - dropped
-        counts.longest = max([counts.longest, *(len(example.token_ids) for example in prompted)])
-        return prompted
+
+    def measure(self, task: Task, limits: Limits = _ALL) -> PromptCounts:
+        """What `max_tokens` does to the examples that `prompt_task` draws: tokenises them all, and keeps none."""
+        counts = PromptCounts()
+        for rows in _drawn(task, limits).values():
+            for start in range(0, len(rows), _CHUNK):
+                counts.add(self.encode(rows[start : start + _CHUNK]))
+        return counts
+
+    def encode(self, examples: Sequence[Example]) -> list[PromptedExample | None]:
+        """The examples as token ids, each of at most `max_tokens`; None for one that does not fit."""
+        ids = self._encode([self.prompt(example) for example in examples])
+        long = {place for place, tokens in enumerate(ids) if len(tokens) > self.max_tokens}
+        if self.too_long == "truncate":
+            self._shorten(examples, ids, sorted(long))
+        return [
+            PromptedExample(array("i", tokens), example.label, len(example.options), place in long)
+            if len(tokens) <= self.max_tokens
+            else None
+            for place, (example, tokens) in enumerate(zip(examples, ids, strict=True))
+        ]
 
     def _shorten(self, examples: Sequence[Example], ids: list[list[int]], long: list[int]) -> None:
         """Replaces ids[place], for each of the too long, by those of the same prompt with a shorter question.
@@ -175,6 +160,16 @@ class Prompter:
             f"{self._name}: cannot write every answer's letter as one token behind the prompt ({problem}); "
             "use a model whose tokenizer has the letters A to Z"
         )
+
+
+def _drawn(task: Task, limits: Limits) -> dict[str, Sequence[Example]]:
+    splits: dict[str, Sequence[Example]] = {}
+    for split, limit in vars(limits).items():
+        rows = splits[split] = getattr(task, split)
+        if limit is not None and limit < len(rows):
+            drawn = sorted(permutation(len(rows), "limit", task.name, split)[:limit])
+            splits[split] = [rows[place] for place in drawn]
+    return splits
 
 
 def _without_middle(text: str, length: int) -> str:

@@ -35,6 +35,10 @@ class LoadedTasks:
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # choices made on the way, for the caller to print
 
+    def scored(self) -> LoadedTasks:
+        """The test tasks alone, as far as they are adapted to and scored."""
+        return replace(self, train=[], validation=[], test=[replace(task, validation=()) for task in self.test])
+
 
 def load_tasks(
     config: TasksConfig,
@@ -42,6 +46,7 @@ def load_tasks(
     seed: int,
     validation_examples: int | None,
     resolve: Callable[[str], str | Path] = Path,
+    scoring: bool = False,
 ) -> LoadedTasks:
     """Reads or makes the tasks; `resolve` turns `tasks.folder` into a path. `lists` is None for the builtin source.
 
@@ -49,19 +54,25 @@ def load_tasks(
     `validation_examples` (at most half) of its training rows; None: nothing is validated, and no rows are spared for
     it. ValueError when a list comes out empty, when a task cannot spare any, or for any missing task under
     `missing: error`.
+
+    `scoring`: only the test tasks, with the training rows that they have in a run: those that it spares for validation
+    are left out, where there are enough.
     """
     if config.source == "builtin":
         train, test = builtin_tasks(config.builtin, seed)
         if validation_examples is None:
-            return LoadedTasks(train, [], test)
-        carved = [_with_validation(task, validation_examples, seed) for task in test]
-        return LoadedTasks(train, carved, carved)
+            loaded = LoadedTasks(train, [], test)
+        else:
+            carved = [_with_validation(task, validation_examples, seed) for task in test]
+            loaded = LoadedTasks(train, carved, carved)
+        return loaded.scored() if scoring else loaded
     if lists is None:
         raise ValueError(
             f"tasks.source: {config.source}: needs lists of tasks; set tasks.lists, or tasks.train and tasks.test"
         )
 
-    roles = {"train": lists.train, "validation": lists.validation, "test": lists.test}
+    validation = lists.validation if validation_examples is not None else ()
+    roles = {"train": lists.train, "validation": validation, "test": lists.test}
     for role, names in roles.items():
         check_names(names, f"tasks.{role}")
     found = _find(config, dict.fromkeys(name for names in roles.values() for name in names), set(lists.test), resolve)
@@ -69,24 +80,21 @@ def load_tasks(
         listing = "".join(f"\n  {name}: {where}" for name, where in found.missing.items())
         raise ValueError(f"tasks.missing: error: {len(found.missing)} listed tasks are not there:{listing}")
     tasks = dict(found.tasks)
-    if validation_examples is None:
-        roles["validation"] = ()
     for name in roles["validation"]:
-        if name in tasks:
+        if name in tasks and not (scoring and _spare(tasks[name], validation_examples) == 0):
             tasks[name] = _with_validation(tasks[name], validation_examples, seed)
-    loaded = {role: [tasks[name] for name in names if name in tasks] for role, names in roles.items()}
-    for role, present in loaded.items():
-        if roles[role] and not present:
-            raise ValueError(
-                f"tasks.{role}: {list(roles[role])}: none of them is there; missing: {list(found.missing)}"
-            )
+    present = {role: [tasks[name] for name in names if name in tasks] for role, names in roles.items()}
+    for role, names in roles.items():
+        if names and not present[role]:
+            raise ValueError(f"tasks.{role}: {list(names)}: none of them is there; missing: {list(found.missing)}")
     notes = list(found.notes)
     if lists.overlap_removed:
         notes.append(
             f"{', '.join(lists.overlap_removed)}: both in the training and in the test list, so kept out of training "
             "(tasks.keep_overlap=true keeps it in)"
         )
-    return LoadedTasks(**loaded, missing=found.missing, notes=notes)
+    loaded = LoadedTasks(**present, missing=found.missing, notes=notes)
+    return loaded.scored() if scoring else loaded
 
 
 def _find(config: TasksConfig, names: Iterable[str], scored: set[str], resolve: Callable[[str], str | Path]) -> Found:
@@ -95,11 +103,16 @@ def _find(config: TasksConfig, names: Iterable[str], scored: set[str], resolve: 
     return load_jsonl_tasks(resolve(config.folder), names, scored)
 
 
+def _spare(task: Task, count: int) -> int:
+    """How many of its training rows a task without a validation split gives up for one."""
+    return min(count, len(task.train) // 2)
+
+
 def _with_validation(task: Task, count: int, seed: int) -> Task:
     """The task, with the last `count` of its shuffled training rows as validation if it has no split of its own."""
     if task.validation:
         return task
-    count = min(count, len(task.train) // 2)
+    count = _spare(task, count)
     if count == 0:
         raise ValueError(
             f"task {task.name}: {len(task.train)} training row(s) and no validation split: none can be spared for "

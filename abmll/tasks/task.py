@@ -38,14 +38,7 @@ class PromptedExample:
     token_ids: Sequence[int]  # the prompter makes an array: a tuple of ints takes nine times the memory
     label: int
     num_options: int
-
-
-@dataclass(frozen=True)
-class PromptedTask:
-    name: str
-    train: tuple[PromptedExample, ...]
-    validation: tuple[PromptedExample, ...]
-    test: tuple[PromptedExample, ...]
+    truncated: bool = False  # whether the question lost a part
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,15 @@ def test_rules_between_keys(write, overrides, key):
     assert f": {key}: " in line
 
 
+def test_scoring_needs_no_training_tasks(write):
+    path = write("model: {name: x}\ntasks: {folder: data, test: [a]}")
+    assert load_config(path, scoring=True).tasks.test == ("a",)
+    with pytest.raises(ConfigError, match=r"tasks\.lists: .*set both tasks\.train and tasks\.test"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"tasks\.lists: .*, or set tasks\.test$"):
+        load_config(path, ["tasks.test=null", "tasks.train=[b]"], scoring=True)
+
+
 def test_rules_between_keys_hold_without_the_loader():
     with pytest.raises(ValueError, match=r"tasks\.folder: None: .*; tasks\.lists: None: "):
         Config(model={"name": "random:tiny"})

@@ -7,7 +7,7 @@ import pytest
 
 from abmll.config import ConfigError
 from abmll.config.schema import TasksConfig
-from abmll.config.task_lists import resolve_task_lists
+from abmll.config.task_lists import TaskLists, resolve_task_lists
 
 LISTS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
 
@@ -74,6 +74,24 @@ def test_own_lists_replace_the_file(write):
     assert (lists.train, lists.test, lists.validation, lists.overlap_removed) == (("x",), ("c",), ("w",), ("c",))
     only = resolve_task_lists(TasksConfig(folder="data", train=("a",), test=("b",)), Path)
     assert (only.train, only.test, only.validation) == (("a",), ("b",), ("b",))
+
+
+def test_scoring_needs_the_test_list_alone(write, tmp_path):
+    def scored(**tasks):
+        return resolve_task_lists(TasksConfig(folder="data", **tasks), Path, scoring=True)
+
+    path = str(write("test: [a, b]\nvalidation: [b, v]\n"))
+    assert scored(lists=path) == TaskLists((), ("a", "b"), ("b",), ())
+    assert scored(lists=path, test=("b", "c"), train=("c",)) == TaskLists((), ("b", "c"), ("b",), ())
+    assert (
+        scored(lists=str(tmp_path / "gone.yaml"), test=("c",))
+        == scored(test=("c",))
+        == TaskLists((), ("c",), ("c",), ())
+    )
+    with pytest.raises(ConfigError, match=r"tasks\.lists: .*gone\.yaml: no such file"):
+        scored(lists=str(tmp_path / "gone.yaml"))
+    with pytest.raises(ConfigError, match="test: not set"):
+        scored(train=("a",))
 
 
 def test_all_mistakes_of_a_file_at_once(write):

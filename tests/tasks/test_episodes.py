@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler, scoring_batches, support_batches
+from abmll.tasks.examples import PromptedTask, ScoredExamples, TrainingExamples
 from abmll.tasks.shuffle import EndlessShuffle
-from abmll.tasks.task import PromptedExample, PromptedTask
+from abmll.tasks.task import PromptedExample
 
 LETTER_IDS = tuple(range(100, 126))
 
 
 def numbered_task(name, size, first=0):
     """Example number i holds the tokens 1 and `first` + i."""
-    return PromptedTask(name, tuple(PromptedExample((1, first + i), i % 2, 2) for i in range(size)), (), ())
+    rows = [PromptedExample((1, first + i), i % 2, 2) for i in range(size)]
+    return PromptedTask(name, TrainingExamples(name, rows, list), ScoredExamples((), list), ScoredExamples((), list))
 
 
 def numbers(batches):

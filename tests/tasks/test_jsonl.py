@@ -4,10 +4,18 @@ import json
 
 import pytest
 
+from abmll.tasks.checks import Faults
 from abmll.tasks.jsonl import load_jsonl_tasks, read_examples
 from abmll.tasks.task import Example
 
 GOOD = {"task": "t", "input": "q", "output": "yes", "options": ["yes", "no"]}
+
+
+def read(path):
+    faults = Faults("here", "files")
+    examples = read_examples(path, faults)
+    faults.check()
+    return examples
 
 
 def without(field):
@@ -47,7 +55,7 @@ def test_bad_row_is_told_with_file_and_line(kind, tmp_path, write_rows):
 def test_26_options_and_a_surrogate_pair_are_fine(tmp_path, write_rows):
     options = ["yes", *map(str, range(25))]
     path = write_rows(tmp_path / "rows.jsonl", [GOOD | {"options": options}, GOOD | {"input": "\U0001f600"}])
-    first, second = read_examples(path)
+    first, second = read(path)
     assert (first.options, second.input) == (tuple(options), "\U0001f600")
 
 
@@ -55,14 +63,14 @@ def test_crlf_blank_lines_byte_order_mark_and_odd_separators(tmp_path):
     text = json.dumps(GOOD) + "\r\n\r\n   \r\n" + json.dumps(GOOD | {"input": "a\u2028b\x85c"}, ensure_ascii=False)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [example.input for example in read_examples(path)] == ["q", "a\u2028b\x85c"]
+    assert [example.input for example in read(path)] == ["q", "a\u2028b\x85c"]
 
 
 def test_other_encoding_is_an_error_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"input": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: byte 0xe9 is not UTF-8"):
-        read_examples(path)
+        read(path)
 
 
 @pytest.mark.parametrize("dev", ["dev", "validation"])

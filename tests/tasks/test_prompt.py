@@ -4,7 +4,7 @@ import pytest
 
 from abmll.tasks.checks import LETTERS
 from abmll.tasks.jsonl import load_jsonl_tasks
-from abmll.tasks.prompt import Prompter
+from abmll.tasks.prompt import Limits, Prompter
 from abmll.tasks.task import Example, Task
 
 EXAMPLE = Example("Who was sued?", ("Jason", "Steven"), "Steven")
@@ -26,7 +26,7 @@ def decoded(prompter, ids):
 def test_text_without_a_template(plain_tokenizer):
     prompter = Prompter(plain_tokenizer, 1024, "drop")
     assert prompter.prompt(EXAMPLE) == TEXT + "\n\nAnswer:"
-    (example,) = prompter.prompt_task(task(EXAMPLE)).train
+    (example,) = prompter.encode([EXAMPLE])
     assert decoded(prompter, example.token_ids) == "<s>" + TEXT + "\n\nAnswer:"
     assert list(example.token_ids).count(plain_tokenizer.bos_token_id) == 1
     assert (example.label, example.num_options) == (1, 2)
@@ -35,7 +35,7 @@ def test_text_without_a_template(plain_tokenizer):
 def test_text_through_a_template_has_one_bos(chat_tokenizer):
     prompter = Prompter(chat_tokenizer, 1024, "drop")
     assert prompter.prompt(EXAMPLE) == f"<s><user>{TEXT}</user><bot>\n"
-    (example,) = prompter.prompt_task(task(EXAMPLE)).train
+    (example,) = prompter.encode([EXAMPLE])
     assert decoded(prompter, example.token_ids) == f"<s><user>{TEXT}</user><bot>\n"
     assert list(example.token_ids).count(chat_tokenizer.bos_token_id) == 1
 
@@ -58,7 +58,7 @@ def test_prompt_is_what_the_template_renders(kind, request):
 )
 def test_letters_follow_the_prompt(kind, written, request):
     prompter = Prompter(request.getfixturevalue(kind), 1024, "drop")
-    (example,) = prompter.prompt_task(task(EXAMPLE)).train
+    (example,) = prompter.encode([EXAMPLE])
     assert len(set(prompter.letter_ids)) == 26
     prompt = decoded(prompter, example.token_ids)
     for letter, token in zip(LETTERS, prompter.letter_ids, strict=True):
@@ -100,43 +100,41 @@ def test_template_variables_make_prompts_the_same_every_day(make_tokenizer):
 @pytest.mark.parametrize("kind", ["plain_tokenizer", "chat_tokenizer"])
 def test_truncation_shortens_the_question_only(kind, request):
     prompter = Prompter(request.getfixturevalue(kind), 180, "truncate")
-    prompted = prompter.prompt_task(task(LONG, EXAMPLE))
-    text = decoded(prompter, prompted.train[0].token_ids)
-    assert 170 < len(prompted.train[0].token_ids) <= 180
+    long, short = prompter.encode([LONG, EXAMPLE])
+    assert (long.truncated, short.truncated) == (True, False)
+    text = decoded(prompter, long.token_ids)
+    assert 170 < len(long.token_ids) <= 180
     assert "question below.\n\nQuestion: prem" in text
     assert " ... " in text
     assert "end\n\nChoices:\nA) Jason\nB) Steven" in text
     assert text.endswith(prompter.prompt(EXAMPLE)[-8:])
-    assert (
-        prompted.train[1].token_ids
-        == Prompter(prompter.tokenizer, 999, "drop").prompt_task(task(EXAMPLE)).train[0].token_ids
-    )
-    counts = prompter.report.tasks["t"]
+    assert [short] == Prompter(prompter.tokenizer, 999, "drop").encode([EXAMPLE])
+    counts = prompter.measure(task(LONG, EXAMPLE))
     assert (counts.total, counts.truncated, counts.dropped) == (2, 1, 0)
-    assert counts.longest == max(len(example.token_ids) for example in prompted.train)
+    assert counts.longest == max(len(long.token_ids), len(short.token_ids))
 
 
 def test_longest_prompt_that_fits_is_kept_whole(plain_tokenizer):
-    size = len(Prompter(plain_tokenizer, 999, "drop").prompt_task(task(EXAMPLE)).train[0].token_ids)
-    assert len(Prompter(plain_tokenizer, size, "drop").prompt_task(task(EXAMPLE)).train) == 1
-    with pytest.raises(ValueError, match="none of its 1 train prompts"):
-        Prompter(plain_tokenizer, size - 1, "drop").prompt_task(task(EXAMPLE))
+    (whole,) = Prompter(plain_tokenizer, 999, "drop").encode([EXAMPLE])
+    size = len(whole.token_ids)
+    assert Prompter(plain_tokenizer, size, "drop").encode([EXAMPLE]) == [whole]
+    assert Prompter(plain_tokenizer, size - 1, "drop").encode([EXAMPLE]) == [None]
 
 
 def test_dropping_is_counted_over_all_splits(plain_tokenizer):
     prompter = Prompter(plain_tokenizer, 180, "drop")
-    prompted = prompter.prompt_task(task(LONG, EXAMPLE, LONG, validation=[EXAMPLE], test=[EXAMPLE, LONG]))
-    assert [len(split) for split in (prompted.train, prompted.validation, prompted.test)] == [1, 1, 1]
-    counts = prompter.report.tasks["t"]
+    mixed = task(LONG, EXAMPLE, LONG, validation=[EXAMPLE], test=[EXAMPLE, LONG])
+    counts = prompter.measure(mixed)
     assert (counts.total, counts.truncated, counts.dropped) == (6, 0, 3)
-    assert prompter.report.lines() == ["t: of 6 prompts 0 truncated and 3 dropped at 180 tokens"]
+    assert counts.loss("t", 180) == "t: of 6 prompts 0 truncated and 3 dropped at 180 tokens"
+    assert prompter.measure(mixed, Limits(train=0, test=0)).loss("t", 180) == ""
 
 
 def test_what_cannot_be_truncated_is_dropped(plain_tokenizer):
     wide = Example("?" * 50, ("y" * 200, "n"), "n")
     prompter = Prompter(plain_tokenizer, 180, "truncate")
-    assert len(prompter.prompt_task(task(wide, LONG, EXAMPLE)).train) == 2
-    counts = prompter.report.tasks["t"]
+    assert [example is None for example in prompter.encode([wide, LONG, EXAMPLE])] == [True, False, False]
+    counts = prompter.measure(task(wide, LONG, EXAMPLE))
     assert (counts.total, counts.truncated, counts.dropped) == (3, 1, 1)
 
 
@@ -151,26 +149,27 @@ def test_split_left_empty_names_the_remedy(split, plain_tokenizer):
         )
 
 
-def test_limits_draw_the_same_examples_before_tokenising(plain_tokenizer, monkeypatch):
+def test_limits_draw_the_same_examples(plain_tokenizer):
     rows = [Example(f"{number:03}", ("a", "b"), "ab"[number % 2]) for number in range(100)]
     prompter = Prompter(plain_tokenizer, 1024, "drop")
-    encoded = []
-    encode = prompter._encode
-    monkeypatch.setattr(prompter, "_encode", lambda texts: encoded.extend(texts) or encode(texts))
-    prompted = prompter.prompt_task(task(*rows, test=rows), max_train=10, max_test=20)
-    assert len(encoded) == 30
-    again = Prompter(plain_tokenizer, 1024, "drop").prompt_task(task(*rows, test=rows), max_train=10, max_test=20)
-    assert prompted == again
-    whole = prompter.prompt_task(task(*rows)).train
-    assert [example for example in whole if example in prompted.train] == list(prompted.train)
-    assert prompted.train != whole[:10]  # a file sorted by label must not give one label only
-    assert prompter.prompt_task(task(*rows, test=rows), max_test=0).test == ()
+
+    def drawn(limits):
+        prompted = prompter.prompt_task(task(*rows, test=rows), limits)
+        return prompted.train.take(range(len(prompted.train))), list(prompted.test)
+
+    train, test = drawn(Limits(train=10, test=20))
+    assert (len(train), len(test)) == (10, 20)
+    assert (train, test) == drawn(Limits(train=10, test=20))
+    whole, _ = drawn(Limits())
+    assert [example for example in whole if example in train] == train
+    assert train != whole[:10]  # a file sorted by label must not give one label only
+    assert drawn(Limits(test=0))[1] == []
 
 
 @pytest.mark.demo
 def test_demo_tokenizer(smollm2_tokenizer):
     prompter = Prompter(smollm2_tokenizer, 1024, "drop")
-    (example,) = prompter.prompt_task(task(EXAMPLE)).train
+    (example,) = prompter.encode([EXAMPLE])
     text = smollm2_tokenizer.decode(list(example.token_ids))
     assert text == prompter.prompt(EXAMPLE)
     assert text.endswith(f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
@@ -185,10 +184,10 @@ def test_demo_tokenizer(smollm2_tokenizer):
 def test_real_prompts_have_sane_lengths(smollm2_tokenizer, crossfit):
     names = sorted(path.name for path in crossfit.iterdir() if path.is_dir())
     prompter = Prompter(smollm2_tokenizer, 1024, "drop")
-    for loaded in load_jsonl_tasks(crossfit, names).tasks.values():
-        prompted = prompter.prompt_task(loaded, max_train=50, max_test=50)
-        assert min(len(example.token_ids) for example in prompted.train) > 50
-    counts = prompter.report.tasks
-    assert len(counts) == 59
-    # inputs have at most 1,500 characters: nothing should come near the default limit
-    assert all(c.dropped == 0 and 60 < c.longest < 900 for c in counts.values())
+    tasks = load_jsonl_tasks(crossfit, names).tasks.values()
+    assert len(tasks) == 59
+    for loaded in tasks:
+        assert min(len(example.token_ids) for example in prompter.encode(loaded.train[:50])) > 50
+        counts = prompter.measure(loaded, Limits(train=50, test=50))
+        # inputs have at most 1,500 characters: nothing should come near the default limit
+        assert counts.dropped == 0 and 60 < counts.longest < 900

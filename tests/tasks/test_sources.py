@@ -28,9 +28,9 @@ def folder(tmp_path, write_rows):
     return tmp_path
 
 
-def load(folder, names, seed=0, validation_examples=5, **fields):
+def load(folder, names, seed=0, validation_examples=5, scoring=False, **fields):
     config = TasksConfig(folder="tasks", **fields)
-    return load_tasks(config, names, seed, validation_examples, resolve={"tasks": folder}.__getitem__)
+    return load_tasks(config, names, seed, validation_examples, {"tasks": folder}.__getitem__, scoring)
 
 
 def inputs(examples):
@@ -76,6 +76,29 @@ def test_validation_on_a_training_task_is_kept_out_of_its_training(folder):
     assert len(one.train) == 15
     assert not set(inputs(one.train)) & set(inputs(loaded.validation[0].validation))
     assert len(loaded.test[0].train) == 20, "a test task that is not used for validation keeps all its rows"
+
+
+def test_scoring_keeps_the_test_tasks_as_a_run_has_them(folder):
+    names = lists(("one",), ("unseen", "own"), validation=("unseen", "own"))
+    full, scored = load(folder, names), load(folder, lists((), ("unseen", "own", "tiny")), scoring=True)
+    assert (scored.train, scored.validation) == ([], [])
+    assert [(task.train, task.test) for task in scored.test[:2]] == [(task.train, task.test) for task in full.test]
+    assert len(scored.test[0].train) == 15 and not any(task.validation for task in scored.test)
+    assert len(scored.test[2].train) == 1, "a task that cannot spare a row is scored all the same"
+    whole = load(folder, lists((), ("unseen",)), validation_examples=None, scoring=True)
+    assert len(whole.test[0].train) == 20
+    config = TasksConfig(source="builtin", builtin=BuiltinTasks(train_tasks=4, test_tasks=2))
+    made, run = load_tasks(config, None, 0, 50, scoring=True), load_tasks(config, None, 0, 50)
+    assert (made.train, made.validation) == ([], [])
+    assert [(task.train, task.test) for task in made.test] == [(task.train, task.test) for task in run.test]
+
+
+def test_tasks_that_would_only_be_validated_on_are_not_read_without_validation(folder, write_rows):
+    write_rows(folder / "own/validation.jsonl", ["{"])
+    names = lists(("one",), ("unseen",), validation=("own",))
+    assert load(folder, names, validation_examples=None).validation == []
+    with pytest.raises(ValueError, match=r"own/validation\.jsonl:1: malformed JSON"):
+        load(folder, names)
 
 
 def test_missing_tasks_are_reported_or_refused(folder):

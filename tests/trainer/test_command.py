@@ -99,6 +99,35 @@ def test_a_backend_that_cannot_run_is_told_before_anything_is_written(run: Run, 
     assert "ok      projections: torch: no GPU here" in capsys.readouterr().out
 
 
+def test_every_faulty_row_is_told_at_once(run: Run, command, jsonl, tmp_path, capsys):
+    """A malformed line of one task and a wrong encoding of another, in --validate and at the start of a run."""
+    with (tmp_path / "tasks/red/train.jsonl").open("a") as file:
+        file.write('{"input": \n')
+    (tmp_path / "tasks/green/test.jsonl").write_bytes(b'{"input": "caf\xe9"}\n')
+    assert command("--validate", *jsonl) == 2
+    out = capsys.readouterr().out
+    assert command(*jsonl) == 2
+    for text in (out, capsys.readouterr().err):
+        assert "2 faults in 2 files:" in text
+        assert "red/train.jsonl:9: malformed JSON" in text and "green/test.jsonl:1: byte 0xe9 is not UTF-8" in text
+    assert not run.folder.exists()
+
+
+def test_lengths_are_counted_by_validate_and_not_claimed_by_a_start(run: Run, command, jsonl, tmp_path, capsys):
+    row = {"task": "red", "input": "Which? " * 100, "output": "yes", "options": ["yes", "no"]}
+    with (tmp_path / "tasks/red/train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n" + json.dumps({**row, "options": ["yes", "no" * 200]}) + "\n")
+    jsonl += ("tasks.max_tokens=300",)
+    assert command("--validate", *jsonl) == 0
+    out = capsys.readouterr().out
+    assert "1 unseen; prompts of at most 300 tokens" in out
+    assert "note: red: of 14 prompts 1 truncated and 1 dropped at 300 tokens" in out and "note: blue" not in out
+    assert command(*jsonl, "trainer.episodes=1") == 0
+    out = capsys.readouterr().out
+    assert "18 training and 4 test examples; prompts of at most 300 tokens, longer ones truncated" in out
+    assert "note: red" not in out
+
+
 def test_missing_tasks_are_told(run: Run, command, jsonl, capsys):
     assert command("--validate", *jsonl) == 0
     out = capsys.readouterr().out
