@@ -146,7 +146,7 @@ def _activation_step(
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
     y, p, sums = activation.activation_forward(
-        x, weight, vector, counted, *factors, SETTINGS, NAMES, terms == "divergence"
+        x, weight, vector, None, counted, *factors, SETTINGS, NAMES, terms == "divergence"
     )
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
@@ -174,7 +174,7 @@ def _weight_step(
     weight = torch.zeros(outputs, inputs, dtype=dtype)
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
-    y, sums = weight_operators.weight_forward(x, weight, None, *factors, SETTINGS, NAMES, terms == "divergence")
+    y, sums = weight_operators.weight_forward(x, weight, None, None, *factors, SETTINGS, NAMES, terms == "divergence")
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
 
