@@ -46,6 +46,8 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.17",
             "ruff>=0.8",
+            "bitsandbytes>=0.46.1",
+            "accelerate>=1.1",
         ],
     },
 )
