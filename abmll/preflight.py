@@ -17,6 +17,7 @@ from abmll.memory import plan_run
 from abmll.memory.table import decisions, peak_table, verdict
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
+from abmll.models.quantization import check_quantization
 from abmll.run import check_folder
 from abmll.tasks.prompt import Prompter
 from abmll.trainer import tasks_per_step
@@ -43,6 +44,10 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def model() -> str:
         return describe(config.model)
+
+    def quantization() -> str:
+        check_quantization(config.model, device)
+        return config.model.quantization
 
     def attention() -> str:
         return attention_implementation(config.model, device, model_config(config.model))
@@ -97,6 +102,8 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
     check("monitors", monitors)
     if METHODS[config.method.name].gaussian:
         check("projections", projections)
+    if config.model.quantization != "none":
+        check("quantization", quantization)
     has_model = check("model", model)
     check("tasks", tasks)
     if has_model:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from abmll.adapters import projection_backend
+from abmll.adapters import base_dtype, projection_backend
 from abmll.build import Parts
 from abmll.config import Config
 from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import decisions, peak_table, verdict
+from abmll.models.quantization import num_parameters
 from abmll.trainer import Trainer
 
 # Scores in the tables: name, heading, factor. Accuracies and F1 in percent.
@@ -28,9 +29,10 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
     tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
     per_step = trainer.tasks_per_step * parts.method.passes_per_episode
-    base = sum(p.numel() for p in parts.model.parameters()) - adapters.num_parameters()
+    base = num_parameters(parts.model) - adapters.num_parameters()
+    form = config.model.dtype if config.model.quantization == "none" else config.model.quantization
     rows = {
-        "model": f"{config.model.name}, {base:,} frozen parameters in {config.model.dtype} on {ranks.device}",
+        "model": f"{config.model.name}, {base:,} frozen parameters in {form} on {ranks.device}",
         "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} "
         f"trained parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
         "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
@@ -52,8 +54,8 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
 
 
 def _backend(parts: Parts, config: Config) -> tuple[str, str]:
-    weight = next(iter(parts.learner.adapters.layers.values())).base.weight
-    return projection_backend(config.adapters, weight.device, weight.dtype)
+    base = next(iter(parts.learner.adapters.layers.values())).base
+    return projection_backend(config.adapters, base.weight.device, base_dtype(base))
 
 
 def score_table(evaluations: list[Evaluation]) -> str:

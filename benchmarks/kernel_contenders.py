@@ -12,7 +12,7 @@ from kernel_cases import ALPHA, Configuration, Inputs
 from torch import Tensor
 from torch.nn.functional import linear
 
-from abmll.kernels import NoiseKey, posterior_projection, standard_normal, theta_gradient
+from abmll.kernels import FrozenLinear, NoiseKey, posterior_projection, standard_normal, theta_gradient
 from abmll.kernels.fused import configurations
 from abmll.kernels.reference import activation_linear, activation_theta_gradient
 
@@ -89,8 +89,7 @@ def posterior_contender(posterior: str, inputs: Inputs, backend: str) -> Contend
         return posterior_projection(
             posterior,
             inputs.x,
-            inputs.weight,
-            inputs.bias,
+            FrozenLinear(inputs.weight, inputs.bias),
             inputs.phi,
             inputs.theta,
             inputs.settings,

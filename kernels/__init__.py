@@ -7,6 +7,7 @@ from abmll.kernels.backends import Backend, Posterior, assume_gpu, on_gpu, resol
 from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
 from abmll.kernels.projection import mean_linear, posterior_projection, theta_gradient
 from abmll.kernels.reference import (
+    FrozenLinear,
     GaussianFactors,
     LowRank,
     PosteriorSettings,
@@ -16,6 +17,7 @@ from abmll.kernels.reference import (
 
 __all__ = [
     "Backend",
+    "FrozenLinear",
     "GaussianFactors",
     "LowRank",
     "NoiseKey",

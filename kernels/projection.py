@@ -12,6 +12,7 @@ from abmll.kernels import plain
 from abmll.kernels.backends import Backend, Posterior, choose
 from abmll.kernels.noise import NoiseKey, check_noise_size
 from abmll.kernels.reference import (
+    FrozenLinear,
     GaussianFactors,
     LowRank,
     PosteriorSettings,
@@ -28,8 +29,7 @@ Terms = Literal["none", "divergence", "theta"]
 def posterior_projection(
     posterior: Posterior,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    base: FrozenLinear | Tensor,
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
@@ -41,42 +41,52 @@ def posterior_projection(
 ) -> Projection:
     """A sampled projection y [..., N] of x [..., K], and with terms="divergence" the sums of KL and -log prior.
 
-    weight [N, K] and bias are frozen; factors as in `reference`, theta's without a group; token_mask as x without its
-    last dimension, true where a token counts. With phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every
-    group (an episode beside others) has its own noise. The noise is named by (key, layer, group) alone, so that a
-    recomputed forward pass draws it again. Differentiable in x and all factors. Under autocast x and weight take its
-    dtype (a copy of the weight, which the backward pass keeps), and the low-rank arithmetic stays in fp32.
+    base: the frozen layer; or, where it has a product of its own (4-bit weights), that product y0 [..., N], in which
+    the result is differentiable too: y's gradient is y0's, and x gets the low-rank part's alone from here. Factors as
+    in `reference`, theta's without a group; token_mask as x without its last dimension, true where a token counts. With
+    phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every group (an episode beside others) has its own noise.
+    The noise is named by (key, layer, group) alone, so that a recomputed forward pass draws it again. Differentiable in
+    x and all factors. Under autocast x and base take its dtype (a copy of the weight, which the backward pass keeps),
+    and the low-rank arithmetic stays in fp32.
 
     Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
     """
     _check_choice("posterior", posterior, Posterior)
     _check_choice("terms", terms, Terms)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias, phi, theta, token_mask)
-    shape = (*x.shape[:-1], weight.shape[0])
+    x, base = _autocast(x, base)
+    _check(x, base, phi, theta, token_mask)
+    outputs, columns = phi.mean.b.shape[-2], x.shape[-1]
+    shape = (*x.shape[:-1], outputs)
     grouped, mask = _grouped(x, phi, token_mask)
-    check_noise_size(*((grouped.shape[1], weight.shape[0]) if posterior == "activation" else weight.shape))
+    check_noise_size(*((grouped.shape[1], outputs) if posterior == "activation" else (outputs, columns)))
+    if isinstance(base, Tensor):
+        base = base.reshape(*grouped.shape[:-1], outputs)
     with torch.autocast(x.device.type, enabled=False):
         if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
-            found = _fused(posterior, grouped, weight, bias, phi, theta, settings, key, layer, mask, terms)
+            found = _fused(posterior, grouped, base, phi, theta, settings, key, layer, mask, terms)
         else:
             compared = theta if terms == "divergence" else None
-            y0, arguments = linear(grouped, weight, bias), (phi, compared, settings, key, layer)
+            arguments = (grouped, _product(grouped, base), phi, compared, settings, key, layer)
             if posterior == "activation":
-                found = plain.activation_projection(grouped, y0, *arguments, mask)
+                found = plain.activation_projection(*arguments, mask)
             else:
-                found = plain.weight_projection(grouped, y0, *arguments)
+                found = plain.weight_projection(*arguments)
     return found._replace(y=found.y.view(shape))
 
 
-def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, scaling: float) -> Tensor:
+def mean_linear(x: Tensor, base: FrozenLinear | Tensor, mean: LowRank, scaling: float) -> Tensor:
     """The posterior mean's output W0 x + bias + s B A x [..., N] of x [..., K]: also a plain LoRA layer.
 
-    mean: a [r, K], b [N, r], or [G, r, K] and [G, N, r] with x [G, ..., K]. Under autocast as `posterior_projection`.
+    mean: a [r, K], b [N, r], or [G, r, K] and [G, N, r] with x [G, ..., K]. Base and autocast as in
+    `posterior_projection`.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, base = _autocast(x, base)
     with torch.autocast(x.device.type, enabled=False):
-        return plain.mean_projection(x, linear(x, weight, bias), mean, scaling)
+        return plain.mean_projection(x, _product(x, base), mean, scaling)
+
+
+def _product(x: Tensor, base: FrozenLinear | Tensor) -> Tensor:
+    return base if isinstance(base, Tensor) else linear(x, *base)
 
 
 def theta_gradient(
@@ -100,7 +110,7 @@ def theta_gradient(
     factor, rows, columns = phi.mean.a, phi.mean.b.shape[-2], phi.mean.a.shape[-1]
     if posterior == "activation":
         _check_input(x, columns, phi, token_mask)
-        x, *_ = _autocast(x, x, None)  # as the projection saw it
+        x, _ = _autocast(x, x)  # as the projection saw it
     _check_factors(phi, theta, rows, columns, factor.dtype if x is None else compute_dtype(x))
     with torch.no_grad(), torch.autocast(factor.device.type, enabled=False):
         if posterior == "weight":
@@ -116,8 +126,7 @@ def theta_gradient(
 def _fused(
     posterior: Posterior,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    base: FrozenLinear | Tensor,
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
@@ -129,17 +138,20 @@ def _fused(
     from abmll.kernels.fused.activation import activation_forward
     from abmll.kernels.fused.weight import weight_forward
 
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    weight, bias, product = (None, None, base) if isinstance(base, Tensor) else (*base, None)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (weight, bias)):
         raise ValueError("weight, bias: require a gradient: the base layer is frozen here; call requires_grad_(False)")
     with_sums = terms == "divergence"
     noise, low_rank = [key.signed_seed, key.signed_step, layer], None
     if posterior == "activation":
         compared = [] if terms == "none" else _flat(theta)
         factors = (_flat(phi, grouped=True), compared)
-        y, low_rank, sums = activation_forward(x, weight, bias, mask, *factors, list(settings), noise, with_sums)
+        y, low_rank, sums = activation_forward(
+            x, weight, bias, product, mask, *factors, list(settings), noise, with_sums
+        )
     else:
         factors = (_flat(phi, grouped=True), _flat(theta) if with_sums else [])
-        y, sums = weight_forward(x, weight, bias, *factors, list(settings), noise, with_sums)
+        y, sums = weight_forward(x, weight, bias, product, *factors, list(settings), noise, with_sums)
     kl, prior = sums.unbind() if with_sums else (None, None)
     return Projection(y, kl, prior, low_rank)
 
@@ -188,26 +200,48 @@ def _grouped(x: Tensor, phi: GaussianFactors, token_mask: Tensor | None) -> tupl
     return x, None if token_mask is None else token_mask.reshape(groups, tokens)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(x: Tensor, base: FrozenLinear | Tensor) -> tuple[Tensor, FrozenLinear | Tensor]:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x, weight, bias
+        return x, base
     dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if isinstance(base, Tensor):
+        return x.to(dtype), base.to(dtype)
+    return x.to(dtype), FrozenLinear(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, phi: GaussianFactors, theta: GaussianFactors, mask: Tensor | None
+    x: Tensor, base: FrozenLinear | Tensor, phi: GaussianFactors, theta: GaussianFactors, mask: Tensor | None
 ) -> None:
-    rows, columns = weight.shape
-    _check_input(x, columns, phi, mask)
+    if isinstance(base, Tensor):
+        _check_product(x, base, phi)
+        rows, columns = phi.mean.b.shape[-2], phi.mean.a.shape[-1]
+        _check_input(x, columns, phi, mask)
+    else:
+        rows, columns = base.weight.shape
+        _check_input(x, columns, phi, mask)
+        _check_layer(x, base)
+    _check_factors(phi, theta, rows, columns, compute_dtype(x))
+
+
+def _check_product(x: Tensor, product: Tensor, phi: GaussianFactors) -> None:
+    shape = (*x.shape[:-1], phi.mean.b.shape[-2])
+    if product.shape != shape or product.dtype != x.dtype or product.device != x.device:
+        raise ValueError(
+            f"base: {product.dtype} {tuple(product.shape)} on {product.device}: the product of this x and a layer for "
+            f"these factors is {x.dtype} {shape} on {x.device}; pass FrozenLinear(weight, bias) for a layer itself"
+        )
+
+
+def _check_layer(x: Tensor, layer: FrozenLinear) -> None:
+    weight, bias = layer
     if x.dtype != weight.dtype:
         raise ValueError(f"x: dtype {x.dtype}: the weight is {weight.dtype}; convert one, or run under torch.autocast")
-    if rows == 0 or weight.device != x.device:
+    if len(weight) == 0 or weight.device != x.device:
         raise ValueError(f"weight: {tuple(weight.shape)} on {weight.device}: must have rows, and be on {x.device}")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.dtype):
-        raise ValueError(f"bias: {bias.dtype} {tuple(bias.shape)}: must be {weight.dtype} ({rows},), as the weight is")
-    _check_factors(phi, theta, rows, columns, compute_dtype(x))
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        expected = f"{weight.dtype} ({len(weight)},)"
+        raise ValueError(f"bias: {bias.dtype} {tuple(bias.shape)}: must be {expected}, as the weight is")
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

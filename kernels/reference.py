@@ -43,6 +43,13 @@ class GaussianFactors(NamedTuple):
         return GaussianFactors(*(LowRank(*(f.expand(groups, *f.shape) for f in pair)) for pair in self))
 
 
+class FrozenLinear(NamedTuple):
+    """A dense frozen layer: weight [N, K], bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 class PosteriorSettings(NamedTuple):
     """scaling = alpha / rank; log_variance_offset = c; shape and rate of the Gamma prior on the precision."""
 

@@ -2,7 +2,7 @@
 
 from abmll.adapters.context import AdapterContext, OuterWeights, RecordedTerms
 from abmll.adapters.inject import AdapterSet, inject_adapters, projection_backend, remove_adapters
-from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
+from abmll.adapters.layers import GaussianLoRALinear, LoRALinear, base_dtype
 
 __all__ = [
     "AdapterContext",
@@ -11,6 +11,7 @@ __all__ = [
     "LoRALinear",
     "OuterWeights",
     "RecordedTerms",
+    "base_dtype",
     "inject_adapters",
     "projection_backend",
     "remove_adapters",

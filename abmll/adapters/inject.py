@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from abmll.adapters.context import AdapterContext
-from abmll.adapters.layers import GaussianLoRALinear, LoRALinear
+from abmll.adapters.layers import GaussianLoRALinear, LoRALinear, base_dtype
 from abmll.adapters.targets import find_targets
 from abmll.config.schema import AdapterConfig, MethodConfig
 from abmll.kernels import PosteriorSettings, fold_seed, resolve
@@ -94,8 +94,8 @@ def inject_adapters(
     )
     targets = find_targets(model, adapters.modules)
     if gaussian:
-        weight = next(iter(targets.values())).weight
-        projection_backend(adapters, weight.device, weight.dtype)
+        first = next(iter(targets.values()))
+        projection_backend(adapters, first.weight.device, base_dtype(first))
     layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
     for index, (name, base) in enumerate(targets.items()):
         if gaussian:

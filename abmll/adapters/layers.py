@@ -5,12 +5,14 @@ Both hold theta (global) and phi (the task's), and always run with phi. theta en
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from abmll.adapters.context import AdapterContext, OuterWeights
 from abmll.adapters.pairs import GaussianPairs, MeanPairs
 from abmll.kernels import (
     Backend,
+    FrozenLinear,
     Posterior,
     PosteriorSettings,
     ThetaGradient,
@@ -18,6 +20,18 @@ from abmll.kernels import (
     posterior_projection,
     theta_gradient,
 )
+
+
+def frozen_base(layer: nn.Linear, x: Tensor) -> FrozenLinear | Tensor:
+    """What an adapter is added to: a dense layer, or the product of one with a call of its own (4-bit weights)."""
+    if type(layer).forward is nn.Linear.forward:
+        return FrozenLinear(layer.weight, layer.bias)
+    return layer(x)
+
+
+def base_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype of a frozen layer's product: of a packed weight the one that it is unpacked to."""
+    return layer.weight.dtype if layer.weight.is_floating_point() else layer.compute_dtype
 
 
 class LoRALinear(nn.Module):
@@ -30,7 +44,7 @@ class LoRALinear(nn.Module):
         self.theta, self.phi = MeanPairs(*sizes), MeanPairs(*sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mean_linear(x, self.base.weight, self.base.bias, self.phi.mean.factors(), self.scaling)
+        return mean_linear(x, frozen_base(self.base, x), self.phi.mean.factors(), self.scaling)
 
 
 class GaussianLoRALinear(nn.Module):
@@ -56,20 +70,20 @@ class GaussianLoRALinear(nn.Module):
         self.theta, self.phi = GaussianPairs(*sizes), GaussianPairs(*sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        context = self.context
+        context, base = self.context, frozen_base(self.base, x)
         phi, theta = self.phi.factors(), self.theta.factors()
         if context.key is None:
-            return mean_linear(x, self.base.weight, self.base.bias, phi.mean, self.settings.scaling)
+            return mean_linear(x, base, phi.mean, self.settings.scaling)
         outer, shape, token_mask = context.outer, x.shape, context.token_mask
         if context.groups > 1:
             x = x.unflatten(0, (context.groups, -1))
+            base = base.unflatten(0, (context.groups, -1)) if isinstance(base, Tensor) else base
             phi = phi.expand(context.groups)
             token_mask = None if token_mask is None else token_mask.unflatten(0, (context.groups, -1))
         projection = posterior_projection(
             self.posterior,
             x,
-            self.base.weight,
-            self.base.bias,
+            base,
             phi,
             theta,
             self.settings,

@@ -27,6 +27,9 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Revision of a hub model.")
     # no float16: gradients through an fp16 model underflow without loss scaling
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: frozen layers in 4 bits, by bitsandbytes; products and the rest in dtype."
+    )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
 
 

@@ -40,6 +40,7 @@ from abmll.memory.storages import (
 from abmll.methods import Method, Visit, build_method
 from abmll.metrics import ScoreAccumulator
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
+from abmll.models.quantization import pack_shapes, quantize
 from abmll.tasks.task import Batch, Episode
 
 Counting = StorageCounter | Uncounted
@@ -193,6 +194,8 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
         attn_implementation="eager" if eager else "sdpa",
     )
     fake = detect_fake_mode([next(model.parameters())]) is not None
+    if config.model.quantization != "none":
+        (pack_shapes if fake else quantize)(model, model.dtype)
     if fake and setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
         model.config.get_text_config()._attn_implementation = attention.register()
     counter.label_model(WEIGHTS, model)

@@ -117,6 +117,8 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"tasks.max_tokens": config.tasks.max_tokens // 2}
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
+    if config.model.quantization == "none":
+        yield {"model.quantization": "nf4"}
 
 
 def _changed(plan: Plan, overrides: dict[str, Any]) -> Plan:

@@ -24,6 +24,14 @@ from transformers.utils import is_flash_attn_2_available, logging
 from abmll.config.schema import ModelConfig
 from abmll.models.answers import check_supported
 from abmll.models.architectures import architecture_config, byte_tokenizer, random_model
+from abmll.models.quantization import (
+    bitsandbytes_config,
+    check_quantization,
+    keep_trainable,
+    pack_shapes,
+    quantize,
+    weight_bytes,
+)
 from abmll.models.source import Source, resolve
 
 
@@ -32,25 +40,45 @@ def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrai
     device, source = torch.device(device), resolve(config)
     architecture, tokenizer = model_config(config), load_tokenizer(config)  # before the weights: errors cost less here
     dtype, attention = getattr(torch, config.dtype), attention_implementation(config, device, architecture)
+    check_quantization(config, device)
     with _model_errors(config, source), _quiet():
         if source.kind == "random":
             model = random_model(architecture, device, dtype, attention)
         else:
-            # with accelerate the weights go to the GPU as they are read; without it they pass through host memory.
-            # Either way the GPU holds them once.
-            direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
-            model = AutoModelForCausalLM.from_pretrained(
-                **source.pretrained,
-                revision=config.revision or "main",
-                config=architecture,
-                quantization_config=GgufConfig(dequantize=True) if source.kind == "gguf" else None,
-                dtype=dtype,
-                attn_implementation=attention,
-                device_map={"": device} if direct else None,
-            ).to(device)
-    model.requires_grad_(False).eval()
+            model = _pretrained(config, source, architecture, device, dtype, attention)
+        if config.quantization != "none" and source.kind in ("random", "gguf"):
+            quantize(model, dtype)
+        model.to(device)
+    keep_trainable(model.requires_grad_(False).eval())
     check_supported(model)
     return model, tokenizer
+
+
+def _pretrained(
+    config: ModelConfig,
+    source: Source,
+    architecture: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+) -> PreTrainedModel:
+    """The model of a file, of a folder or from the hub; a GGUF file's is dense, and stays on the host if it is to be
+    quantized.
+    """
+    quantized, gguf = config.quantization != "none", source.kind == "gguf"
+    # with accelerate the weights go to the GPU as they are read; without it they pass through host memory. Either way
+    # the GPU holds them once.
+    direct = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None and not (gguf and quantized)
+    how = GgufConfig(dequantize=True) if gguf else bitsandbytes_config(dtype) if quantized else None
+    return AutoModelForCausalLM.from_pretrained(
+        **source.pretrained,
+        revision=config.revision or "main",
+        config=architecture,
+        quantization_config=how,
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map={"": device} if direct or (quantized and not gguf) else None,
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -94,11 +122,15 @@ def describe(config: ModelConfig) -> str:
     """One line about the model, from its architecture alone: type, size, memory of its weights in GB (1e9 bytes)."""
     architecture, source = model_config(config), resolve(config)
     text, count = architecture.get_text_config(), parameter_count(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+    if config.quantization != "none":
+        pack_shapes(model, getattr(torch, config.dtype))
     what = {"hub": "from the hub", "folder": "from a folder", "gguf": "from a GGUF file", "random": "random weights"}
-    gigabytes = count * getattr(torch, config.dtype).itemsize / 1e9
+    form = config.dtype if config.quantization == "none" else f"{config.quantization} and {config.dtype}"
     return (
         f"{config.name} ({what[source.kind]}): {architecture.model_type}, {text.num_hidden_layers} layers, "
-        f"hidden size {text.hidden_size}, {count / 1e6:,.1f} M parameters, {gigabytes:.2f} GB in {config.dtype}"
+        f"hidden size {text.hidden_size}, {count / 1e6:,.1f} M parameters, {weight_bytes(model) / 1e9:.2f} GB in {form}"
     )
 
 

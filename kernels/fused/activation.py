@@ -3,8 +3,9 @@
 Opaque: `torch.compile` of a model keeps them as they are and does not break its graph at them. Saved for the backward
 pass: x, the rank-sized projections p in fp32, and integers.
 
-Arguments of all operators: phi and theta are lists of mean a, b, log-variance a, b (theta may be empty); settings those
-of `PosteriorSettings`; noise holds seed, step and layer as signed numbers.
+The base is a dense weight (with or without a bias), or a product y0 that another library made, to which the sample is
+added: then weight and bias are None. Arguments of all operators: phi and theta are lists of mean a, b, log-variance a,
+b (theta may be empty); settings those of `PosteriorSettings`; noise holds seed, step and layer as signed numbers.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def _mask_bytes(mask: Tensor | None) -> Tensor | None:
 @operator("abmll::activation_forward")
 def activation_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
+    product: Tensor | None,
     mask: Tensor | None,
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
@@ -37,18 +39,24 @@ def activation_forward(
     noise: Sequence[int],
     with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [G, T, N], p [G, T, pairs * r] fp32, [KL, -log prior] or empty) of x [G, T, K]; mask [G, T] bool."""
+    """(y [G, T, N], p [G, T, pairs * r] fp32, [KL, -log prior] or empty) of x [G, T, K]; mask [G, T] bool.
+
+    product [G, T, N] is x's with the base layer, its bias included.
+    """
     pairs = Pairs.of(*phi, *theta)
-    y, p = launch.project(launch.rows_contiguous(x), launch.rows_contiguous(weight), bias, pairs)
+    weight = None if weight is None else launch.rows_contiguous(weight)
+    y, p = launch.project(launch.rows_contiguous(x), weight, bias, pairs)
+    if y is None:
+        y = product.clone(memory_format=torch.contiguous_format)  # the sample is added in place
     scalars = Scalars(*settings, *noise)
     return y, p, launch.sample(Matrix.of_activations(p, pairs), y, _mask_bytes(mask), scalars, True, with_sums)
 
 
 @activation_forward.register_fake
-def _(x, weight, bias, mask, phi, theta, settings, noise, with_sums):
+def _(x, weight, bias, product, mask, phi, theta, settings, noise, with_sums):
     shape, pairs = x.shape[:-1], (len(phi) + len(theta)) // 2
     return (
-        x.new_empty(*shape, weight.shape[0]),
+        x.new_empty(*shape, phi[1].shape[-2]),
         x.new_empty(*shape, pairs * phi[0].shape[-2], dtype=torch.float32),
         x.new_empty(2 if with_sums else 0, dtype=torch.float32),
     )
@@ -60,7 +68,7 @@ def activation_backward(
     dsums: Tensor | None,
     x: Tensor,
     p: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     mask: Tensor | None,
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
@@ -85,7 +93,8 @@ def activation_backward(
     dx = x.new_empty(0)
     if need_x:
         read = pairs if dp_theta else Pairs(pairs.a[:2], pairs.b[:2])
-        dx = launch.input_gradient(dy, launch.rows_contiguous(weight), adjoints.dp, read, x.dtype)
+        weight = None if weight is None else launch.rows_contiguous(weight)
+        dx = launch.input_gradient(dy, weight, adjoints.dp, read, x.dtype)
     return dx, da, adjoints.dq
 
 
@@ -95,19 +104,19 @@ def _(dy, dsums, x, p, weight, mask, phi, theta, settings, noise, need_x, need_p
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
         p.new_empty(count, groups, rank, x.shape[-1]) if count else p.new_empty(0),
-        p.new_empty(count, groups, weight.shape[0], rank),
+        p.new_empty(count, groups, phi[1].shape[-2], rank),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, mask, phi, theta, ctx.settings, ctx.noise, _ = inputs
+    x, weight, _, _, mask, phi, theta, ctx.settings, ctx.noise, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, mask, *phi, *theta)
 
 
 def _backward(ctx, dy, _, dsums):
     x, p, weight, mask, *factors = ctx.saved_tensors
-    needs = Needs.of(ctx.needs_input_grad[0], ctx.needs_input_grad[4:6], dy, dsums)
+    needs = Needs.of(ctx.needs_input_grad[0], ctx.needs_input_grad[5:7], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
         with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
@@ -115,7 +124,7 @@ def _backward(ctx, dy, _, dsums):
                 dy, needs.dsums, x, p, weight, mask, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
             )
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
-    return dx, None, None, None, phi, theta, None, None, None
+    return dx, None, None, dy if weight is None else None, None, phi, theta, None, None, None
 
 
 activation_forward.register_autograd(_backward, setup_context=_setup_context)

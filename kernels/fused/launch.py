@@ -255,11 +255,14 @@ def adjoint(
     return Adjoints(_summed(dp), _summed(dq), sums.sum(dim=1) if wanted.sums else sums.new_empty(0))
 
 
-def input_gradient(dy: Tensor | None, weight: Tensor, dp: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
-    """dx [G, T, K] = dy W0 + dp A in `dtype`; dp holds the first len(pairs.a) pairs."""
+def input_gradient(dy: Tensor | None, weight: Tensor | None, dp: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """dx [G, T, K] = dy W0 + dp A in `dtype`; dp holds the first len(pairs.a) pairs. Without a weight: dp A alone."""
     groups, tokens, _ = dp.shape
-    outputs, inputs = weight.shape
-    base = configurations.fused_base(dtype, groups * tokens, inputs, outputs)
+    outputs, inputs = pairs.b[0].shape[-2], pairs.a[0].shape[-1]
+    if weight is None:
+        dy, weight, base = None, dp, False
+    else:
+        base = configurations.fused_base(dtype, groups * tokens, inputs, outputs)
     launch = configurations.input_gradient(base)
     if dy is not None and not base:
         dx = dy @ weight

@@ -132,21 +132,24 @@ def _activation_step(
     need_theta: bool = False,
     bias: bool = False,
     mask: bool = True,
+    ready: bool = False,
     sizes: tuple[int, int, int] = (80, 128, 96),
 ) -> None:
     """One projection of the activation posterior with its derivatives: the calls of `projection` and of autograd.
 
-    sizes: T, K, N. Token mask, no bias and one group are a training step's usual arguments.
+    sizes: T, K, N. Token mask, no bias and one group are a training step's usual arguments. `ready`: the base product
+    is made elsewhere.
     """
     tokens, inputs, outputs = sizes
     x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
-    weight = torch.zeros(outputs, inputs, dtype=dtype)
-    vector = weight.new_zeros(outputs) if bias else None
+    weight = None if ready else torch.zeros(outputs, inputs, dtype=dtype)
+    vector = x.new_zeros(outputs) if bias else None
+    product = x.new_zeros(1, tokens, outputs) if ready else None
     counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
     y, p, sums = activation.activation_forward(
-        x, weight, vector, counted, *factors, SETTINGS, NAMES, terms == "divergence"
+        x, weight, vector, product, counted, *factors, SETTINGS, NAMES, terms == "divergence"
     )
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
@@ -174,7 +177,7 @@ def _weight_step(
     weight = torch.zeros(outputs, inputs, dtype=dtype)
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
-    y, sums = weight_operators.weight_forward(x, weight, None, *factors, SETTINGS, NAMES, terms == "divergence")
+    y, sums = weight_operators.weight_forward(x, weight, None, None, *factors, SETTINGS, NAMES, terms == "divergence")
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
 
@@ -204,6 +207,8 @@ USES: dict[str, Callable[[torch.dtype, int], None]] = {
     "weight, outer step, first order, first layer": partial(_weight_step, terms="none", need_x=False),
     "weight, all gradients": partial(_weight_step, need_theta=True),
     "weight, odd sizes": partial(_weight_step, sizes=(61, 123, 125)),
+    "4-bit, inner step": partial(_activation_step, ready=True),
+    "4-bit, first order": partial(_activation_step, ready=True, terms="theta"),
 }
 # What a run with the default settings launches, by posterior.
 TRAINING = {

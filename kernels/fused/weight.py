@@ -71,19 +71,20 @@ def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
 @operator("abmll::weight_forward")
 def weight_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
+    product: Tensor | None,
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
     noise: Sequence[int],
     with_sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]."""
+    """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]; product [G, T, N] as in `activation_forward`."""
     pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    outputs, inputs = phi[1].shape[-2], x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], outputs)
     dtype = _scratch_dtype(x.dtype)
-    outputs, inputs = weight.shape
     sums = []
     for group in range(x.shape[0]):
         own, named = _of_group(pairs, group), scalars._replace(first_group=group)
@@ -94,13 +95,16 @@ def weight_forward(
             _add_product(y[group, :, band], x[group], change[0].mT, fresh=True)
     if bias is not None:
         y += bias
-    _add_base_product(y, x, weight.mT)
+    if weight is None:
+        y += product
+    else:
+        _add_base_product(y, x, weight.mT)
     return y, torch.stack(sums).sum(dim=0) if with_sums else sums[0]
 
 
 @weight_forward.register_fake
-def _(x, weight, bias, phi, theta, settings, noise, with_sums):
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, bias, product, phi, theta, settings, noise, with_sums):
+    y = x.new_empty(*x.shape[:-1], phi[1].shape[-2])
     return y, x.new_empty(2 if with_sums else 0, dtype=torch.float32)
 
 
@@ -109,7 +113,7 @@ def weight_backward(
     dy: Tensor | None,
     dsums: Tensor | None,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
@@ -120,7 +124,7 @@ def weight_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
     pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
-    groups, (outputs, inputs), rank = x.shape[0], weight.shape, pairs.rank
+    groups, outputs, inputs, rank = x.shape[0], phi[1].shape[-2], x.shape[-1], pairs.rank
     wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
     count = 2 * need_phi + 2 * need_theta
     da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
@@ -143,14 +147,14 @@ def weight_backward(
                 launch.sample(matrix, change, None, named, False, False, band.start)
             if need_x:
                 _add_product(dx[group], dy[group, :, band], change[0], fresh=band.start == 0)
-    if need_x:
+    if need_x and weight is not None:
         _add_base_product(dx, dy, weight)
     return dx, da.mT.contiguous(), db
 
 
 @weight_backward.register_fake
 def _(dy, dsums, x, weight, phi, theta, settings, noise, need_x, need_phi, need_theta):
-    (outputs, inputs), rank, count = weight.shape, phi[0].shape[-2], 2 * need_phi + 2 * need_theta
+    outputs, (rank, inputs), count = phi[1].shape[-2], phi[0].shape[-2:], 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
         x.new_empty(count, x.shape[0], rank, inputs, dtype=torch.float32),
@@ -159,7 +163,7 @@ def _(dy, dsums, x, weight, phi, theta, settings, noise, need_x, need_phi, need_
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, phi, theta, ctx.settings, ctx.noise, _ = inputs
+    x, weight, _, _, phi, theta, ctx.settings, ctx.noise, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, *phi, *theta)
 
@@ -167,7 +171,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dsums):
     x, weight, *factors = ctx.saved_tensors
     # x has no part in the KL
-    needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[3:5], dy, dsums)
+    needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[4:6], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
         with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
@@ -175,7 +179,7 @@ def _backward(ctx, dy, dsums):
                 dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
             )
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
-    return dx, None, None, phi, theta, None, None, None
+    return dx, None, None, dy if weight is None else None, phi, theta, None, None, None
 
 
 weight_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from abmll.kernels import GaussianFactors, LowRank, NoiseKey, PosteriorSettings, posterior_projection, theta_gradient
+from abmll.kernels import (
+    FrozenLinear,
+    GaussianFactors,
+    LowRank,
+    NoiseKey,
+    PosteriorSettings,
+    posterior_projection,
+    theta_gradient,
+)
 from abmll.kernels.backends import interpreted
 from abmll.kernels.fused import configurations
 from abmll.kernels.noise import LANES, WORD, philox
@@ -42,6 +50,10 @@ class Inputs:
     bias: Tensor | None
     phi: GaussianFactors
     theta: GaussianFactors
+
+    @property
+    def base(self) -> FrozenLinear:
+        return FrozenLinear(self.weight, self.bias)
 
     @property
     def factors(self) -> list[Tensor]:
@@ -134,7 +146,7 @@ class Harness:
         return {name: dy if name == "y" else torch.tensor(scalars[name], device=self.device) for name in names}
 
     def project(self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER):
-        arguments = (inputs.x, inputs.weight, inputs.bias, inputs.phi, inputs.theta, self.settings, key, layer)
+        arguments = (inputs.x, inputs.base, inputs.phi, inputs.theta, self.settings, key, layer)
         return posterior_projection(self.posterior, *arguments, mask, terms, backend)
 
     def run(

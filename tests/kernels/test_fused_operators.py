@@ -273,7 +273,7 @@ def operator_calls(harness):
     leaves = (leaves[:4], leaves[4:])
     if harness.posterior == "activation":
         p = activation_operators.activation_project(inputs.x, *factors)
-        forward = (x, inputs.weight, inputs.bias, mask, *leaves, settings, names, True)
+        forward = (x, *inputs.base, None, mask, *leaves, settings, names, True)
         backward = (dy, dsums, inputs.x, p, inputs.weight, mask, *factors, settings, names, True, True, True)
         yield activation_operators.activation_forward, forward
         yield activation_operators.activation_backward, backward
@@ -281,7 +281,7 @@ def operator_calls(harness):
         theta = (inputs.x, p, mask, *factors, settings, 0.5, 0.25)
         yield activation_operators.activation_theta_gradient, theta
     else:
-        forward = (x, inputs.weight, inputs.bias, *leaves, settings, names, True)
+        forward = (x, *inputs.base, None, *leaves, settings, names, True)
         backward = (dy, dsums, inputs.x, inputs.weight, *factors, settings, names, True, True, True)
         yield weight_operators.weight_forward, forward
         yield weight_operators.weight_backward, backward

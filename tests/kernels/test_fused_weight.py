@@ -7,7 +7,15 @@ import weakref
 import pytest
 import torch
 
-from abmll.kernels import NoiseKey, PosteriorSettings, bands, posterior_projection, standard_normal, theta_gradient
+from abmll.kernels import (
+    FrozenLinear,
+    NoiseKey,
+    PosteriorSettings,
+    bands,
+    posterior_projection,
+    standard_normal,
+    theta_gradient,
+)
 from abmll.kernels.fused import launch
 from abmll.kernels.reference import low_rank_matrix
 
@@ -110,7 +118,7 @@ def test_a_tiny_change_survives_bf16(backend, device):
     weight[:, half:] = -weight[:, :half]
     key = NoiseKey(3, 1)
     arguments = (inputs.phi, inputs.theta, PAPER, key, 0)
-    y = posterior_projection("weight", x, weight, None, *arguments, terms="none", backend=backend).y
+    y = posterior_projection("weight", x, FrozenLinear(weight), *arguments, terms="none", backend=backend).y
     phi = inputs.phi
     noise = standard_normal(outputs, 2 * half, key, 0, device=device).double()
     mean, log_variance = (low_rank_matrix(pair, PAPER.scaling).double() for pair in phi)
@@ -129,7 +137,8 @@ def test_mean_and_variance_of_y_over_many_draws(device):
     settings = PosteriorSettings(2.0, -1.0, 1.0, 0.01)
     x = inputs.x.expand(draws, -1, -1)
     arguments = (inputs.phi.expand(draws), inputs.theta, settings, NoiseKey(8, 2), 3)
-    y = posterior_projection("weight", x, inputs.weight, None, *arguments, terms="none", backend="torch").y.double()
+    arguments = (x, FrozenLinear(inputs.weight), *arguments)
+    y = posterior_projection("weight", *arguments, terms="none", backend="torch").y.double()
     mean, log_variance = (low_rank_matrix(pair, 2.0).double() for pair in inputs.phi)
     x = inputs.x.double()
     expected, variance = x @ (inputs.weight.double() + mean).mT, x.square() @ (log_variance - 1.0).exp().mT
@@ -142,7 +151,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_weights(backend, device):
     inputs = draw_inputs(2, 6, 5, rank=2, dtype=torch.float32, size=0.2).map(lambda t: t.to(device))
     settings = PosteriorSettings(2.0, -1.0, 1.0, 0.01)
     arguments = (inputs.phi, inputs.theta, settings, NoiseKey(8, 2), 3)
-    kl = posterior_projection("weight", inputs.x, inputs.weight, None, *arguments, backend=backend).kl
+    kl = posterior_projection("weight", inputs.x, FrozenLinear(inputs.weight), *arguments, backend=backend).kl
     normal = [
         torch.distributions.Normal(low_rank_matrix(side.mean, 2.0), ((low_rank_matrix(side[1], 2.0) - 1.0) / 2).exp())
         for side in (inputs.phi, inputs.theta)

@@ -97,8 +97,8 @@ def test_bands_hold_to_the_float64_contract(pair, dtype, groups, monkeypatch):
 def test_the_mean_is_the_contract_bit_for_bit(dtype, groups):
     inputs = Harness("activation", CPU).inputs(tokens=9, inputs=40, outputs=24, dtype=dtype, groups=groups)
     leaves = [leaf.requires_grad_(True) for leaf in (inputs.x, *inputs.phi.mean)]
-    arguments = (inputs.x, inputs.weight, inputs.bias, inputs.phi.mean, 2.0)
-    found, right = mean_linear(*arguments), reference.mean_linear(*arguments)
+    right = reference.mean_linear(inputs.x, *inputs.base, inputs.phi.mean, 2.0)
+    found = mean_linear(inputs.x, inputs.base, inputs.phi.mean, 2.0)
     assert found.dtype == dtype and torch.equal(found, right)
     dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for one, other in zip(*(torch.autograd.grad(y, leaves, dy) for y in (found, right)), strict=True):
@@ -108,9 +108,9 @@ def test_the_mean_is_the_contract_bit_for_bit(dtype, groups):
 def test_the_mean_under_autocast_keeps_its_factors_wide():
     inputs = Harness("activation", CPU).inputs(tokens=9, inputs=40, outputs=24)
     narrow = inputs.map(Tensor.bfloat16)
-    expected = mean_linear(narrow.x, narrow.weight, narrow.bias, inputs.phi.mean, 2.0)
+    expected = mean_linear(narrow.x, narrow.base, inputs.phi.mean, 2.0)
     with torch.autocast("cpu", dtype=BF16):
-        found = mean_linear(inputs.x, inputs.weight, inputs.bias, inputs.phi.mean, 2.0)
+        found = mean_linear(inputs.x, inputs.base, inputs.phi.mean, 2.0)
     assert found.dtype == BF16 and torch.equal(found, expected)
 
 
@@ -171,7 +171,7 @@ def test_what_lives_after_a_mean_is_y():
     inputs = Harness("activation", CPU).inputs(tokens=24, inputs=48, outputs=40, dtype=BF16)
     training(inputs)
     with Living() as living:
-        y = mean_linear(inputs.x, inputs.weight, inputs.bias, inputs.phi.mean, 2.0)
+        y = mean_linear(inputs.x, inputs.base, inputs.phi.mean, 2.0)
         assert y.requires_grad and living.bytes == y.nbytes
 
 

@@ -16,9 +16,7 @@ KEY = NoiseKey(3, 4)
 
 
 def project(posterior, inputs, settings, key=KEY, layer=0, mask=None):
-    return posterior_projection(
-        posterior, inputs.x, inputs.weight, inputs.bias, inputs.phi, inputs.theta, settings, key, layer, mask
-    )
+    return posterior_projection(posterior, inputs.x, inputs.base, inputs.phi, inputs.theta, settings, key, layer, mask)
 
 
 def residual(posterior, inputs, settings, **named):
