@@ -154,17 +154,17 @@ def cost_tables(averages: Sequence[FunctionEventAvg], on_gpu: bool) -> str:
     device = "GPU" if on_gpu else "CPU"
     return "\n".join(
         (
-            _table("phase: wall time, with all that it holds", "ms", 1e3, spans, whole),
+            _table("phase: wall time, with all that it holds", "ms", 1e3, spans, whole, len(spans)),
             _table(f"largest costs in {device} time", "ms", 1e3, times, sum(cost.amount for cost in times)),
             _table(f"largest costs in {device} memory", "MB", 1e6, memory, sum(max(c.amount, 0) for c in memory)),
         )
     )
 
 
-def _table(heading: str, unit: str, scale: float, costs: list[Cost], whole: float) -> str:
+def _table(heading: str, unit: str, scale: float, costs: list[Cost], whole: float, rows: int = ROWS) -> str:
     """The largest first; shares are of `whole`, which is 0 where nothing was recorded."""
     lines = [f"| {heading} | calls | {unit} | share % |", "|---|---:|---:|---:|"]
-    for name, calls, amount in sorted(costs, key=lambda cost: -cost.amount)[:ROWS]:
+    for name, calls, amount in sorted(costs, key=lambda cost: -cost.amount)[:rows]:
         share = f"{100 * amount / whole:.1f}" if whole else ""
         short = name if len(name) <= 80 else f"{name[:77]}..."  # a kernel's may have several lines
         lines.append(f"| {short.replace('|', '/')} | {calls or ''} | {amount / scale:,.2f} | {share} |")
