@@ -4,13 +4,13 @@
     python benchmarks/memory.py --fake --quick               # two shapes of Llama3-8B, some minutes
     python benchmarks/memory.py                              # measured: on a GPU, beside the prediction
     python benchmarks/memory.py --limit-gb 40 --quick        # measured, and nothing may take more than 40 GB
-    python benchmarks/memory.py --report FILE.json           # tables and plot from the rows alone
+    python benchmarks/memory.py --report FILE.json ... --plot FILE.svg     # tables and plot from the rows alone
 
     pip install peft matplotlib                              # PEFT's rows, and the plot
 
 Predicted rows count every storage of the project's own code, run on fake tensors as a GPU would run it; measured ones
 ask the GPU's allocator about the same code. Rows are saved after each case, to benchmarks/results/ where --output names
-no file; predicted and measured rows go to files of their own. Sizes in GB are 1e9 bytes.
+no file, one a model; predicted and measured rows go to files of their own. Sizes in GB are 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from memory_rows.contenders import CONTENDERS, PEFT, Case
@@ -51,19 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         name for name in CONTENDERS if name != PEFT or importlib.util.find_spec("peft") is not None
     ]
     kind = "predicted" if arguments.fake else "measured"
-    output = arguments.output or RESULTS / f"memory_{kind}.json"
-    found = {"kind": kind, "limit_gb": arguments.limit_gb, "provenance": provenance(), "rows": []}
+    facts = {"kind": kind, "limit_gb": arguments.limit_gb, "provenance": provenance()}
     if arguments.limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(arguments.limit_gb * 1e9 / total, 1.0))
+    outputs: dict[Path, list[dict[str, Any]]] = {}
     for case in cases(arguments):
+        output = arguments.output or RESULTS / f"memory_{kind}_{case.model}.json"
+        rows = outputs.setdefault(output, [])
         for name in contenders:
-            found["rows"].append(make_row(case, name, arguments.fake))
-            print(row_line(found["rows"][-1]), flush=True)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{report([output])}\nrows in {output}")
-    return int(any("failed" in one for one in found["rows"]))
+            rows.append(make_row(case, name, arguments.fake))
+            print(row_line(rows[-1]), flush=True)
+            write_rows(output, facts, rows)
+    print(f"\n{report(list(outputs))}\nrows in {', '.join(map(str, outputs))}")
+    return int(any("failed" in row for rows in outputs.values() for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only report the rows of these files")
     parser.add_argument("--plot", type=Path, help="with --report: file of the plot of overhead against tokens")
     return parser
+
+
+def write_rows(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One JSON object; a row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:

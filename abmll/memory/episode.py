@@ -187,15 +187,16 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
     """The frozen base model, its attention as it would be on the device."""
     config = setup.config
-    eager = config.model.attention == "eager"
-    model = AutoModelForCausalLM.from_config(
-        setup.architecture,
-        dtype=getattr(torch, config.model.dtype),
-        attn_implementation="eager" if eager else "sdpa",
-    )
-    fake = detect_fake_mode([next(model.parameters())]) is not None
-    if config.model.quantization != "none":
-        (pack_shapes if fake else quantize)(model, model.dtype)
+    eager, quantized = config.model.attention == "eager", config.model.quantization != "none"
+    with counter.stage(SETTLING if quantized else LOAD):  # a 4-bit model is read layer by layer, never whole
+        model = AutoModelForCausalLM.from_config(
+            setup.architecture,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation="eager" if eager else "sdpa",
+        )
+        fake = detect_fake_mode([next(model.parameters())]) is not None
+        if quantized:
+            (pack_shapes if fake else quantize)(model, model.dtype)
     if fake and setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
         model.config.get_text_config()._attn_implementation = attention.register()
     counter.label_model(WEIGHTS, model)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from abmll.memory.storages import COMPONENTS
+
 PAPER = 7.6  # % over plain LoRA: 25.6 GB against 23.8 GB (Zhang, Snell and Griffiths, section 5.1.3)
 BASELINES = ("LoRA", "PEFT LoRA")
 GB = 1e9
@@ -87,17 +89,13 @@ def _beside(rows: list[Row]) -> str:
 def _by_component(rows: list[Row]) -> str:
     """At the fullest moment, for the shapes of the goals."""
     chosen = [row for row in rows if (row["examples"], row["tokens"]) in ((2, 512), (5, 1024))]
-    components = [name for name in _components(rows) if any(_at_peak(row)[name] for row in chosen)]
+    components = [name for name in COMPONENTS if any(name in _at_peak(row) for row in chosen)]
     lines = ["| | | | " + " | ".join(components) + " | in |", "|" + "---|" * (len(components) + 4)]
     for row in chosen:
-        sizes = " | ".join(f"{_at_peak(row)[name] / GB:.3f}" for name in components)
+        sizes = " | ".join(f"{_at_peak(row).get(name, 0) / GB:.3f}" for name in components)
         place = f"{row['model']}, {row['examples']} x {row['tokens']:,} | {_layers(row)} | {row['contender']}"
         lines.append(f"| {place} | {sizes} | {row['fullest']} |")
     return "\n".join(lines)
-
-
-def _components(rows: list[Row]) -> list[str]:
-    return list(_at_peak(rows[0]))
 
 
 def _at_peak(row: Row) -> dict[str, int]:
@@ -113,19 +111,18 @@ def _percent(size: float, baseline: float) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Overhead over our plain LoRA against tokens a batch, one panel with and one without checkpointing."""
+    """Overhead over our plain LoRA against tokens a batch, a panel for each model with and without checkpointing."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    model = rows[0]["model"]
-    two = [row for row in rows if row["model"] == model and row["examples"] == 2]
-    policies = list(dict.fromkeys(row["checkpointing"] for row in two))
-    figure, axes = plt.subplots(1, len(policies), figsize=(5.2 * len(policies), 4), sharey=True, squeeze=False)
+    two = [row for row in rows if row["examples"] == 2]
+    panels = list(dict.fromkeys((row["model"], row["checkpointing"]) for row in two))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), sharey=True, squeeze=False)
     styles = {"activation": "C0", "weight": "C1"}
-    for axis, policy in zip(axes[0], policies, strict=True):
-        found = [row for row in two if row["checkpointing"] == policy]
+    for axis, (model, policy) in zip(axes[0], panels, strict=True):
+        found = [row for row in two if (row["model"], row["checkpointing"]) == (model, policy)]
         peaks = {(row["contender"], row["tokens"]): row["peak"] for row in found}
         tokens = sorted({row["tokens"] for row in found})
         for contender in dict.fromkeys(row["contender"] for row in found if "," in row["contender"]):
@@ -139,10 +136,9 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks([2 * t for t in tokens], [f"{2 * t:,}" for t in tokens])
         axis.set_xlabel("tokens a batch (2 prompts)")
-        axis.set_title(_layers(found[0]))
+        axis.set_title(f"{model}\n{_layers(found[0])}")
     axes[0][0].set_ylabel("predicted peak over plain LoRA, %")
     axes[0][0].legend(frameon=False, loc="center left")
-    figure.suptitle(f"{model}: memory of an episode over plain LoRA's, counted")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,7 +13,7 @@ from abmll.memory.fake import counted
 from abmll.memory.storages import Uncounted
 from memory_rows.contenders import CONTENDERS, Case
 
-LARGEST = 12  # tensors named in a row
+LARGEST = 8  # tensors named in a row
 
 
 def make_row(case: Case, name: str, fake: bool) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def make_row(case: Case, name: str, fake: bool) -> dict[str, Any]:
         "contender": name,
         "peak": ledger.peak,
         "fullest": ledger.fullest,
-        "phases": ledger.phases,
+        "phases": {phase: {n: size for n, size in sizes.items() if size} for phase, sizes in ledger.phases.items()},
         "largest": [vars(item) for item in ledger.largest[:LARGEST]],
     }
     if not fake:
