@@ -160,7 +160,9 @@ def test_calls_without_a_gradient_leave_the_weights_trainable():
 
 def test_what_is_refused(monkeypatch):
     check_quantization(ModelConfig(name="random:tiny"), CPU)
+    state = torch.get_rng_state()
     check_quantization(NF4, CPU)
+    assert torch.equal(state, torch.get_rng_state())
     monkeypatch.setattr(quantization, "_quantized", lambda *_: 1 / 0)
     check_quantization(ModelConfig(name="random:tiny"), CPU)
     with pytest.raises(ValueError, match=r"^model\.quantization: 'nf4': bitsandbytes does not run on cpu here \(div"):
