@@ -1,9 +1,9 @@
 """The contract's functions in plain PyTorch as a model runs them: the same numbers, and little kept for the backward.
 
-`reference` would keep some eight tensors of the output's (or the weight's) size for each projection. Here the backward
-pass makes them again from x and the factors, the noise included, which is a function of integers; the base product
-W0 x, which costs more than all the rest, is made outside and never again. Dense matrices of the weight posterior are
-made a band of rows at a time. What a projection keeps: x in its own dtype and numbers of the rank's size.
+`reference` keeps some eight tensors of the output's (or the weight's) size for each projection. On a GPU the backward
+pass makes them again from x and the factors, the noise included, which is a function of integers, and a projection
+keeps x in its own dtype and numbers of the rank's size; the base product W0 x, which costs more than all the rest, is
+made outside and never again. Dense matrices of the weight posterior are made a band of rows at a time.
 
 Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from abmll.kernels import reference
+from abmll.kernels.backends import on_gpu
 from abmll.kernels.bands import bands
 from abmll.kernels.noise import NoiseKey, standard_normal
 from abmll.kernels.reference import (
@@ -36,11 +37,15 @@ from abmll.kernels.reference import (
 BAND_BYTES = 4 * torch.float32.itemsize
 
 
-def _recomputed(function: Callable, *arguments):
-    """function(*arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
+def _recomputed(function: Callable, x: Tensor, *arguments):
+    """function(x, *arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
 
-    Nothing in it draws from a generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
+    Not on a CPU, where memory is plenty and the noise alone costs more than the base product. Nothing in it draws from
+    a generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
     """
+    arguments = (x, *arguments)
+    if not on_gpu(x):
+        return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from abmll.kernels.bands import SCRATCH_BYTES as SCRATCH_BYTES  # part of what the kernels are configured by
-
 # Partial results of the backward pass are split over rows until about so many programs run: enough for any GPU at
 # hand, and independent of it, because the split decides the order of the sums.
 TARGET_PROGRAMS = 256

@@ -23,6 +23,12 @@ CPU = torch.device("cpu")
 FOUR_ELEMENTS = 4 * torch.float32.itemsize
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Everything is made again in the backward pass, which a CPU does not do by itself."""
+    monkeypatch.setattr(plain, "on_gpu", lambda _: True)
+
+
 class Contract(Harness):
     """The same calls on `reference`: noise and dense matrices made whole, and kept for the backward pass."""
 
@@ -68,6 +74,19 @@ def test_activations_are_the_contract_bit_for_bit(dtype, groups, terms):
     upstream = harness.upstream(inputs, ("y", "kl", "prior") if terms == "divergence" else ("y",))
     same(*(h.run(inputs, "torch", mask, upstream, terms=terms) for h in (harness, contract)))
     same(*(h.theta(inputs, "torch", mask) for h in (harness, contract)))
+
+
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_a_cpu_keeps_what_it_made_and_finds_the_same(posterior, monkeypatch):
+    harness = Harness(posterior, CPU)
+    inputs = harness.inputs(tokens=13, inputs=40, outputs=24, dtype=BF16)
+    upstream, drawn = harness.upstream(inputs), []
+    monkeypatch.setattr(plain, "standard_normal", lambda *given: drawn.append(given) or standard_normal(*given))
+    recomputed = harness.run(inputs, "torch", None, upstream)
+    assert len(drawn) == 2
+    monkeypatch.setattr(plain, "on_gpu", backends.on_gpu)
+    same(harness.run(inputs, "torch", None, upstream), recomputed)
+    assert len(drawn) == 3
 
 
 @pytest.mark.parametrize("groups", [None, 2])
