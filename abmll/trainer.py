@@ -144,13 +144,14 @@ class Trainer:
     @phase("episode")
     def _update(self, episode: Episode, index: int, step: int) -> Update:
         method = self.config.method
-        if method.reset_inner_optimizer:
-            self.inner_optimizer.state.clear()
         self.learner.adapters.reset_phi()
         passes = method.inner_steps + 1
         keys = [NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)]
         visit = Visit(episode, index, keys, self.inner_optimizer, progress=step / self.num_steps)
-        return self.method.update(self.learner, visit)
+        update = self.method.update(self.learner, visit)
+        if method.reset_inner_optimizer:  # now: phi's moments need not be there while theta moves, nor in scoring
+            self.inner_optimizer.state.clear()
+        return update
 
     def _scaled(self, gradient: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """Theta's gradient times `scale`, in place; zeros of a rank that has no finite episode."""
@@ -195,10 +196,8 @@ class Trainer:
     @phase("checkpoint")
     def _save(self) -> None:
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
-        inner = self.inner_optimizer
-        if self.config.method.reset_inner_optimizer:
-            inner.state.clear()  # the next episode would clear it anyway
-        self.store.save(self.position.step, self.engine, state, {"inner_optimizer": inner.state_dict()})
+        rank_state = {"inner_optimizer": self.inner_optimizer.state_dict()}
+        self.store.save(self.position.step, self.engine, state, rank_state)
         if self.after_save:
             self.after_save()
 

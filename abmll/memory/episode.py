@@ -155,12 +155,12 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
         counter.label(STATES, _states(inner))
         visit = Visit(Episode(0, 0, "", (batch,), batch), 0, [NoiseKey(0, step) for step in range(2)], inner, 0.0)
         update = method.update(learner, visit)
+        if config.method.reset_inner_optimizer:
+            inner.state.clear()
         counter.label(GRADIENTS, update.gradient.values())
         with counter.stage(OUTER):
             engine.step(update.gradient)
-        del update
-    with counter.stage(SETTLING):
-        inner.state.clear()
+        del update, visit
         learner.adapters.reset_phi()
     training = max((counter.peaks[phase].size for phase in TRAINING if phase in counter.peaks), default=None)
     for examples in setup.scoring:
