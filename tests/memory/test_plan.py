@@ -117,6 +117,13 @@ def test_remedies_are_counted_one_by_one_then_together():
         ("trainer.activation_checkpointing=true", "tasks.batch_size=2"),
         ("tasks.max_tokens=128",),
         ("trainer.activation_checkpointing=true", "tasks.batch_size=2", "tasks.max_tokens=128"),
+        ("model.quantization=nf4",),
+        (
+            "trainer.activation_checkpointing=true",
+            "tasks.batch_size=2",
+            "tasks.max_tokens=128",
+            "model.quantization=nf4",
+        ),
     ]
     assert not any(remedy.plan.fits for remedy in found)
     peaks = [remedy.plan.ledger.peak for remedy in found]
@@ -164,6 +171,16 @@ def test_tables_hold_every_part(llama3_8b):
     assert "model.embed_tokens.weight" in largest_table(llama3_8b.ledger)
     assert verdict(llama3_8b).startswith("fits 40 GB: 16.8") and "+ 1.5 GB kept free" in verdict(llama3_8b)
     assert "all layers; " in decisions(llama3_8b)
+
+
+def test_a_4_bit_base_of_llama3_8b_takes_less_than_8_gb():
+    sections = {"tasks": {"source": "builtin", "batch_size": 2, "max_tokens": 512}}
+    model = {"name": "random:llama3-8b", "quantization": "nf4"}
+    config = Config.model_validate({"model": model, "trainer": {"activation_checkpointing": True}, **sections})
+    ledger = plan_run(config, architecture_config("llama3-8b"), deepspeed()).ledger
+    assert ledger.peak < 8e9
+    # the layers' numbers in half a byte each, embeddings and output layer in bf16
+    assert ledger.phases["load"]["weights"] == pytest.approx(5.70e9, rel=0.01)
 
 
 def test_modules_that_the_model_does_not_have():
