@@ -14,7 +14,7 @@ from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.engine import check_monitors
 from abmll.memory import plan_run
-from abmll.memory.table import decisions, peak_table, verdict
+from abmll.memory.table import summary
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.quantization import check_quantization
@@ -69,8 +69,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
         free = torch.cuda.mem_get_info()[0] if on_gpu else None
         plan = plan_run(config, model_config(config.model), engine, world_size, on_gpu, free)
-        table = peak_table({f"each of {world_size} ranks, counted": plan.ledger})
-        lines = [verdict(plan), decisions(plan), *table.splitlines()]
+        lines = summary(plan, f"each of {world_size} ranks, counted").strip().splitlines()
         if not plan.fits:
             lines.append(f"what would make it fit: python launch/plan.py --config {config_path}")
             raise ValueError("\n        ".join(lines))

@@ -8,7 +8,7 @@ from abmll.config import Config
 from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
-from abmll.memory.table import decisions, peak_table, verdict
+from abmll.memory.table import summary
 from abmll.models.quantization import num_parameters
 from abmll.trainer import Trainer
 
@@ -49,8 +49,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
-    memory = f"{decisions(plan)}\n{verdict(plan)}\n\n{peak_table({'each rank, counted': plan.ledger})}\n"
-    return f"{text}{notes}\nmemory          {memory}"
+    return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
 
 
 def _backend(parts: Parts, config: Config) -> tuple[str, str]:

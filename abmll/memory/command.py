@@ -23,6 +23,8 @@ def show_plan(config: Config, config_path: str, ranks: int, gpu: bool) -> bool:
         "bytes)"
     )
     plan = plan_run(config, architecture, deepspeed, gpu=gpu)
+    if plan.ledger is None:
+        raise ValueError(f"model.name: {config.model.name!r}: {verdict(plan)}; measure it with --profile on a GPU")
     plans = {f"{config.method.name}, 1 rank": plan}
     if ranks > 1:
         plans[f"{config.method.name}, {ranks} ranks"] = plan_run(config, architecture, deepspeed, ranks, gpu)

@@ -40,6 +40,7 @@ from abmll.memory.storages import (
 from abmll.methods import Method, Visit, build_method
 from abmll.metrics import ScoreAccumulator
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
+from abmll.models.load import attention_implementation
 from abmll.models.quantization import pack_shapes, quantize
 from abmll.tasks.task import Batch, Episode
 
@@ -97,6 +98,10 @@ class Ledger:
         return self.peak_of(self.fullest)
 
 
+class Uncountable(RuntimeError):
+    """A model whose code does not run on fake tensors."""
+
+
 class CountedLearner(Learner):
     """A learner whose phases the counter is told, where neither autograd nor an optimizer does."""
 
@@ -125,11 +130,18 @@ def count_episode(setup: Setup) -> Ledger:
 
     Not the first ones: the moments of phi and theta are there, as they are from the second step on.
 
-    Raises ValueError where no module matches adapters.modules, or adapters.backend cannot run on the device.
+    Raises ValueError where no module matches adapters.modules, or adapters.backend cannot run on the device, and
+    Uncountable where the model's code asks tensors for their numbers.
     """
-    with counted(setup.gpu) as counter:
-        scored = run_episode(setup, counter)
-        return read_ledger(counter, scored)
+    try:
+        with counted(setup.gpu) as counter:
+            scored = run_episode(setup, counter)
+            return read_ledger(counter, scored)
+    except (ValueError, ImportError):  # the user's to mend
+        raise
+    except Exception as error:  # whatever a model's code may do that fake tensors cannot
+        reason = str(error).strip().partition("\n")[0]
+        raise Uncountable(f"{type(error).__name__}: {reason}") from error
 
 
 def run_episode(setup: Setup, counter: Counting) -> int | None:
@@ -187,20 +199,29 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
     """The frozen base model, its attention as it would be on the device."""
     config = setup.config
-    eager, quantized = config.model.attention == "eager", config.model.quantization != "none"
+    implementation, quantized = _attention(setup), config.model.quantization != "none"
     with counter.stage(SETTLING if quantized else LOAD):  # a 4-bit model is read layer by layer, never whole
         model = AutoModelForCausalLM.from_config(
             setup.architecture,
             dtype=getattr(torch, config.model.dtype),
-            attn_implementation="eager" if eager else "sdpa",
+            attn_implementation=implementation,
         )
         fake = detect_fake_mode([next(model.parameters())]) is not None
         if quantized:
             (pack_shapes if fake else quantize)(model, model.dtype)
-    if fake and setup.gpu and not eager:  # flash-attn's and SDPA's memory is the same
+    if fake and setup.gpu and implementation != "eager":
         model.config.get_text_config()._attn_implementation = attention.register()
     counter.label_model(WEIGHTS, model)
     return model.requires_grad_(False).eval()
+
+
+def _attention(setup: Setup) -> str:
+    """Transformers' name: eager code's, or SDPA's, which stands for flash-attn too: they take the same memory."""
+    model = setup.config.model
+    if model.attention == "flash_attention_2":
+        return "sdpa"
+    device = torch.device("cuda" if setup.gpu else "cpu")
+    return "eager" if attention_implementation(model, device, setup.architecture) == "eager" else "sdpa"
 
 
 def _adapted(model: PreTrainedModel, setup: Setup, counter: Counting) -> tuple[Learner, Method]:

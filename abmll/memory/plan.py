@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from abmll.config import Config
-from abmll.memory.episode import Ledger, Setup, count_episode
+from abmll.memory.episode import Ledger, Setup, Uncountable, count_episode
 from abmll.methods import METHODS
 from abmll.models.checkpointing import POLICIES, Checkpointing
 
@@ -23,16 +23,20 @@ SCORING_BATCHES = (16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with nothing left open, and its bytes on each device. Of `budget`, `allowance` stays free."""
+    """A run with nothing left open, and its bytes on each device. Of `budget`, `allowance` stays free.
+
+    `ledger` is None for a model that cannot be counted, `problem` says why: it may well run.
+    """
 
     setup: Setup
-    ledger: Ledger
+    ledger: Ledger | None
     budget: float
     allowance: float
+    problem: str = ""
 
     @property
     def fits(self) -> bool:
-        return self.ledger.peak + self.allowance <= self.budget
+        return self.ledger is None or self.ledger.peak + self.allowance <= self.budget
 
     @property
     def checkpointing(self) -> Checkpointing:
@@ -40,7 +44,7 @@ class Plan:
 
     @property
     def eval_batch_size(self) -> int:
-        return self.ledger.scored or 1
+        return self.setup.scoring[-1] if self.ledger is None else self.ledger.scored
 
 
 def plan_run(
@@ -61,11 +65,15 @@ def plan_run(
     setup = Setup(
         config, architecture, deepspeed, world_size, gpu, scoring=SCORING_BATCHES if asked == "auto" else (asked,)
     )
-    for policy in _policies(config):
-        setup = replace(setup, checkpointing=policy)
-        plan = Plan(setup, count_episode(setup), budget, allowance)
-        if plan.fits:
-            break
+    policies = _policies(config)
+    try:
+        for policy in policies:
+            setup = replace(setup, checkpointing=policy)
+            plan = Plan(setup, count_episode(setup), budget, allowance)
+            if plan.fits:
+                break
+    except Uncountable as error:
+        return Plan(replace(setup, checkpointing=policies[-1]), None, budget, allowance, str(error))
     return plan
 
 

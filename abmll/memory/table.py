@@ -43,12 +43,20 @@ def largest_table(ledger: Ledger, count: int = 10) -> str:
 
 def verdict(plan: Plan) -> str:
     """One line: what it takes of what there is."""
+    if plan.ledger is None:
+        return f"not counted: this model's code does not run on fake tensors ({plan.problem})"
     needed, budget = plan.ledger.peak + plan.allowance, plan.budget / GB
     allowed = f" + {plan.allowance / GB:g} GB kept free" if plan.allowance else ""
     word = "fits" if plan.fits else "DOES NOT FIT"
     return f"{word} {budget:g} GB: {_gb(plan.ledger.peak)} GB at the peak ({plan.ledger.fullest}){allowed}, " + (
         f"{_gb(plan.budget - needed)} GB to spare" if plan.fits else f"{_gb(needed - plan.budget)} GB too much"
     )
+
+
+def summary(plan: Plan, heading: str) -> str:
+    """What a run tells of its plan: the verdict, what was decided, the peak by component."""
+    table = [] if plan.ledger is None else ["", peak_table({heading: plan.ledger}), ""]
+    return "\n".join([verdict(plan), decisions(plan), *table])
 
 
 def decisions(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from setups import deepspeed, make_config, make_setup
 from transformers import LlamaConfig
 
@@ -11,7 +12,7 @@ from abmll.memory import plan_run, remedies
 from abmll.memory.episode import count_episode, run_episode
 from abmll.memory.fake import counted
 from abmll.memory.storages import COMPONENTS, PHASES, SCORING, SCRATCH, TRAINING
-from abmll.memory.table import decisions, largest_table, peak_table, phase_table, verdict
+from abmll.memory.table import decisions, largest_table, peak_table, phase_table, summary, verdict
 from abmll.models.architectures import architecture_config
 from abmll.models.checkpointing import POLICIES
 
@@ -193,3 +194,37 @@ def test_tied_embeddings_count_once():
     config = make_config(**GPU)
     untied, once = (plan_run(config, a, deepspeed()).ledger for a in (architecture_config("tiny"), tied))
     assert untied.phases["load"]["weights"] - once.phases["load"]["weights"] == 512 * 64 * 2
+
+
+def test_a_model_that_cannot_be_counted_runs_with_the_leanest_settings(monkeypatch):
+    """Code that asks a tensor for its numbers, which a fake one has not."""
+
+    def forward(self, x):
+        return (x if x.sum() > 0 else -x) * self.weight
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", forward)
+    found = plan()
+    assert found.ledger is None and found.fits
+    assert (found.checkpointing, found.eval_batch_size) == ("all layers", 1)
+    assert verdict(found).startswith("not counted: this model's code does not run on fake tensors (")
+    asked = plan(eval={"batch_size": 7}, trainer={"activation_checkpointing": False})
+    assert (asked.checkpointing, asked.eval_batch_size) == ("none", 7)
+    assert summary(found, "a rank").count("\n") == 1
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mistral", "mixtral", "qwen3", "gemma2"])
+def test_other_families_can_be_counted(architecture):
+    """Sliding windows, experts, norms of q and k; gemma2 has eager attention alone."""
+    small = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    kinds = {
+        "gemma3": (transformers.Gemma3TextConfig, {"sliding_window": 32}),
+        "mistral": (transformers.MistralConfig, {"sliding_window": 32}),
+        "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
+        "qwen3": (transformers.Qwen3Config, {}),
+        "gemma2": (transformers.Gemma2Config, {"sliding_window": 32}),
+    }
+    kind, more = kinds[architecture]
+    config = make_config(**{**GPU, "adapters": {"rank": 4, "backend": "auto"}})
+    found = plan_run(config, kind(**small, **heads, **more), deepspeed())
+    assert found.ledger.phases["backward"]["kept for the backward pass"] > 0
