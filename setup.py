@@ -40,6 +40,7 @@ setup(
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
         "test": [
             "pytest>=8.0",
+            "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "scipy>=1.11",

@@ -21,6 +21,7 @@ from abmll.memory.storages import (
     SCORING,
     STATES,
     StorageCounter,
+    Uncounted,
 )
 
 SETUPS = {
@@ -107,6 +108,13 @@ def test_fake_tensors_live_and_die_as_real_ones_do(kind):
 
     assert lives(fake) == lives(real)
     assert read_ledger(fake) == read_ledger(real)
+
+
+def test_without_a_counter_the_same_episode_runs():
+    """As a GPU's allocator measures it: nothing is counted, and the scoring batch is the first that is asked for."""
+    uncounted = Uncounted()
+    assert run_episode(make("activation, checkpointing"), uncounted) == 3
+    assert uncounted.peaks == {}
 
 
 def test_phases_and_components_of_a_checkpointed_step():
