@@ -22,6 +22,7 @@ from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
 from abmll.progress import Progress, StepReport
+from abmll.resident import release_freed
 from abmll.tasks.episodes import EpisodeSampler
 from abmll.tasks.task import Episode
 
@@ -102,6 +103,7 @@ class Trainer:
             started = time.perf_counter()
             table = self._outer_step(position.step)
             position.step += 1
+            release_freed()
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
             self._stop_if_diverged()
