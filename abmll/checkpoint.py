@@ -38,7 +38,7 @@ class CheckpointStore:
         self.folder, self.keep, self.ranks = folder, keep, ranks
 
     def save(self, step: int, engine: ThetaEngine, state: dict[str, Any], rank_state: dict[str, Any]) -> Path:
-        """All ranks call this. `state` is JSON, equal on all ranks; `rank_state` is one a rank, tensors and plain values."""
+        """All ranks call this. `state` is JSON, equal on all ranks; `rank_state` is tensors and values, one a rank."""
         final = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{TEMPORARY}{final.name}"
         if self.ranks.is_main:
