@@ -79,7 +79,7 @@ def check_steps(steps: list[OuterStep], run: Run, *overrides: str) -> None:
     with run.session(*overrides) as session, pytest.MonkeyPatch.context() as patch:
         assert len(steps) == session.trainer.num_steps > 1
         assert _same(steps[0].before, session.parts.learner.adapters.theta)
-        _check_optimizer(steps, session)
+        check_optimizer(steps, session)
         episodes: list[Tensors] = []
         update = session.parts.method.update
 
@@ -109,8 +109,8 @@ def _check_average(gradient: Tensors, episodes: list[Tensors]) -> None:
         assert ((value.double() - terms.mean(dim=0)).abs() <= bound).all(), name
 
 
-def _check_optimizer(steps: list[OuterStep], session: Session) -> None:
-    """Every step against AdamW in fp64 on the recorded gradients.
+def check_optimizer(steps: list[OuterStep], session: Session) -> None:
+    """Every step against the method's AdamW in fp64 on the recorded gradients.
 
     After n steps the moments are averages of n gradients, each sum 5 roundings of at most the largest, G. The root of
     the second is at least G / sqrt(n), as its weights are nearly equal: so their quotient is off by at most
