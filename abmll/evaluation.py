@@ -16,6 +16,7 @@ from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner
 from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
+from abmll.resident import release_freed
 from abmll.tasks.episodes import scoring_batches, support_batches
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import Batch, PromptedExample
@@ -96,6 +97,7 @@ class Evaluator:
         method.adapt(self.learner, [batch.to(self.ranks.device) for batch in batches], keys)
         found[steps] = self._predict(method, task.name, examples, adapted=steps)
         adapters.reset_phi()
+        release_freed()
         return found
 
     @torch.inference_mode()

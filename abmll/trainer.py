@@ -23,6 +23,7 @@ from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
 from abmll.profiling import phase
 from abmll.progress import Progress, StepReport
+from abmll.resident import release_freed
 from abmll.tasks.episodes import EpisodeSampler
 from abmll.tasks.task import Episode
 
@@ -104,6 +105,7 @@ class Trainer:
             started = time.perf_counter()
             table = self._outer_step(position.step)
             position.step += 1
+            release_freed()
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
             if self.after_step:

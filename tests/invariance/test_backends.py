@@ -11,8 +11,13 @@ from abmll.kernels.backends import interpreted
 from abmll.kernels.fused import configurations
 from abmll.kernels.fused.configurations import Launch
 
-SMALL = ("trainer.episodes=2", "adapters.modules=[v_proj]", "tasks.batch_size=1")
-OUTER_LR = 1e-3
+# AdamW divides by the gradient's own size, which magnifies rounding where that is near its eps. An eps above all
+# gradients, with learning rates to match, makes its steps proportional to them.
+SMOOTH = ("method.adam_eps=30", "method.inner_lr=3e-2", "method.outer_lr=10")
+SMALL = ("trainer.episodes=2", "adapters.modules=[v_proj]", "tasks.batch_size=1", *SMOOTH)
+# The longest row of fp32 roundings, all to one side: sums over 150 tokens and 128 columns, forward and back through two
+# layers, in two inner steps and an outer one.
+BOUND = (150 + 128) * 2 * 2 * 3 * 2.0**-24
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +45,6 @@ def trained(
         f"adapters.posterior={posterior}",
         f"adapters.backend={backend}",
         f"method.meta_gradient={meta_gradient}",
-        f"method.outer_lr={OUTER_LR}",
         f"trainer.activation_checkpointing={checkpointing}",
     )
     with run.session(*SMALL, *overrides) as session:
@@ -57,11 +61,10 @@ def test_fused_kernels_learn_what_plain_pytorch_learns(make_run, posterior, meta
     lines, plain = trained(make_run("torch"), *kind, backend="torch")
     assert len(fused_lines) == len(lines) == 2
     for ours, theirs in zip(fused_lines, lines, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    # AdamW divides by the gradient's own size, which magnifies rounding where that is near zero: so within a
-    # thousandth of an outer step, of which every B took two from zero
-    assert_close(fused, plain, rtol=0, atol=1e-3 * OUTER_LR)
-    assert all(value.abs().max() > OUTER_LR for name, value in plain.items() if name.endswith(".b"))
+        assert ours == pytest.approx(theirs, rel=BOUND)
+    for name, value in plain.items():
+        if name.endswith(".b"):  # zero at the start: all of it was learned
+            assert value.any() and (fused[name] - value).norm() < BOUND * value.norm(), name
 
     if meta_gradient == "first_order":
         again_lines, again = trained(make_run("checkpointed"), *kind, backend="triton", checkpointing="true")

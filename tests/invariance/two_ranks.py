@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
+from outer_steps import recording
 from runs import Run, Stopped
 
 from abmll.trainer import Trainer
@@ -25,7 +26,10 @@ def main() -> None:
 
     def train(name: str, *overrides: str, **keywords: bool) -> None:
         os.environ["MASTER_PORT"] = next(ports)
-        Run(folder / name).train(*overrides, **keywords)
+        with recording() as steps:
+            Run(folder / name).train(*overrides, **keywords)
+        if os.environ["RANK"] == "0":
+            torch.save(list(map(tuple, steps)), folder / f"{name}.steps")
 
     train("zero2")
     train("zero0", "trainer.deepspeed=configs/deepspeed/zero0.json")

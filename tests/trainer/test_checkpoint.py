@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import Run, Stopped, stop_before
@@ -14,6 +16,7 @@ from runs import Run, Stopped, stop_before
 from abmll.checkpoint import CheckpointStore
 from abmll.config import load_config
 from abmll.distributed import Ranks
+from abmll.files import publish
 from abmll.run import Session
 
 
@@ -181,6 +184,46 @@ def test_another_number_of_ranks_is_refused(store):
     two = CheckpointStore(store.folder, 2, OneProcess(0, 2, torch.device("cpu")))
     with pytest.raises(ValueError, match="was written by 1 ranks and this run has 2; start it with 1, or"):
         two.load(checkpoint, FakeEngine())
+
+
+class Touch:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_rank_state_that_would_run_code_is_refused(store, tmp_path):
+    """The manifest does not help: whoever writes the file can seal it as well."""
+    (folder,) = save(store, 4)
+    trace, file = tmp_path / "executed", folder / "rank-00000.pt"
+    torch.save({"inner_optimizer": Touch(trace), "rng": {}}, file)
+    torch.load(file, weights_only=False)
+    assert trace.exists()  # or the test is blind
+    trace.unlink()
+
+    (folder / "manifest.json").unlink()
+    publish(folder, folder.with_name("step-00000005"))
+    checkpoint = store.newest_whole()
+    assert checkpoint.folder.name == "step-00000005"
+    with pytest.raises(ValueError, match=r"rank-00000\.pt: holds more than tensors and plain values, .*; remove its"):
+        store.load(checkpoint, FakeEngine())
+    assert not trace.exists()
+
+
+def test_all_generators_go_on_where_they_were(store):
+    def draws() -> list[float]:
+        return [random.random(), random.gauss(0, 1), *np.random.normal(size=3), *torch.randn(3).tolist()]
+
+    random.gauss(0, 1), np.random.normal()  # each keeps a second normal for the next call
+    save(store, 4)
+    expected = draws()
+    assert draws() != expected
+    store.load(store.newest_whole(), FakeEngine())
+    assert draws() == expected
 
 
 @pytest.fixture(scope="module")
