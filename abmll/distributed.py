@@ -56,6 +56,12 @@ class Ranks:
 _set_here: list[str] = []  # names of environment variables
 
 
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher tells; one without a launcher."""
+    told = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in told if os.environ.get(name)), 1))
+
+
 def start_ranks() -> Ranks:
     """Join the process group that `deepspeed` or `torchrun` prepared; alone without one (plain `python`)."""
     if "RANK" not in os.environ:
@@ -73,8 +79,9 @@ def start_ranks() -> Ranks:
         device = torch.device("cpu")
         bound_caches()
         if "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # ranks of one machine share its cores
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // local_ranks())
+            )  # ranks of one machine share its cores
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

@@ -12,8 +12,10 @@ from abmll.adapters import projection_backend
 from abmll.build import measure_prompts, prompt_tasks, read_tasks
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
+from abmll.distributed import local_ranks
 from abmll.engine import check_monitors
 from abmll.memory import plan_run
+from abmll.memory.capacity import device_capacity
 from abmll.memory.table import summary
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
@@ -67,11 +69,12 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def memory() -> str:
         engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
-        free = torch.cuda.mem_get_info()[0] if on_gpu else None
-        plan = plan_run(config, model_config(config.model), engine, world_size, on_gpu, free)
+        capacity = device_capacity(device, local_ranks())
+        plan = plan_run(config, model_config(config.model), engine, world_size, on_gpu, capacity)
         lines = summary(plan, f"each of {world_size} ranks, counted").strip().splitlines()
-        if not plan.fits:
-            lines.append(f"what would make it fit: python launch/plan.py --config {config_path}")
+        if plan.ledger is not None and not plan.fits:
+            plan_command = f"python launch/plan.py --config {config_path}"
+            lines.append(f"raise memory.budget_gb where there is more, or see what would make it fit: {plan_command}")
             raise ValueError("\n        ".join(lines))
         return "\n        ".join(lines)
 

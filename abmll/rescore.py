@@ -34,9 +34,9 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
             theta, facts = load_summary(folder / "final")
             parts = build(config, config_path, ranks.device, scoring=True)
             parts.learner.adapters.load_theta(theta)
+            plan = plan_on(ranks, config, {})  # no engine runs here
         except ValueError as error:
             raise Refused(str(error)) from error
-        plan = plan_on(ranks, config, {})  # no engine runs here
         checkpoint_layers(parts.model, plan.checkpointing)
         letters = parts.tasks.letter_ids
         evaluator = Evaluator(parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, ranks)

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
-from abmll.distributed import Ranks, start_ranks, stop_ranks
+from abmll.distributed import Ranks, local_ranks, start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.files import damage, remove_whole, sweep, write_whole
 from abmll.memory import Plan, plan_run
+from abmll.memory.capacity import device_capacity
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
@@ -63,6 +62,7 @@ class Session:
     evaluator: Evaluator
     trainer: Trainer
     progress: Progress
+    plan: Plan
 
     def score_pretrained(self) -> Evaluation | None:
         """Before training: the base model at 0 and K steps (theta is at its start, where the adapters are zero)."""
@@ -221,7 +221,7 @@ def open_session(
     sampler = parts.tasks.sampler(config, method)
     trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress)
     evaluator = Evaluator(learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks)
-    session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress)
+    session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress, plan)
     trainer.validate, trainer.after_save = session.validate, session.prune_best
     checkpoint = store.newest_whole() if resume else None
     progress.say(derived_numbers(config, parts, trainer, ranks, plan))
@@ -239,11 +239,19 @@ def open_session(
 
 
 def plan_on(ranks: Ranks, config: Config, deepspeed_config: dict[str, Any]) -> Plan:
-    """The run's plan on these ranks' devices; all of them take the main rank's."""
-    gpu = ranks.device.type == "cuda"
-    capacity = torch.cuda.get_device_properties(ranks.device).total_memory if gpu else None
-    architecture = model_config(config.model)
-    return ranks.from_main(plan_run(config, architecture, deepspeed_config, ranks.world_size, gpu, capacity))
+    """The run's plan on these ranks' devices: the main rank counts, and all take its answer. ValueError as plan_run."""
+    answer: Plan | ValueError | None = None
+    if ranks.is_main:
+        gpu, capacity = ranks.device.type == "cuda", device_capacity(ranks.device, local_ranks())
+        try:
+            architecture = model_config(config.model)
+            answer = plan_run(config, architecture, deepspeed_config, ranks.world_size, gpu, capacity)
+        except ValueError as error:
+            answer = error
+    answer = ranks.from_main(answer)
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 `reference` keeps some eight tensors of the output's (or the weight's) size for each projection. On a GPU the backward
 pass makes them again from x and the factors, the noise included, which is a function of integers, and a projection
 keeps x in its own dtype and numbers of the rank's size; the base product W0 x, which costs more than all the rest, is
-made outside and never again. Dense matrices of the weight posterior are made a band of rows at a time.
+made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows.
 
 Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
 """
@@ -70,18 +70,40 @@ def activation_projection(
     layer: int,
     mask: Tensor | None,
 ) -> Projection:
-    """`reference.activation_linear` with the noise named by (key, layer), bit for bit."""
-    names = (settings, key, layer)
-    change, *terms = _recomputed(_activation_change, x, mask, names, *_flat(phi), *_flat(theta))
-    return Projection(add_change(y0, change), *terms)
+    """`reference.activation_linear` with the noise named by (key, layer), bit for bit where one band holds all tokens.
+
+    On a GPU a band of tokens at a time; the sums of KL and -log prior are then taken band by band.
+    """
+    sizes = _token_bands(x, phi.mean.b.shape[-2]) if on_gpu(x) else [x.shape[1]]
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
+    found, first_row = [], 0
+    # split and not sliced: a slice's derivative would be a tensor of the whole size for each band
+    for part, base, counted in zip(_split(x, sizes), _split(y0, sizes), masks, strict=True):
+        names = (settings, key, layer, first_row)
+        change, *terms = _recomputed(_activation_change, part, counted, names, *_flat(phi), *_flat(theta))
+        found.append(Projection(add_change(base, change), *terms))
+        first_row += part.shape[1]
+    if len(found) == 1:
+        return found[0]
+    sums = [None, None] if theta is None else [torch.stack([one[term] for one in found]).sum() for term in (1, 2)]
+    return Projection(torch.cat([one.y for one in found], dim=1), *sums)
+
+
+def _token_bands(x: Tensor, outputs: int) -> list[int]:
+    """Sizes of bands of x's tokens [G, T, K] whose change [G, band, N] fits the scratch memory."""
+    return [band.stop - band.start for band in bands(x.shape[1], x.shape[0] * outputs, BAND_BYTES)] or [0]
+
+
+def _split(tensor: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return (tensor,) if len(sizes) == 1 else tensor.split(sizes, dim=1)
 
 
 def _activation_change(
-    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey, int], *factors: Tensor
+    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey, int, int], *factors: Tensor
 ) -> Sample:
-    (settings, key, layer), (phi, theta) = names, _paired(factors)
+    (settings, key, layer, first_row), (phi, theta) = names, _paired(factors)
     size = (x.shape[1], phi.mean.b.shape[-2])
-    noise = [standard_normal(*size, key, layer, group, x.device) for group in range(x.shape[0])]
+    noise = [standard_normal(*size, key, layer, group, x.device, first_row) for group in range(x.shape[0])]
     noise = noise[0].unsqueeze(0) if len(noise) == 1 else torch.stack(noise)
     return reference.activation_sample(x, phi, theta, settings, noise, mask)
 
@@ -128,9 +150,10 @@ def activation_theta_gradient(
 ) -> ThetaGradient:
     """`reference.activation_theta_gradient`, a band of tokens at a time."""
     found = []
-    for band in [*bands(x.shape[1], x.shape[0] * theta.mean.b.shape[-2], BAND_BYTES)] or [slice(0)]:
-        counted = None if mask is None else mask[:, band]
-        arguments = (x[:, band], phi, theta, settings, counted, kl_weight, prior_weight)
+    sizes = _token_bands(x, theta.mean.b.shape[-2])
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
+    for part, counted in zip(_split(x, sizes), masks, strict=True):
+        arguments = (part, phi, theta, settings, counted, kl_weight, prior_weight)
         found.append(reference.activation_theta_gradient(*arguments))
     return _joined(found)
 

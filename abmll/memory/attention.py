@@ -6,7 +6,8 @@ beside q, k and v. Backward: a fp32 accumulator of dq, one number a row, and, wh
 key-value head, dk and dv of every query head before they are summed. No tensor has tokens x tokens elements.
 
 In fp32 a GPU has no flash attention: its memory-efficient one keeps the same tensors, but takes no shared key-value
-heads, for which PyTorch falls back to plain code (`math`).
+heads, for which PyTorch falls back to plain code: there eager code is counted. A sliding window shorter than the prompt
+is counted as flash-attn has it, without the mask that SDPA would need.
 """
 
 from __future__ import annotations

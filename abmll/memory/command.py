@@ -25,13 +25,16 @@ def show_plan(config: Config, config_path: str, ranks: int, gpu: bool) -> bool:
     plan = plan_run(config, architecture, deepspeed, gpu=gpu)
     if plan.ledger is None:
         raise ValueError(f"model.name: {config.model.name!r}: {verdict(plan)}; measure it with --profile on a GPU")
+    alike = (plan.checkpointing,)  # what stands beside it is counted with the same
     plans = {f"{config.method.name}, 1 rank": plan}
     if ranks > 1:
-        plans[f"{config.method.name}, {ranks} ranks"] = plan_run(config, architecture, deepspeed, ranks, gpu)
+        plans[f"{config.method.name}, {ranks} ranks"] = plan_run(
+            config, architecture, deepspeed, ranks, gpu, policies=alike
+        )
     if config.method.name != BASELINE:
         method = config.method.model_copy(update={"name": BASELINE})
         baseline = config.model_copy(update={"method": method})
-        plans[f"plain LoRA ({BASELINE}), 1 rank"] = plan_run(baseline, architecture, deepspeed, gpu=gpu)
+        plans[f"plain LoRA ({BASELINE}), 1 rank"] = plan_run(baseline, architecture, deepspeed, gpu=gpu, policies=alike)
     print(f"\nEach rank's peak\n\n{peak_table({name: found.ledger for name, found in plans.items()})}")
     print(f"\n{config.method.name}, 1 rank, by phase\n\n{phase_table(plan.ledger)}")
     print(f"\nLargest at the peak\n\n{largest_table(plan.ledger)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from abmll.adapters import inject_adapters
 from abmll.config import Config
@@ -22,6 +24,7 @@ from abmll.memory import attention
 from abmll.memory.engine import CountedEngine
 from abmll.memory.fake import as_on_gpu, counted
 from abmll.memory.storages import (
+    ADAPTATION,
     ADAPTERS,
     COMPONENTS,
     GRADIENTS,
@@ -29,9 +32,9 @@ from abmll.memory.storages import (
     OUTER,
     PHASES,
     SCORING,
-    SETTLING,
     STATES,
     TRAINING,
+    WARM_UP,
     WEIGHTS,
     Storage,
     StorageCounter,
@@ -44,6 +47,7 @@ from abmll.models.load import attention_implementation
 from abmll.models.quantization import pack_shapes, quantize
 from abmll.tasks.task import Batch, Episode
 
+logger = logging.getLogger("abmll.memory")
 Counting = StorageCounter | Uncounted
 
 OPTIONS = 4  # of an example: too small to matter
@@ -137,9 +141,11 @@ def count_episode(setup: Setup) -> Ledger:
         with counted(setup.gpu) as counter:
             scored = run_episode(setup, counter)
             return read_ledger(counter, scored)
-    except (ValueError, ImportError):  # the user's to mend
-        raise
-    except Exception as error:  # whatever a model's code may do that fake tensors cannot
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("adapters."):
+            raise  # the user's to mend
+        # whatever else a model's code may do that fake tensors cannot
+        logger.debug("not counted", exc_info=True)
         reason = str(error).strip().partition("\n")[0]
         raise Uncountable(f"{type(error).__name__}: {reason}") from error
 
@@ -159,10 +165,14 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
         if setup.gpu:
             as_on_gpu(inner)
         batch = make_batch(config.tasks.batch_size, config.tasks.max_tokens)
-    with counter.stage(SETTLING):
+    several = (config.trainer.tasks_per_step or 1) > setup.world_size
+    with counter.stage(WARM_UP):
         engine.step({name: torch.zeros_like(value) for name, value in learner.adapters.theta.items()})
         if method.inner_loop:
-            settle_optimizer(inner)
+            warm_up(inner)
+        # of the tasks that this rank has visited before in the same step
+        sums = [torch.zeros_like(value) for value in learner.adapters.theta.values()] if several else []
+        counter.label(GRADIENTS, sums)
     if method.updates_per_episode:
         counter.label(STATES, _states(inner))
         visit = Visit(Episode(0, 0, "", (batch,), batch), 0, [NoiseKey(0, step) for step in range(2)], inner, 0.0)
@@ -172,18 +182,23 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
         counter.label(GRADIENTS, update.gradient.values())
         with counter.stage(OUTER):
             engine.step(update.gradient)
-        del update, visit
+        del update, visit, sums
         learner.adapters.reset_phi()
-    training = max((counter.peaks[phase].size for phase in TRAINING if phase in counter.peaks), default=None)
+    adapts_as_it_trains = method.inner_loop and config.method.reset_inner_optimizer
+    if setup.scoring and not adapts_as_it_trains:
+        with counter.stage(ADAPTATION):
+            method.adapt(learner, [batch], [NoiseKey(0, 0)])
+            learner.adapters.reset_phi()
+    bound = max((counter.peaks[phase].size for phase in (*TRAINING, ADAPTATION) if phase in counter.peaks), default=0)
     for examples in setup.scoring:
         counter.peaks.pop(SCORING, None)
         _score(learner, method, examples, setup, counter)
-        if training is None or counter.peaks[SCORING].size <= training:
+        if SCORING not in counter.peaks or counter.peaks[SCORING].size <= bound:
             break
     return examples if setup.scoring else None
 
 
-def settle_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def warm_up(optimizer: torch.optim.Optimizer) -> None:
     """Its states are there, as after a first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
@@ -200,9 +215,9 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
     """The frozen base model, its attention as it would be on the device."""
     config = setup.config
     implementation, quantized = _attention(setup), config.model.quantization != "none"
-    with counter.stage(SETTLING if quantized else LOAD):  # a 4-bit model is read layer by layer, never whole
+    with counter.stage(WARM_UP if quantized else LOAD):  # a 4-bit model is read layer by layer, never whole
         model = AutoModelForCausalLM.from_config(
-            setup.architecture,
+            deepcopy(setup.architecture),  # transformers writes the attention's name into it
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=implementation,
         )
@@ -217,7 +232,12 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
 
 def _attention(setup: Setup) -> str:
     """Transformers' name: eager code's, or SDPA's, which stands for flash-attn too: they take the same memory."""
-    model = setup.config.model
+    model, text = setup.config.model, setup.architecture.get_text_config()
+    grouped = getattr(text, "num_key_value_heads", None) not in (None, text.num_attention_heads)
+    if setup.gpu and model.dtype == "float32" and grouped:
+        return "eager"  # see `attention`: PyTorch's own plain code
+    if not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(setup.architecture), PreTrainedModel)._supports_sdpa:
+        return "eager"
     if model.attention == "flash_attention_2":
         return "sdpa"
     device = torch.device("cuda" if setup.gpu else "cpu")

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from abmll.config import Config
 from abmll.memory.episode import Ledger, Setup, Uncountable, count_episode
 from abmll.methods import METHODS
-from abmll.models.checkpointing import POLICIES, Checkpointing
+from abmll.models.checkpointing import POLICIES, Checkpointing, supports_checkpointing
 
 GB = 1e9
 SCORING_BATCHES = (16, 8, 4, 2, 1)
@@ -36,7 +36,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.ledger is None or self.ledger.peak + self.allowance <= self.budget
+        """Whether it was counted, and leaves the allowance free."""
+        return self.ledger is not None and self.ledger.peak + self.allowance <= self.budget
 
     @property
     def checkpointing(self) -> Checkpointing:
@@ -44,7 +45,10 @@ class Plan:
 
     @property
     def eval_batch_size(self) -> int:
-        return self.setup.scoring[-1] if self.ledger is None else self.ledger.scored
+        if self.ledger is not None:
+            return self.ledger.scored
+        asked = self.setup.config.eval.batch_size
+        return _usual_batch(self.setup.config) if asked == "auto" else asked
 
 
 def plan_run(
@@ -54,18 +58,19 @@ def plan_run(
     world_size: int = 1,
     gpu: bool = True,
     capacity: float | None = None,
+    policies: Sequence[Checkpointing] | None = None,
 ) -> Plan:
-    """The plan of a configured run. `capacity`: the device's bytes, which bound memory.budget_gb.
+    """The plan of a configured run.
+
+    `capacity`: the device's bytes, which bound memory.budget_gb. `policies`: of checkpointing, tried in this order
+    (None: what trainer.activation_checkpointing says); the last is taken if none fits.
 
     Raises ValueError where no module matches adapters.modules, or adapters.backend cannot run on the device.
     """
     budget = min(config.memory.budget_gb * GB, float("inf") if capacity is None else capacity)
     allowance = config.memory.allowance_gb * GB if gpu else 0.0
-    asked = config.eval.batch_size
-    setup = Setup(
-        config, architecture, deepspeed, world_size, gpu, scoring=SCORING_BATCHES if asked == "auto" else (asked,)
-    )
-    policies = _policies(config)
+    setup = Setup(config, architecture, deepspeed, world_size, gpu, scoring=_scoring_batches(config))
+    policies = policies or _policies(config, architecture)
     try:
         for policy in policies:
             setup = replace(setup, checkpointing=policy)
@@ -77,11 +82,23 @@ def plan_run(
     return plan
 
 
-def _policies(config: Config) -> Sequence[Checkpointing]:
-    """To be tried in this order, the last one taken if none fits."""
-    if METHODS[config.method.name].updates_per_episode == 0:
+def _policies(config: Config, architecture: PreTrainedConfig) -> Sequence[Checkpointing]:
+    asked = config.trainer.activation_checkpointing
+    if asked == "auto" and not supports_checkpointing(architecture):
         return POLICIES[:1]
-    return {True: POLICIES[-1:], False: POLICIES[:1], "auto": POLICIES}[config.trainer.activation_checkpointing]
+    return {True: POLICIES[-1:], False: POLICIES[:1], "auto": POLICIES}[asked]
+
+
+def _scoring_batches(config: Config) -> tuple[int, ...]:
+    if config.eval.batch_size != "auto":
+        return (config.eval.batch_size,)
+    # samples' noise belongs to places in a batch: its size must not depend on the device
+    return (_usual_batch(config),) if config.eval.samples else SCORING_BATCHES
+
+
+def _usual_batch(config: Config) -> int:
+    """Scoring keeps nothing for a backward pass, so that it bears several times a training batch."""
+    return max(1, 4 * config.tasks.batch_size // max(config.eval.samples, 1))
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,8 @@ def _changed(plan: Plan, overrides: dict[str, Any]) -> Plan:
         part = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: part})
     setup = plan.setup
-    return plan_run(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget)
+    leanest = _policies(config, setup.architecture)[-1:]
+    return plan_run(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget, leanest)
 
 
 def _text(value: Any) -> str:

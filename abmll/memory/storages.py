@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LOAD, FORWARD, RECOMPUTATION, BACKWARD = "load", "forward", "recomputation", "backward"
 OPTIMIZER, OUTER, SCORING = "optimizer", "outer step", "scoring"
-SETTLING = "settling"  # what a run does once; not reported
+ADAPTATION = "adaptation"  # to an unseen task, where training has no inner loop that does the same
+WARM_UP = "warm-up"  # what a run does once; not reported
 TRAINING = (FORWARD, RECOMPUTATION, BACKWARD, OPTIMIZER, OUTER)
-PHASES = (LOAD, *TRAINING, SCORING)
+PHASES = (LOAD, *TRAINING, ADAPTATION, SCORING)
 
 WEIGHTS, ADAPTERS, STATES, ENGINE, GRADIENTS = "weights", "adapters", "optimizer states", "engine buffers", "gradients"
 KEPT, SCRATCH, TEMPORARY = "kept for the backward pass", "operators' scratch", "temporaries"

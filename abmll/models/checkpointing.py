@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Checkpointing = Literal["none", "every second layer", "all layers"]
 # from the fastest to the leanest
 POLICIES: tuple[Checkpointing, ...] = ("none", "every second layer", "all layers")
+
+
+def supports_checkpointing(architecture: PreTrainedConfig) -> bool:
+    """Whether this architecture's layers can."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), PreTrainedModel).supports_gradient_checkpointing
 
 
 def checkpoint_layers(model: PreTrainedModel, policy: Checkpointing) -> None:

@@ -11,9 +11,9 @@ from unittest.mock import patch
 import torch
 
 from abmll.config import Config
-from abmll.memory.episode import Counting, Setup, make_batch, make_model, run_episode, settle_optimizer
+from abmll.memory.episode import Counting, Setup, make_batch, make_model, run_episode, warm_up
 from abmll.memory.fake import as_on_gpu
-from abmll.memory.storages import ADAPTERS, GRADIENTS, LOAD, SCORING, SETTLING, STATES
+from abmll.memory.storages import ADAPTERS, GRADIENTS, LOAD, SCORING, STATES, WARM_UP
 from abmll.models.answers import answer_logits
 from abmll.models.architectures import architecture_config
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
@@ -84,8 +84,8 @@ def run_peft(setup: Setup, counter: Counting) -> None:
         counter.name_modules(base)
         optimizer = as_on_gpu(torch.optim.AdamW(parameters, lr=method.inner_lr, weight_decay=0.0))
         batch = make_batch(tasks.batch_size, tasks.max_tokens)
-    with counter.stage(SETTLING):
-        settle_optimizer(optimizer)
+    with counter.stage(WARM_UP):
+        warm_up(optimizer)
     counter.label(STATES, (value for state in optimizer.state.values() for value in state.values()))
     model.train()
     answer_nll(answer_logits(base, batch), batch.target, method.nll_reduction).backward()

@@ -96,22 +96,31 @@ def committed(model):
 
 
 @pytest.mark.parametrize("model", ["llama3-8b", "qwen2-7b"])
-def test_committed_rows_are_complete_and_reach_the_goals(model):
-    """The goals are for Llama3-8B; what is not reached to the hundredth of a percent is said in the README."""
+def test_committed_rows_are_complete(model):
     rows = committed(model)
     shapes = {(row["examples"], row["tokens"]) for row in rows}
     assert shapes == {(2, 128), (2, 256), (2, 512), (2, 1024), (2, 2048), (2, 4096), (5, 1024)}
     assert len(rows) == 7 * 2 * 7
-    for policy in ("all layers", "none"):
-        for shape in ((2, 512), (5, 1024)):
-            peaks = {
-                row["contender"]: row["peak"]
-                for row in rows
-                if (row["examples"], row["tokens"], row["checkpointing"]) == (*shape, policy)
-            }
-            for posterior in ("activation", "weight"):
-                assert peaks[f"{posterior}, fused"] < 1.01 * peaks["PEFT LoRA"]
-                assert peaks[f"{posterior}, fused"] < 1.011 * peaks["LoRA"]
+
+
+@pytest.mark.parametrize("policy", ["all layers", "none"])
+@pytest.mark.parametrize("shape", [(2, 512), (5, 1024)])
+def test_committed_rows_reach_the_goals(shape, policy):
+    """Of Llama3-8B. One is missed, by 0.06 %: fused against our own LoRA at 2 x 512 with checkpointing (README)."""
+    peaks = {
+        row["contender"]: row["peak"]
+        for row in committed("llama3-8b")
+        if (row["examples"], row["tokens"], row["checkpointing"]) == (*shape, policy)
+    }
+    missed = (shape, policy) == ((2, 512), "all layers")
+    for posterior, plain in (("activation", 1.02), ("weight", 1.03)):
+        fused = peaks[f"{posterior}, fused"]
+        assert fused < 1.01 * peaks["PEFT LoRA"]
+        assert fused < (1.0107 if missed else 1.01) * peaks["LoRA"]
+        if policy == "all layers":
+            assert peaks[f"{posterior}, plain"] < plain * peaks["LoRA"]
+        if missed:
+            assert fused < 16.85e9
 
 
 def test_a_committed_row_is_what_the_code_gives(modules):

@@ -92,7 +92,7 @@ def test_a_cpu_keeps_what_it_made_and_finds_the_same(posterior, monkeypatch):
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_bands_hold_to_the_float64_contract(pair, dtype, groups, monkeypatch):
-    """Three bands of at most 64 of 150 rows: of the weight matrix, or of tokens in theta's gradient."""
+    """Three bands of at most 64 of 150 rows: of the weight matrix, or of tokens."""
     harness, contract = pair
     tokens, outputs = (150, 20) if harness.posterior == "activation" else (5, 150)
     inputs = harness.inputs(tokens, 36, outputs, dtype=dtype, groups=groups)
@@ -107,8 +107,7 @@ def test_bands_hold_to_the_float64_contract(pair, dtype, groups, monkeypatch):
     monkeypatch.setattr(bands, "SCRATCH_BYTES", 1)
     harness.compare(harness.run(inputs, "torch", mask, upstream), right, *exact)
     harness.compare(harness.theta(inputs, "torch", mask), right_theta, *exact_theta)
-    if harness.posterior == "weight":  # forward, and again backward
-        assert sorted(drawn) == sorted(2 * (groups or 1) * [64, 64, 22])
+    assert sorted(drawn) == sorted(2 * (groups or 1) * [64, 64, 22])  # forward, and again backward
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)

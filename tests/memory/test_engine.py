@@ -13,7 +13,7 @@ from abmll.config.schema import LoggingConfig
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
 from abmll.memory.engine import CountedEngine
-from abmll.memory.storages import OUTER, SETTLING, StorageCounter
+from abmll.memory.storages import OUTER, WARM_UP, StorageCounter
 
 SIZES = ((40, 25), (25, 30), (8, 125))  # 2,750 numbers; the bucket holds 1,000
 AdamW = partial(torch.optim.AdamW, lr=1e-3)
@@ -32,7 +32,7 @@ def steps(make, counter: StorageCounter) -> tuple[int, int, int]:
     engine = make(theta, counter)
     gc.collect()
     built = counter.now
-    for stage in (SETTLING, OUTER):
+    for stage in (WARM_UP, OUTER):
         with counter.stage(stage):
             engine.step({name: torch.ones_like(value) for name, value in theta.items()})
     gc.collect()

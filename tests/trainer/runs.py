@@ -63,16 +63,16 @@ class Run:
         return self
 
     @contextmanager
-    def session(self, *overrides: str, resume: bool = False) -> Iterator[Session]:
+    def session(self, *overrides: str, resume: bool = False, overwrite: bool = False) -> Iterator[Session]:
         """The run's parts, as `train` has them before the first step."""
         try:
-            yield self.open(*overrides, resume=resume)[0]
+            yield self.open(*overrides, resume=resume, overwrite=overwrite)[0]
         finally:
             stop_ranks()
 
-    def open(self, *overrides: str, resume: bool = False) -> tuple[Session, Checkpoint | None]:
+    def open(self, *overrides: str, resume: bool = False, overwrite: bool = False) -> tuple[Session, Checkpoint | None]:
         config = load_config(self.config, overrides)
-        return open_session(config, str(self.config), start_ranks(), resume, overwrite=False)
+        return open_session(config, str(self.config), start_ranks(), resume, overwrite)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(TRAIN), "--config", str(self.config), *arguments]

@@ -1,0 +1,76 @@
+"""launch/plan.py as a user meets it, and what a run makes of its plan."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import pytest
+import torch
+from runs import ROOT, make_run, one_thread, run  # noqa: F401
+
+from abmll.memory.capacity import device_capacity
+from abmll.models.checkpointing import POLICIES
+
+AUTO = ("trainer.activation_checkpointing=auto", "eval.batch_size=auto", "trainer.episodes=1")
+
+
+@pytest.fixture
+def plan(run, monkeypatch):  # noqa: F811
+    """The command in this process; returns its exit status."""
+
+    def execute(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--config", str(run.config), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "launch/plan.py"), run_name="__main__")
+        return end.value.code
+
+    return execute
+
+
+def test_plan_shows_a_run_beside_lora_and_on_several_ranks(plan, capsys):
+    assert plan("--ranks", "4", "model.dtype=bfloat16", "tasks.max_tokens=64") == 0
+    out = capsys.readouterr().out
+    assert "| GB | abmll, 1 rank | abmll, 4 ranks | plain LoRA (lora), 1 rank |" in out
+    assert "| GB | load | forward | backward | optimizer | outer step | scoring |" in out
+    assert "| 2 | [128, 64] bfloat16 | model.layers.*.mlp.up_proj.weight | weights |" in out
+    assert "activations checkpointed in no layer; " in out and "fits 40 GB: " in out and "+ 1.5 GB kept free" in out
+
+
+def test_plan_tries_what_would_make_a_run_fit(plan, capsys):
+    assert plan("--ranks", "1", "--device", "cpu", "memory.budget_gb=1e-9", "tasks.batch_size=1") == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT 1e-09 GB" in out and "Tried:\n  trainer.activation_checkpointing=true\n" in out
+    assert "Nothing of this is enough for 1e-09 GB" in out
+
+
+def test_plan_tells_mistakes(plan, capsys):
+    assert plan("adapters.modules=[q_prj]") == 2
+    assert "error: adapters.modules: q_prj: " in capsys.readouterr().err
+    assert plan("--ranks", "0") == 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_takes_what_its_plan_says(run, policy):  # noqa: F811
+    """From the budget to the layers' flags and the evaluator's batches."""
+    with run.session(*AUTO) as session:
+        first = session.plan
+        assert first.fits and session.evaluator.batch_size == first.eval_batch_size <= 16
+    budgets = {"none": 40.0, "every second layer": first.ledger.peak / 1e9 - 1e-6, "all layers": 1e-9}
+    with run.session(*AUTO, f"memory.budget_gb={budgets[policy]}", overwrite=True) as session:
+        assert session.plan.checkpointing == policy
+        flags = [layer.gradient_checkpointing for layer in session.parts.model.model.layers]
+        expected = {"none": [False, False], "every second layer": [True, False], "all layers": [True, True]}
+        assert flags == expected[policy]
+
+
+def test_a_small_machine_bounds_the_budget(run, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("abmll.run.device_capacity", lambda *_: 1000)
+    with run.session(*AUTO) as session:
+        assert session.plan.budget == 1000 and session.plan.checkpointing == "all layers"
+
+
+def test_ranks_of_a_machine_share_its_memory():
+    cpu = torch.device("cpu")
+    assert device_capacity(cpu) > 2**28
+    assert device_capacity(cpu, 4) == device_capacity(cpu) // 4
