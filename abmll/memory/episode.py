@@ -187,7 +187,7 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
     adapts_as_it_trains = method.inner_loop and config.method.reset_inner_optimizer
     if setup.scoring and not adapts_as_it_trains:
         with counter.stage(ADAPTATION):
-            method.adapt(learner, [batch], [NoiseKey(0, 0)])
+            method.adapt(learner, [batch] * 2, [NoiseKey(0, step) for step in range(2)])  # then its moments are there
             learner.adapters.reset_phi()
     bound = max((counter.peaks[phase].size for phase in (*TRAINING, ADAPTATION) if phase in counter.peaks), default=0)
     for examples in setup.scoring:
