@@ -233,7 +233,8 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
 def _attention(setup: Setup) -> str:
     """Transformers' name: eager code's, or SDPA's, which stands for flash-attn too: they take the same memory."""
     model, text = setup.config.model, setup.architecture.get_text_config()
-    grouped = getattr(text, "num_key_value_heads", None) not in (None, text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", None)
+    grouped = getattr(text, "num_key_value_heads", heads) not in (None, heads)
     if setup.gpu and model.dtype == "float32" and grouped:
         return "eager"  # see `attention`: PyTorch's own plain code
     if not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(setup.architecture), PreTrainedModel)._supports_sdpa:

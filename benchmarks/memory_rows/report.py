@@ -33,9 +33,11 @@ def report(paths: list[Path], plot: Path | None = None) -> str:
         rows = [row for found in files for row in found["rows"]]
         if rows:
             devices = ", ".join(dict.fromkeys(found["provenance"]["device"] for found in files))
-            commits = ", ".join(dict.fromkeys(str(found["provenance"]["commit"])[:10] for found in files))
+            # a row that was made again later carries its own commit
+            made = [found["provenance"]["commit"] for found in files] + [row.get("commit") for row in rows]
+            commits = ", ".join(dict.fromkeys(str(commit)[:10] for commit in made if commit))
             title = f"{kind.capitalize()} peak of an episode, GB" + (f" ({devices})" if kind == "measured" else "")
-            parts += [f"# {title}", f"Commit {commits}.", *_tables(rows, kind)]
+            parts += [f"# {title}", f"Commits: {commits}.", *_tables(rows, kind)]
             if kind == "predicted" and plot is not None:
                 draw(rows, plot)
     return "\n\n".join(parts) + "\n"
