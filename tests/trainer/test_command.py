@@ -45,6 +45,13 @@ def test_validate_checks_a_good_configuration_and_writes_nothing(run):
     assert not run.folder.exists()
 
 
+def test_validate_tells_what_does_not_fit(run, command, capsys):
+    """It fails on a GPU alone: a machine without one may only be where the configuration is written."""
+    assert command("--validate", "memory.budget_gb=1e-9") == 0
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT 1e-09 GB: " in out and f"python launch/plan.py --config {run.config}" in out
+
+
 def test_validate_reports_every_fault_at_once(run, tmp_path):
     (tmp_path / "broken.json").write_text('{"zero_optimization": ')
     found = call(
