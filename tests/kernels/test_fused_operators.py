@@ -153,8 +153,9 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("terms", ["divergence", "theta", "none"])
 @pytest.mark.parametrize(("dtype", "groups"), [(BF16, None), (FP32, 2)], ids=["bf16", "fp32"])
-def test_bytes_saved_for_the_backward(activation, terms, dtype, groups):
-    """x and, fused, 4r fp32 numbers a token: nothing of the outputs' size."""
+def test_bytes_saved_for_the_backward(activation, terms, dtype, groups, monkeypatch):
+    """x and, fused, 4r fp32 numbers a token: nothing of the outputs' size. Plain code as on a GPU."""
+    monkeypatch.setattr("abmll.kernels.plain.on_gpu", lambda _: True)
     inputs = activation.inputs(tokens=24, inputs=48, outputs=48, rank=4, dtype=dtype, groups=groups)
     mask = activation.mask(inputs, "random")
     count = {backend: saved_bytes(activation, inputs, mask, backend, terms) for backend in ("triton", "torch")}

@@ -80,7 +80,8 @@ def test_scratch_is_bounded_and_handed_on(weights, monkeypatch, scratch):
     assert drawn == 3 * 2 * 150 * 128
 
 
-def test_saved_for_the_backward_is_x_alone(weights, capsys):
+def test_saved_for_the_backward_is_x_alone(weights, capsys, monkeypatch):
+    monkeypatch.setattr("abmll.kernels.plain.on_gpu", lambda _: True)  # a CPU keeps what plain code made
     inputs = weights.inputs(tokens=8, inputs=64, outputs=48, dtype=torch.bfloat16)
     for leaf in (inputs.x, *inputs.factors):
         leaf.requires_grad_(True)
