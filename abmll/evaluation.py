@@ -97,7 +97,7 @@ class Evaluator:
         method.adapt(self.learner, [batch.to(self.ranks.device) for batch in batches], keys)
         found[steps] = self._predict(method, task.name, examples, adapted=steps)
         adapters.reset_phi()
-        release_freed()
+        release_freed(self.ranks.device)
         return found
 
     @torch.inference_mode()

@@ -14,6 +14,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+import torch
+
 # Products that are kept. All layers share a shape's 15; so this holds an episode's batches, and 70 MiB.
 CAPACITY = 128
 CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # torch's descriptions, oneDNN's code
@@ -25,9 +27,12 @@ def bound_caches() -> None:
         os.environ.setdefault(name, str(CAPACITY))
 
 
-def release_freed() -> None:
-    """Give the heap's free pages back to the system, some milliseconds; nothing where the C library cannot."""
-    if _trim is not None:
+def release_freed(device: torch.device) -> None:
+    """Give the heap's free pages back to the system, some milliseconds.
+
+    Nothing in a run on a GPU, which should not wait for it, nor where the C library cannot.
+    """
+    if device.type == "cpu" and _trim is not None:
         _trim(0)
 
 

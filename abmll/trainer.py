@@ -105,7 +105,7 @@ class Trainer:
             started = time.perf_counter()
             table = self._outer_step(position.step)
             position.step += 1
-            release_freed()
+            release_freed(self.ranks.device)
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
             if self.after_step:

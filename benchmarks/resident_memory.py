@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.unbounded:
         os.environ.update({name: "1024" for name in CACHES})  # their defaults
-        trainer.release_freed = lambda: None
+        trainer.release_freed = lambda _: None
 
     made, rows = provenance(), []
     mode = "unbounded" if arguments.unbounded else "bounded"
