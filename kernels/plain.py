@@ -66,7 +66,7 @@ def activation_projection(
     phi: GaussianFactors,
     theta: GaussianFactors | None,
     settings: PosteriorSettings,
-    key: NoiseKey,
+    key: NoiseKey | Tensor,
     layer: int,
     mask: Tensor | None,
 ) -> Projection:
@@ -99,7 +99,7 @@ def _split(tensor: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 
 
 def _activation_change(
-    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey, int, int], *factors: Tensor
+    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int], *factors: Tensor
 ) -> Sample:
     (settings, key, layer, first_row), (phi, theta) = names, _paired(factors)
     size = (x.shape[1], phi.mean.b.shape[-2])
@@ -114,7 +114,7 @@ def weight_projection(
     phi: GaussianFactors,
     theta: GaussianFactors | None,
     settings: PosteriorSettings,
-    key: NoiseKey,
+    key: NoiseKey | Tensor,
     layer: int,
 ) -> Projection:
     """`reference.weight_linear` with the noise named by (key, layer), a band of rows of the change at a time.
@@ -133,7 +133,9 @@ def weight_projection(
     return Projection(y, *(torch.stack(sums).sum(dim=0).unbind() if sums else (None, None)))
 
 
-def _weight_change(x: Tensor, names: tuple[PosteriorSettings, NoiseKey, int, int, int], *factors: Tensor) -> Sample:
+def _weight_change(
+    x: Tensor, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int, int], *factors: Tensor
+) -> Sample:
     (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
     noise = standard_normal(phi.mean.b.shape[-2], x.shape[-1], key, layer, group, x.device, first_row)
     return reference.weight_sample(x, phi, theta, settings, noise)

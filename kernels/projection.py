@@ -33,7 +33,7 @@ def posterior_projection(
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
-    key: NoiseKey,
+    key: NoiseKey | Tensor,
     layer: int,
     token_mask: Tensor | None = None,
     terms: Terms = "divergence",
@@ -45,8 +45,9 @@ def posterior_projection(
     the result is differentiable too: y's gradient is y0's, and x gets the low-rank part's alone from here. Factors as
     in `reference`, theta's without a group; token_mask as x without its last dimension, true where a token counts. With
     phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every group (an episode beside others) has its own noise.
-    The noise is named by (key, layer, group) alone, so that a recomputed forward pass draws it again. Differentiable in
-    x and all factors. Under autocast x and base take its dtype (a copy of the weight, which the backward pass keeps),
+    The noise is named by (key, layer, group) alone, so that a recomputed forward pass draws it again; key may be the
+    rows that `NoiseKey.rows` makes of one, which spares a copy to the device a call. Differentiable in x and all
+    factors. Under autocast x and base take its dtype (a copy of the weight, which the backward pass keeps),
     and the low-rank arithmetic stays in fp32.
 
     Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
@@ -63,7 +64,8 @@ def posterior_projection(
         base = base.reshape(*grouped.shape[:-1], outputs)
     with torch.autocast(x.device.type, enabled=False):
         if choose(backend, posterior, x, phi.mean.a.shape[-2]) == "triton":
-            found = _fused(posterior, grouped, base, phi, theta, settings, key, layer, mask, terms)
+            names = key if isinstance(key, Tensor) else key.rows(len(grouped), x.device)
+            found = _fused(posterior, grouped, base, phi, theta, settings, names, layer, mask, terms)
         else:
             compared = theta if terms == "divergence" else None
             arguments = (grouped, _product(grouped, base), phi, compared, settings, key, layer)
@@ -130,7 +132,7 @@ def _fused(
     phi: GaussianFactors,
     theta: GaussianFactors,
     settings: PosteriorSettings,
-    key: NoiseKey,
+    names: Tensor,
     layer: int,
     mask: Tensor | None,
     terms: Terms,
@@ -142,16 +144,16 @@ def _fused(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (weight, bias)):
         raise ValueError("weight, bias: require a gradient: the base layer is frozen here; call requires_grad_(False)")
     with_sums = terms == "divergence"
-    noise, low_rank = [key.signed_seed, key.signed_step, layer], None
+    noise, low_rank = (names, layer), None
     if posterior == "activation":
         compared = [] if terms == "none" else _flat(theta)
         factors = (_flat(phi, grouped=True), compared)
         y, low_rank, sums = activation_forward(
-            x, weight, bias, product, mask, *factors, list(settings), noise, with_sums
+            x, weight, bias, product, mask, *factors, list(settings), *noise, with_sums
         )
     else:
         factors = (_flat(phi, grouped=True), _flat(theta) if with_sums else [])
-        y, sums = weight_forward(x, weight, bias, product, *factors, list(settings), noise, with_sums)
+        y, sums = weight_forward(x, weight, bias, product, *factors, list(settings), *noise, with_sums)
     kl, prior = sums.unbind() if with_sums else (None, None)
     return Projection(y, kl, prior, low_rank)
 

@@ -45,12 +45,12 @@ class RecordedTerms:
 
 @dataclass
 class AdapterContext:
-    """`key` None: the posterior mean, without terms. `kl`: every layer's KL joins the graph. `outer` set: theta's local
-    gradients are made in the forward pass. `groups` G: the batch is G equal parts, each with noise of its own (samples
-    of the posterior side by side).
+    """`names` [G, 3] are the key's, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms. `kl`:
+    every layer's KL joins the graph. `outer` set: theta's local gradients are made in the forward pass. `groups` G: the
+    batch is G equal parts, each with noise of its own (samples of the posterior side by side).
     """
 
-    key: NoiseKey | None = None
+    names: Tensor | None = None
     token_mask: Tensor | None = None
     groups: int = 1
     kl: bool = False
@@ -61,13 +61,14 @@ class AdapterContext:
     def forward_pass(
         self,
         key: NoiseKey | None,
-        token_mask: Tensor | None,
+        token_mask: Tensor,
         kl: bool = False,
         outer: OuterWeights | None = None,
         groups: int = 1,
     ) -> Iterator[RecordedTerms]:
         """Fix the integers and the mask of the next forward pass; yields what the layers record in it."""
-        self.key, self.token_mask, self.kl, self.outer, self.groups = key, token_mask, kl, outer, groups
+        self.names = None if key is None else key.rows(groups, token_mask.device)  # once for all layers
+        self.token_mask, self.kl, self.outer, self.groups = token_mask, kl, outer, groups
         self.recorded = RecordedTerms()
         try:
             yield self.recorded

@@ -72,7 +72,7 @@ class GaussianLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         context, base = self.context, frozen_base(self.base, x)
         phi, theta = self.phi.factors(), self.theta.factors()
-        if context.key is None:
+        if context.names is None:
             return mean_linear(x, base, phi.mean, self.settings.scaling)
         outer, shape, token_mask = context.outer, x.shape, context.token_mask
         if context.groups > 1:
@@ -87,7 +87,7 @@ class GaussianLoRALinear(nn.Module):
             phi,
             theta,
             self.settings,
-            context.key,
+            context.names,
             self.index,
             token_mask,
             terms="divergence" if context.kl else "none" if outer is None else "theta",

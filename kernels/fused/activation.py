@@ -5,7 +5,7 @@ pass: x, the rank-sized projections p in fp32, and integers.
 
 The base is a dense weight (with or without a bias), or a product y0 that another library made, to which the sample is
 added: then weight and bias are None. Arguments of all operators: phi and theta are lists of mean a, b, log-variance a,
-b (theta may be empty); settings those of `PosteriorSettings`; noise holds seed, step and layer as signed numbers.
+b (theta may be empty); settings those of `PosteriorSettings`; names [G, 3] those of `NoiseKey.rows`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.derivative import Needs
-from abmll.kernels.fused.launch import NO_NOISE, Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
 from abmll.kernels.fused.operators import operator
 
 
@@ -36,7 +36,8 @@ def activation_forward(
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
-    noise: Sequence[int],
+    names: Tensor,
+    layer: int,
     with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [G, T, N], p [G, T, pairs * r] fp32, [KL, -log prior] or empty) of x [G, T, K]; mask [G, T] bool.
@@ -48,12 +49,12 @@ def activation_forward(
     y, p = launch.project(launch.rows_contiguous(x), weight, bias, pairs)
     if y is None:
         y = product.clone(memory_format=torch.contiguous_format)  # the sample is added in place
-    scalars = Scalars(*settings, *noise)
+    scalars = Scalars(*settings, names, layer)
     return y, p, launch.sample(Matrix.of_activations(p, pairs), y, _mask_bytes(mask), scalars, True, with_sums)
 
 
 @activation_forward.register_fake
-def _(x, weight, bias, product, mask, phi, theta, settings, noise, with_sums):
+def _(x, weight, bias, product, mask, phi, theta, settings, names, layer, with_sums):
     shape, pairs = x.shape[:-1], (len(phi) + len(theta)) // 2
     return (
         x.new_empty(*shape, phi[1].shape[-2]),
@@ -73,13 +74,14 @@ def activation_backward(
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
-    noise: Sequence[int],
+    names: Tensor,
+    layer: int,
     need_x: bool,
     need_phi: bool,
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, names, layer)
     x = launch.rows_contiguous(x)
     dy = None if dy is None else launch.rows_contiguous(dy)
     # x has a part in the KL through theta's statistics as well
@@ -99,7 +101,7 @@ def activation_backward(
 
 
 @activation_backward.register_fake
-def _(dy, dsums, x, p, weight, mask, phi, theta, settings, noise, need_x, need_phi, need_theta):
+def _(dy, dsums, x, p, weight, mask, phi, theta, settings, names, layer, need_x, need_phi, need_theta):
     rank, groups, count = phi[0].shape[-2], x.shape[0], 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
@@ -109,22 +111,23 @@ def _(dy, dsums, x, p, weight, mask, phi, theta, settings, noise, need_x, need_p
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, _, mask, phi, theta, ctx.settings, ctx.noise, _ = inputs
+    x, weight, _, _, mask, phi, theta, ctx.settings, names, ctx.layer, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, mask, *phi, *theta)
+    ctx.save_for_backward(x, output[1], weight, mask, names, *phi, *theta)
 
 
 def _backward(ctx, dy, _, dsums):
-    x, p, weight, mask, *factors = ctx.saved_tensors
+    x, p, weight, mask, names, *factors = ctx.saved_tensors
     needs = Needs.of(ctx.needs_input_grad[0], ctx.needs_input_grad[5:7], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
         with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
             dx, da, db = torch.ops.abmll.activation_backward(
-                dy, needs.dsums, x, p, weight, mask, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
-            )
+                dy, needs.dsums, x, p, weight, mask, factors[:4], factors[4:], ctx.settings, names, ctx.layer,
+                *needs.flags,
+            )  # fmt: skip
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
-    return dx, None, None, dy if weight is None else None, None, phi, theta, None, None, None
+    return dx, None, None, dy if weight is None else None, None, phi, theta, None, None, None, None
 
 
 activation_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -153,7 +156,7 @@ def activation_theta_gradient(
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs, from x and all four pairs' p: no noise."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *NO_NOISE)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings)
     x = launch.rows_contiguous(x)
     weights = launch.constants(kl_weight, prior_weight, device=x.device)
     wanted = Wanted(False, True, False, True, sums=True)

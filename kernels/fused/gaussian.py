@@ -37,21 +37,21 @@ def _counted(mask_ptr, rows, end, HAS_MASK: tl.constexpr):
 
 
 # Numbers that differ from step to step or batch to batch: nothing is compiled anew for them.
-VARYING = ["M", "G", "first_row", "mask_group", "slot_rows", "chunk_columns", "seed", "step", "layer", "first_group"]
+VARYING = ["M", "G", "first_row", "mask_group", "slot_rows", "chunk_columns", "layer"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sample_kernel(
     y_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, sums_ptr,
     M, N, first_row, y_group, y_stride, p_group, p_theta_group, p_stride, q_group, q_theta_group, q_stride, q_rank,
-    mask_group, scaling, offset, prior_shape, prior_rate, seed: tl.int64, step: tl.int32, layer: tl.int32, first_group,
+    mask_group, names_ptr, layer, scaling, offset, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr, SUMS: tl.constexpr, HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A sample of Z [G, M, N], added to what y [G, M, N] holds (ADD) or written over it.
 
-    SUMS: one partial sum of KL and one of -log prior a program, sums [2, programs]. `first_row` and `first_group` are
-    the places of row and group 0 in the noise.
+    SUMS: one partial sum of KL and one of -log prior a program, sums [2, programs]. `first_row` is the
+    place of row 0 in the noise, which `names` [G, 3] and the layer name.
     """
     row_block = tl.program_id(0)
     column_block = tl.program_id(1)
@@ -67,7 +67,7 @@ def sample_kernel(
     mean = scaling * dot(p_mean, tl.trans(q_mean))
     low = scaling * dot(p_low, tl.trans(q_low))
 
-    noise = normal_tile(first_row + rows, column_block * COLUMNS, N, seed, step, layer, first_group + group, COLUMNS)
+    noise = normal_tile(first_row + rows, column_block * COLUMNS, N, names_ptr + 3 * group, layer, COLUMNS)
     y = mean + tl.exp(0.5 * (low + offset)) * noise
     y_tile = y_ptr + far_group * y_group + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
     if ADD:
@@ -102,7 +102,7 @@ def adjoint_kernel(
     dz_ptr, z_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, weights_ptr, dp_ptr, dq_ptr, sums_ptr,
     M, N, G, first_row, dz_group, dz_stride, z_group, z_stride, p_group, p_theta_group, p_stride,
     q_group, q_theta_group, q_stride, q_rank, mask_group, slot_rows, chunk_columns,
-    scaling, offset, prior_shape, prior_rate, seed: tl.int64, step: tl.int32, layer: tl.int32, first_group,
+    names_ptr, layer, scaling, offset, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_DZ: tl.constexpr, SAMPLE: tl.constexpr, DIVERGENCE: tl.constexpr, DP_PHI: tl.constexpr, DP_THETA: tl.constexpr,
     DQ_PHI: tl.constexpr, DQ_THETA: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -173,7 +173,7 @@ def adjoint_kernel(
             if HAS_DZ:
                 dz_rows = dz_ptr + rows.to(tl.int64)[:, None] * dz_stride
                 by_mean = tl.load(dz_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-                noise = normal_tile(first_row + rows, column_start, N, seed, step, layer, first_group + group, COLUMNS)
+                noise = normal_tile(first_row + rows, column_start, N, names_ptr + 3 * group, layer, COLUMNS)
                 spread = tl.exp(0.5 * (low + offset)) * noise
                 by_low = 0.5 * by_mean * spread
                 if SAMPLE:

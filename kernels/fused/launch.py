@@ -84,19 +84,18 @@ def _padded(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Scalars(NamedTuple):
-    """`PosteriorSettings`, then the integers that name the noise, as signed 64- and 32-bit numbers."""
+    """`PosteriorSettings`, then what names the noise (None: none is drawn): rows [G, 3] of `NoiseKey.rows`, a layer."""
 
     scaling: float
     offset: float
     prior_shape: float
     prior_rate: float
-    seed: int
-    step: int
-    layer: int
-    first_group: int = 0
+    names: Tensor | None = None
+    layer: int = 0
 
-
-NO_NOISE = (0, 0, 0)
+    def arguments(self, near: Tensor) -> tuple[Tensor, int, float, float, float, float]:
+        """In the kernels' order; `near` stands in for names that are not read."""
+        return near if self.names is None else self.names.contiguous(), self.layer, *self[:4]
 
 
 def _blocks(size: int, block: int) -> int:
@@ -176,7 +175,8 @@ def sample(
         _run(
             sample_kernel, grid, y,
             y, *matrix.factors, y if mask is None else mask, sums,
-            rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask), *scalars,
+            rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask),
+            *scalars.arguments(y),
             RANK=rank, R=padded_rank(rank), ADD=add, SUMS=with_sums, HAS_MASK=mask is not None,
             **launch.blocks, **launch.options,
         )  # fmt: skip
@@ -246,7 +246,7 @@ def adjoint(
             some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
             some if mask is None else mask, some if weights is None else weights.contiguous(), dp, dq, sums,
             rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
-            _mask_stride(mask), slot_rows, chunk_columns, *scalars,
+            _mask_stride(mask), slot_rows, chunk_columns, *scalars.arguments(some),
             RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
             SAMPLE=sample_to is not None, DIVERGENCE=weights is not None, DP_PHI=wanted.dp_phi,
             DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta, SUMS=wanted.sums,

@@ -32,6 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
 
+from abmll.kernels import NoiseKey
 from abmll.kernels.fused import activation, configurations, launch
 from abmll.kernels.fused import weight as weight_operators
 
@@ -43,7 +44,7 @@ SHARED_LIMIT = {80: 101_376, 90: 232_448}
 STACK_LIMIT = 64
 CASES = (*(f"bfloat16:{rank}" for rank in (8, 16, 32, 64)), "float16:8", "float32:8")
 SETTINGS = [2.0, -20.0, 1.0, 0.01]
-NAMES = [12345, 67, 5]  # neither 1 nor a multiple of 16
+NAMED = (SETTINGS, NoiseKey(0, 0).rows(1, "cpu"), 5)  # a layer that is neither 1 nor a multiple of 16
 # Of these every use is listed, of the others what training launches.
 IN_FULL = ("bfloat16:8", "bfloat16:16", "float32:8")
 # Modules whose kernels are recorded.
@@ -149,7 +150,14 @@ def _activation_step(
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
     y, p, sums = activation.activation_forward(
-        x, weight, vector, product, counted, *factors, SETTINGS, NAMES, terms == "divergence"
+        x,
+        weight,
+        vector,
+        product,
+        counted,
+        *factors,
+        *NAMED,
+        terms == "divergence",
     )
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
@@ -177,7 +185,7 @@ def _weight_step(
     weight = torch.zeros(outputs, inputs, dtype=dtype)
     phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
     factors = (phi, [] if terms == "none" else theta)
-    y, sums = weight_operators.weight_forward(x, weight, None, None, *factors, SETTINGS, NAMES, terms == "divergence")
+    y, sums = weight_operators.weight_forward(x, weight, None, None, *factors, *NAMED, terms == "divergence")
     if need_x or need_phi or need_theta:
         (y.float().sum() + sums.sum()).backward()
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from abmll.kernels.noise import LANES
+from abmll.kernels.noise import LANES, ROUNDS
 
 QUAD = tl.constexpr(LANES)
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 # The interpreter multiplies bf16 tiles wrongly, and truncates to bf16 where a GPU rounds, without a word.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -46,18 +47,21 @@ def box_muller(word_0, word_1):
 
 
 @triton.jit
-def normal_tile(rows, first_column, columns, seed, step, layer, group, WIDTH: tl.constexpr):
+def normal_tile(rows, first_column, columns, name_ptr, layer, WIDTH: tl.constexpr):
     """Standard normals [len(rows), WIDTH] from `first_column` on (both multiples of 4) of a matrix with `columns`.
 
     Their bits depend on the element's own indices and the integers alone, see `noise.standard_normal`. One Philox call
-    serves four neighbours.
+    serves four neighbours. The name is one row of `NoiseKey.rows`: seed, step, group.
     """
+    seed = tl.load(name_ptr)
+    step = tl.load(name_ptr + 1).to(tl.uint32)
+    group = tl.load(name_ptr + 2).to(tl.uint32)
     quads = tl.cdiv(columns, QUAD)
     within = first_column // QUAD + tl.arange(0, WIDTH // QUAD)
     # 32-bit words that may wrap as signed numbers; the caller has checked that rows x quads fits 32 bits
     counter = rows.to(tl.uint32)[:, None] * quads + within.to(tl.uint32)[None, :]
     zero = counter * 0
-    words = tl.philox(seed, counter, zero + group.to(tl.uint32), zero + step.to(tl.uint32), zero + layer.to(tl.uint32))
+    words = tl.philox(seed, counter, zero + group, zero + step, zero + layer.to(tl.uint32), n_rounds=PHILOX_ROUNDS)
     normal_0, normal_1 = box_muller(words[0], words[1])
     normal_2, normal_3 = box_muller(words[2], words[3])
     # the last index of the outer join is the low bit of the lane

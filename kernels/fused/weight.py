@@ -25,7 +25,7 @@ from torch import Tensor
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.derivative import Needs
-from abmll.kernels.fused.launch import NO_NOISE, Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
 from abmll.kernels.fused.operators import operator
 
 
@@ -77,17 +77,18 @@ def weight_forward(
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
-    noise: Sequence[int],
+    names: Tensor,
+    layer: int,
     with_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]; product [G, T, N] as in `activation_forward`."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, names, layer)
     outputs, inputs = phi[1].shape[-2], x.shape[-1]
     y = x.new_empty(*x.shape[:-1], outputs)
     dtype = _scratch_dtype(x.dtype)
     sums = []
     for group in range(x.shape[0]):
-        own, named = _of_group(pairs, group), scalars._replace(first_group=group)
+        own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
         for band in bands(outputs, inputs, dtype.itemsize):
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             matrix = Matrix.of_weights(own, band)
@@ -103,7 +104,7 @@ def weight_forward(
 
 
 @weight_forward.register_fake
-def _(x, weight, bias, product, phi, theta, settings, noise, with_sums):
+def _(x, weight, bias, product, phi, theta, settings, names, layer, with_sums):
     y = x.new_empty(*x.shape[:-1], phi[1].shape[-2])
     return y, x.new_empty(2 if with_sums else 0, dtype=torch.float32)
 
@@ -117,13 +118,14 @@ def weight_backward(
     phi: Sequence[Tensor],
     theta: Sequence[Tensor],
     settings: Sequence[float],
-    noise: Sequence[int],
+    names: Tensor,
+    layer: int,
     need_x: bool,
     need_phi: bool,
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *noise)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, names, layer)
     groups, outputs, inputs, rank = x.shape[0], phi[1].shape[-2], x.shape[-1], pairs.rank
     wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
     count = 2 * need_phi + 2 * need_theta
@@ -132,7 +134,7 @@ def weight_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     dtype = _scratch_dtype(x.dtype)
     for group in range(groups):
-        own, named = _of_group(pairs, group), scalars._replace(first_group=group)
+        own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
         for band in bands(outputs, inputs, torch.float32.itemsize):
             matrix = Matrix.of_weights(own, band)
             change = None
@@ -153,7 +155,7 @@ def weight_backward(
 
 
 @weight_backward.register_fake
-def _(dy, dsums, x, weight, phi, theta, settings, noise, need_x, need_phi, need_theta):
+def _(dy, dsums, x, weight, phi, theta, settings, names, layer, need_x, need_phi, need_theta):
     outputs, (rank, inputs), count = phi[1].shape[-2], phi[0].shape[-2:], 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
@@ -163,23 +165,23 @@ def _(dy, dsums, x, weight, phi, theta, settings, noise, need_x, need_phi, need_
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, _, phi, theta, ctx.settings, ctx.noise, _ = inputs
+    x, weight, _, _, phi, theta, ctx.settings, names, ctx.layer, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, *phi, *theta)
+    ctx.save_for_backward(x, weight, names, *phi, *theta)
 
 
 def _backward(ctx, dy, dsums):
-    x, weight, *factors = ctx.saved_tensors
+    x, weight, names, *factors = ctx.saved_tensors
     # x has no part in the KL
     needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[4:6], dy, dsums)
     dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
     if needs.anything:
         with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
             dx, da, db = torch.ops.abmll.weight_backward(
-                dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, ctx.noise, *needs.flags
+                dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, names, ctx.layer, *needs.flags
             )
         dx, phi, theta = needs.distribute(dx, da, db, len(theta))
-    return dx, None, None, dy if weight is None else None, phi, theta, None, None, None
+    return dx, None, None, dy if weight is None else None, phi, theta, None, None, None, None
 
 
 weight_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -194,7 +196,7 @@ def weight_theta_gradient(
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs: one pass over tiles, without x or noise."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, *NO_NOISE)
+    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings)
     weights = launch.constants(kl_weight, prior_weight, device=phi[0].device)
     matrix = Matrix.of_weights(pairs, slice(None))
     found = launch.adjoint(matrix, None, weights, None, scalars, Wanted(False, True, False, True, sums=True))

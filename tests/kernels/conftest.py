@@ -237,7 +237,8 @@ def exact_normal(rows, columns, key, layer, group=0, device="cpu", first_row=0) 
     """`standard_normal` in float64 (the plain version's noise has an error of its own), from a row on."""
     quads = -(-columns // LANES)
     quad = torch.arange(first_row * quads, (first_row + rows) * quads, device=device)
-    words = philox((quad, group, key.step, layer), (key.seed & WORD, key.seed >> 32))
+    seed, step, group = key[group].tolist() if isinstance(key, Tensor) else (key.seed, key.step, group)
+    words = philox((quad, group, step, layer), (seed & WORD, seed >> 32 & WORD))
     lanes = []
     for radius_word, angle_word in (words[:2], words[2:]):
         radius = (-2 * (((radius_word >> 8) + 1).double() / 2**24).log()).sqrt()

@@ -20,20 +20,15 @@ TILES = [(16, 16), (64, 8), (32, 64), LARGE]
 
 @triton.jit
 def draw_kernel(
-    out_ptr, first_row, rows, columns, seed: tl.int64, step: tl.int32, layer: tl.int32, group_from,
+    out_ptr, first_row, rows, columns, names_ptr, layer,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
-    group = tl.program_id(2) + group_from
-    noise = normal_tile(first_row + row, first, columns, seed, step, layer, group, COLUMNS)
+    noise = normal_tile(first_row + row, first, columns, names_ptr, layer, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out_ptr + row[:, None] * columns + column[None, :], noise, mask=inside)
-
-
-def signed(number: int, bits: int) -> int:
-    return (number + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
 
 
 @pytest.fixture
@@ -41,8 +36,10 @@ def draw(device):
     def draw(rows, columns, key=KEY, layer=0, group=0, tile=LARGE, first_row=0):
         out = torch.empty(rows, columns, device=device)
         grid = (triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1]), 1)
-        names = (signed(key.seed, 64), signed(key.step, 32), layer, group)
-        draw_kernel[grid](out, first_row, rows, columns, *names, ROWS=tile[0], COLUMNS=tile[1], enable_fp_fusion=True)
+        name = key.rows(group + 1, device)[group]
+        draw_kernel[grid](
+            out, first_row, rows, columns, name, layer, ROWS=tile[0], COLUMNS=tile[1], enable_fp_fusion=True
+        )
         return out.cpu()
 
     return draw

@@ -16,9 +16,9 @@ KEY = NoiseKey(seed=0x0123456789ABCDEF, step=7)
 
 
 def philox_by_hand(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Philox 4x32-10 as the paper's figure draws it, on Python's unbounded integers."""
+    """Philox 4x32-7 as the paper's figure draws it, on Python's unbounded integers."""
     a, b, c, d = counter
-    for i in range(10):
+    for i in range(7):
         k0, k1 = (key[0] + i * 0x9E3779B9) & MASK, (key[1] + i * 0xBB67AE85) & MASK
         low_a, high_a = (a * 0xD2511F53) & MASK, (a * 0xD2511F53) >> 32
         low_c, high_c = (c * 0xCD9E8D57) & MASK, (c * 0xCD9E8D57) >> 32
@@ -39,8 +39,8 @@ def normal_by_hand(row: int, column: int, columns: int, key: NoiseKey, layer: in
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        (0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (MASK, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (MASK, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     ],
 )
 def test_philox_gives_the_known_answers_of_random123(word, expected):
@@ -66,6 +66,17 @@ def test_elements_equal_an_independent_implementation(rows, columns, key, layer,
         for column in {c for c in (0, 1, 2, 3, 4, 31, 32, 127, 128, 299, 300) if c < columns} | {columns - 1}:
             expected = normal_by_hand(row, column, columns, key, layer, group)
             assert float(drawn[row, column]) == pytest.approx(expected, rel=1e-5, abs=2e-6), (row, column)
+
+
+def test_rows_on_a_device_name_the_same_noise():
+    key = NoiseKey(2**64 - 5, 2**32 - 1)
+    rows = key.rows(3, "cpu")
+    assert rows.tolist() == [[-5, 2**32 - 1, group] for group in range(3)]
+    for group in range(3):
+        assert torch.equal(standard_normal(4, 9, rows, 2, group), standard_normal(4, 9, key, 2, group))
+    # episodes side by side, each with a name of its own
+    rows[1] = NoiseKey(7, 1).rows(1, "cpu")[0]
+    assert torch.equal(standard_normal(4, 9, rows, 2, group=1), standard_normal(4, 9, NoiseKey(7, 1), 2))
 
 
 def test_a_draw_is_deterministic_and_leaves_the_global_generator_alone():
