@@ -1,105 +1,58 @@
-"""From tensors to kernel launches and back: allocates outputs, picks grids, sums partial results.
+"""From tensors to kernel launches: allocates outputs, picks grids, passes strides. No sum is left to other launches.
 
-Shapes throughout: x [G, T, K], weight [N, K], factors a [G, r, K] or [r, K] (theta), b [G, N, r] or [N, r]; all fp32
-but x, weight and bias. Nothing here builds a graph.
+Shapes throughout: x [G, T, K], y and dz [G, M, N], factors a [r, K] or [G, r, K], b [N, r] or [G, N, r], contiguous and
+fp32. `Factors` of two pairs are phi's alone. Nothing here builds a graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from abmll.kernels.backends import on_gpu
 from abmll.kernels.fused import configurations
-from abmll.kernels.fused.configurations import ADJOINT_SLOTS, PROJECTION_PARTS, TARGET_PROGRAMS, padded_rank
+from abmll.kernels.fused.configurations import blocks, padded, split
 from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
-from abmll.kernels.fused.products import factor_gradient_kernel, forward_kernel, input_gradient_kernel
+from abmll.kernels.fused.products import gradient_kernel, project_kernel
+
+_FP32 = torch.float32
 
 
-class Pairs(NamedTuple):
-    """The factors of two or four low-rank pairs: phi's mean and log-variance, then theta's (absent: two pairs)."""
+class Factors(NamedTuple):
+    """One factor of each pair, phi's two (with or without a group) and theta's (absent: two): of all, or of a band."""
 
-    a: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
+    rank: int
 
-    @classmethod
-    def of(cls, *factors: Tensor | None) -> Pairs:
-        """From mean a, b, log-variance a, b of phi [G, ...], then of theta [...] or None."""
-        there = [factor.contiguous() for factor in factors if factor is not None]
-        return cls(tuple(there[0::2]), tuple(there[1::2]))
-
-    @property
-    def rank(self) -> int:
-        return self.a[0].shape[-2]
-
-
-class Matrix(NamedTuple):
-    """A low-rank Gaussian matrix [G, M, N], see `gaussian`: row factors [G, M, r], column factors [G, N, r] of 2 or 4
-    pairs. Strides may be any; theta's factors are expanded along G.
-    """
-
-    rows: tuple[Tensor, ...]
-    columns: tuple[Tensor, ...]
-
-    @classmethod
-    def of_activations(cls, p: Tensor, pairs: Pairs) -> Matrix:
-        """z [G, T, N] from the rank-sized projections p [G, T, pairs * r] and B."""
-        return cls(p.unflatten(-1, (-1, pairs.rank)).unbind(-2), _grouped(pairs.b, p.shape[0]))
-
-    @classmethod
-    def of_weights(cls, pairs: Pairs, rows: slice) -> Matrix:
-        """A band of rows of the change to W0 [G, N, K], from B and A^T."""
-        groups = pairs.a[0].shape[0]
-        rows_of_b = tuple(b[..., rows, :] for b in _grouped(pairs.b, groups))
-        return cls(rows_of_b, tuple(a.mT for a in _grouped(pairs.a, groups)))
+    def strides(self, row: int, rank: int) -> tuple[int, int, int, int]:
+        """By group (phi's, theta's), along the long axis (dimension `row`) and along the rank."""
+        first = self.tensors[0]
+        return first.stride(0) if first.dim() == 3 else 0, 0, first.stride(row), first.stride(rank)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """G, M, N, r."""
-        return (*self.rows[0].shape[:2], *self.columns[0].shape[1:])
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """Eight pointers whatever the number of pairs: the first stands in for those that are not read."""
-        return (*_padded(self.rows), *_padded(self.columns))
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """By group (phi, theta) and row of the row factors; by group (phi, theta), column and rank of the others."""
-        rows, columns = self.rows, self.columns
-        of_rows = (rows[0].stride(0), rows[-1].stride(0), rows[0].stride(1))
-        return (*of_rows, columns[0].stride(0), columns[-1].stride(0), columns[0].stride(1), columns[0].stride(2))
-
-
-def _grouped(factors: tuple[Tensor, ...], groups: int) -> tuple[Tensor, ...]:
-    return tuple(f.expand(groups, -1, -1) for f in factors)
-
-
-def _padded(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return factors + (factors[0],) * (4 - len(factors))
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Four whatever the number of pairs: the first stands in for those that are not read."""
+        first, second = self.tensors[:2]
+        return (first, second, *(self.tensors[2:] or (first, first)))
 
 
 class Scalars(NamedTuple):
     """`PosteriorSettings`, then what names the noise (None: none is drawn): rows [G, 3] of `NoiseKey.rows`, a layer."""
 
-    scaling: float
-    offset: float
-    prior_shape: float
-    prior_rate: float
+    settings: Sequence[float]
     names: Tensor | None = None
     layer: int = 0
 
-    def arguments(self, near: Tensor) -> tuple[Tensor, int, float, float, float, float]:
-        """In the kernels' order; `near` stands in for names that are not read."""
-        return near if self.names is None else self.names.contiguous(), self.layer, *self[:4]
 
+class Sums(NamedTuple):
+    """KL and -log prior, two scalars on the device."""
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+    kl: Tensor
+    negative_log_prior: Tensor
 
 
 # Set by `dry_run` alone: launches allocate their outputs and run nothing.
@@ -109,17 +62,27 @@ dry = False
 def _run(kernel, grid: tuple[int, ...], near: Tensor, *arguments, **options) -> None:
     """kernel[grid](*arguments, **options) on the device of `near`."""
     if not dry:
-        with torch.cuda.device(near.device) if near.is_cuda else nullcontext():
+        other = near.is_cuda and near.device.index != torch.cuda.current_device()
+        with torch.cuda.device(near.device) if other else nullcontext():
             kernel[grid](*arguments, **options)
 
 
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] b [K, N] in fp32, whatever the operands' dtype: a library call."""
-    if not on_gpu(a) or a.dtype == torch.float32:
-        return a.float() @ b.float()
+def no_tickets(groups: int, device: torch.device, cleared: bool = True) -> Tensor:
+    """Tickets for one projection's kernels: zero, or to be cleared by `project`."""
+    make = torch.zeros if cleared else torch.empty
+    return make(1 + configurations.ADJOINT_SLOTS * groups, dtype=torch.int32, device=device)
+
+
+def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] in fp32, whatever the operands' dtype, added to `out` in place: a library call."""
+    if not on_gpu(a) or a.dtype == _FP32:
+        product = a.float() @ b.float()
+        return product if out is None else out.add_(product)
     if dry:  # there is no such product on a CPU
-        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return a.new_empty(a.shape[0], b.shape[1], dtype=_FP32) if out is None else out
+    if out is None:
+        return torch.mm(a, b, out_dtype=_FP32)
+    return torch.addmm(out, a, b, out_dtype=_FP32, out=out)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -127,65 +90,92 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def project(x: Tensor, weight: Tensor | None, bias: Tensor | None, pairs: Pairs) -> tuple[Tensor | None, Tensor]:
-    """(y0 [G, T, N] = x W0^T + bias, p [G, T, pairs * r] fp32); y0 None without a weight."""
+def project(x: Tensor, a: Factors, tickets: Tensor) -> Tensor:
+    """p = A x of all pairs in parts to be summed, fp32 [parts, G, T, pairs * r]; clears the tickets."""
     groups, tokens, inputs = x.shape
-    count, rank = len(pairs.a), pairs.rank
-    outputs = 0 if weight is None else weight.shape[0]
-    base = weight is not None and configurations.fused_base(x.dtype, groups * tokens, outputs, inputs)
-    launch = configurations.forward(base, rank)
-    parts, part_depth = _split(inputs, launch.blocks["DEPTH"], PROJECTION_PARTS)
-    p = torch.empty(parts, groups, tokens, count * rank, dtype=torch.float32, device=x.device)
-    y = p
-    if base:
-        y = torch.empty(groups, tokens, outputs, dtype=x.dtype, device=x.device)
-    elif weight is not None:
-        y = linear(x, weight, bias)
-    if not p.numel():
-        return None if weight is None else y, _summed(p)
-    programs = _blocks(tokens, launch.blocks["P_ROWS"]) * parts
-    if base:
-        programs += _blocks(tokens, launch.blocks["ROWS"]) * _blocks(outputs, launch.blocks["COLUMNS"])
-    matrix = weight if base else x
-    _run(
-        forward_kernel, (programs, groups), x,
-        x, matrix, x if bias is None else bias.contiguous(), *_padded(pairs.a), y, p,
-        tokens, outputs, inputs, groups, x.stride(0), x.stride(1), matrix.stride(0), parts, part_depth,
-        PAIRS=count, RANK=rank, R=padded_rank(rank), BASE=base, HAS_BIAS=bias is not None,
-        **launch.blocks, **launch.options,
-    )  # fmt: skip
-    return None if weight is None else y, _summed(p)
+    width = len(a.tensors) * a.rank
+    launch = configurations.project(padded(width, 16), tokens, groups)
+    row_blocks = blocks(tokens, launch.blocks["ROWS"]) * groups
+    wanted = min(configurations.PROJECTION_PARTS, blocks(configurations.FEWEST_PROGRAMS, max(row_blocks, 1)))
+    parts, part_blocks = split(inputs, launch.blocks["DEPTH"], wanted)
+    p = torch.empty(parts, groups, tokens, width, dtype=_FP32, device=x.device)
+    if tokens:
+        _run(
+            project_kernel, (row_blocks // groups, parts, groups), x,
+            x, *a.pointers, p, tickets, tokens, inputs, groups, x.stride(0), x.stride(1),
+            part_blocks * launch.blocks["DEPTH"], tickets.shape[0],
+            PAIRS=len(a.tensors), RANK=a.rank, W=padded(width, 16), **launch.options,
+        )  # fmt: skip
+    return p
+
+
+class Rows(NamedTuple):
+    """The row factors of a Gaussian matrix: pointers of four pairs, and strides by part, group (phi's, theta's), row
+    and pair.
+    """
+
+    pointers: tuple[Tensor, Tensor, Tensor, Tensor]
+    parts: int
+    strides: tuple[int, int, int, int, int]
+
+    @classmethod
+    def of_projections(cls, p: Tensor, rank: int) -> Rows:
+        """p [parts, G, T, pairs * r]."""
+        part, group, row, _ = p.stride()
+        return cls((p, p, p, p), p.shape[0], (part, group, group, row, rank))
+
+    @classmethod
+    def of_factors(cls, b: Factors) -> Rows:
+        group, shared, row, _ = b.strides(-2, -1)
+        return cls(b.pointers, 1, (0, group, shared, row, 0))
 
 
 def sample(
-    matrix: Matrix,
+    rows: Rows,
+    columns: Factors,
+    column_strides: tuple[int, int, int, int],
     y: Tensor,
     mask: Tensor | None,
     scalars: Scalars,
+    tickets: Tensor,
     add: bool,
     with_sums: bool,
+    keep: Tensor | None = None,
     first_row: int = 0,
-) -> Tensor:
-    """Draw the matrix: add it to y [G, M, N] in place, or write it there. Returns [KL, -log prior] (empty: no sums)."""
-    groups, rows, columns, rank = matrix.shape
-    launch = configurations.sample()
-    grid = (_blocks(rows, launch.blocks["ROWS"]), _blocks(columns, launch.blocks["COLUMNS"]), groups)
-    sums = torch.empty(2, grid[0] * grid[1] * grid[2] if with_sums else 0, dtype=torch.float32, device=y.device)
-    if y.numel():
+) -> Sums | None:
+    """Draw the matrix: add it to y [G, M, N] in place, or write it there. `keep` [G, M, pairs * r] takes the row
+    factors' sums over their parts.
+    """
+    groups, size, width = y.shape
+    launch = configurations.elementwise(columns.rank, size, width, groups)
+    row_blocks = blocks(size, launch.blocks["ROWS"])
+    most = configurations.SAMPLE_PROGRAMS // max(row_blocks * groups, 1)
+    chunks, chunk_tiles = split(width, launch.blocks["COLUMNS"], most)
+    sums, partial = None, y
+    if with_sums:
+        sums, partial = _sums(y, row_blocks * chunks * groups)
+    if size:
+        rank, padded_rank = columns.rank, padded(columns.rank, 8)
+        kl, prior = sums or (y, y)
+        part, group, shared, row, pair = rows.strides
         _run(
-            sample_kernel, grid, y,
-            y, *matrix.factors, y if mask is None else mask, sums,
-            rows, columns, first_row, y.stride(0), y.stride(1), *matrix.strides, _mask_stride(mask),
-            *scalars.arguments(y),
-            RANK=rank, R=padded_rank(rank), ADD=add, SUMS=with_sums, HAS_MASK=mask is not None,
-            **launch.blocks, **launch.options,
+            sample_kernel, (row_blocks, chunks, groups), y,
+            y, *rows.pointers, *columns.pointers, y if keep is None else keep, y if mask is None else mask,
+            scalars.names, partial, kl, prior, tickets,
+            size, width, first_row, y.stride(0), y.stride(1), group, shared, row, pair, rows.parts, part,
+            *column_strides, 0 if mask is None else mask.stride(0), chunk_tiles, scalars.layer, *scalars.settings,
+            RANK=rank, R=padded_rank, PAIRS=len(columns.tensors), ADD=add, KEEP=keep is not None, SUMS=with_sums,
+            EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, HAS_MASK=mask is not None,
+            **launch.options,
         )  # fmt: skip
-    return sums.sum(dim=1) if with_sums else sums.new_empty(0)
+    return sums
 
 
-def constants(*values: float, device: torch.device) -> Tensor:
-    """fp32 numbers on the device, without a copy that waits for it."""
-    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+def _sums(near: Tensor, programs: int) -> tuple[Sums, Tensor]:
+    """The two sums and the programs' parts of them; zero where no program runs."""
+    new = torch.empty if programs else torch.zeros
+    kl, prior = (new((), dtype=_FP32, device=near.device) for _ in range(2))
+    return Sums(kl, prior), torch.empty(2, programs, dtype=_FP32, device=near.device)
 
 
 class Wanted(NamedTuple):
@@ -199,119 +189,112 @@ class Wanted(NamedTuple):
 
 
 class Adjoints(NamedTuple):
-    """dp [G, M, pairs * r]; dq [pairs, G, N, r]; [KL, -log prior] or empty."""
+    """dq [slots, pairs, G, long axis and rank as in the factors]: to be summed over the slots."""
 
-    dp: Tensor
     dq: Tensor
-    sums: Tensor
+    sums: Sums | None
 
 
 def adjoint(
-    matrix: Matrix,
+    rows: Rows,
+    columns: Factors,
+    column_strides: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
     dz: Tensor | None,
-    weights: Tensor | None,
+    dkl: Tensor | None,
+    dprior: Tensor | None,
     mask: Tensor | None,
     scalars: Scalars,
+    tickets: Tensor,
     wanted: Wanted,
+    dp: Tensor,
+    dp_strides: tuple[int, int, int],
+    exact: bool,
     sample_to: Tensor | None = None,
     first_row: int = 0,
 ) -> Adjoints:
-    """Adjoints of the factors. dz [G, M, N]; weights [2]: gradients of the sums of KL and -log prior.
+    """Adjoints of the factors of a matrix [G, M, N] = `shape`.
 
-    With `sample_to` [G, M, N] (and dz) the sample is drawn again beside: one generation of the noise serves both.
+    dz [G, M, N]; dkl, dprior: gradients of the sums of KL and -log prior. dp takes the row factors' adjoints of the
+    pairs wanted, by its strides along group, pair and row. With `sample_to` [G, M, N] (and dz) the sample is drawn
+    again beside: one generation of the noise serves both. `exact`: see the kernel.
     """
-    if dz is not None and wanted.dq_theta:
-        # theta's adjoints do not depend on dz, and all four pairs' at once would not fit the registers
-        theta = adjoint(matrix, None, weights, mask, scalars, Wanted(False, wanted.dp_theta, False, True, wanted.sums))
-        if not (wanted.dp_phi or wanted.dq_phi or sample_to is not None):
-            return theta
-        own = Wanted(wanted.dp_phi, False, wanted.dq_phi, False)
-        phi = adjoint(matrix, dz, weights, mask, scalars, own, sample_to, first_row)
-        return Adjoints(torch.cat([phi.dp, theta.dp], dim=-1), torch.cat([phi.dq, theta.dq]), theta.sums)
-    groups, rows, columns, rank = matrix.shape
-    launch = configurations.adjoint(rank)
-    dp_width, dq_width = rank * sum(2 * w for w in wanted[:2]), rank * sum(2 * w for w in wanted[2:4])
-    # so that the partial sums of each take at most half of what dz does in 16 bits
-    slots, slot_rows = _split(rows, launch.blocks["ROWS"], min(ADJOINT_SLOTS, rows // max(4 * dq_width, 1)))
-    most = min(TARGET_PROGRAMS // max(slots * groups, 1), columns // max(4 * dp_width, 1))
-    chunks, chunk_columns = _split(columns, launch.blocks["COLUMNS"], most)
-    some = matrix.rows[0]
-    new = {"dtype": torch.float32, "device": some.device}
-    dp = torch.empty(chunks, groups, rows, dp_width, **new)
-    dq = torch.empty(slots, 2 * wanted.dq_phi + 2 * wanted.dq_theta, groups, columns, rank, **new)
-    sums = torch.empty(2, slots * chunks * groups if wanted.sums else 0, **new)
-    if slots and chunks:
+    groups, size, width = shape
+    rank, padded_rank = columns.rank, padded(columns.rank, 8)
+    launch = configurations.elementwise(rank, size, width, groups)
+    (slots, slot_blocks), (chunks, chunk_tiles) = _adjoint_grid(shape, launch, rank, wanted)
+    row_pairs = 2 * wanted.dp_phi + 2 * wanted.dp_theta
+    pairs = 2 * wanted.dq_phi + 2 * wanted.dq_theta
+    some, device = columns.tensors[0], dp.device
+    dq = torch.empty(slots, pairs, groups, *some.shape[-2:], dtype=_FP32, device=device)
+    partial = torch.empty(chunks, groups, size, row_pairs * rank, dtype=_FP32, device=device)
+    sums, parts_of_sums = None, some
+    if wanted.sums:
+        sums, parts_of_sums = _sums(some, slots * chunks * groups)
+    if size:
+        kl, prior = sums or (some, some)
+        _, group, shared, row, pair = rows.strides
         _run(
             adjoint_kernel, (slots, chunks, groups), some,
-            some if dz is None else dz, some if sample_to is None else sample_to, *matrix.factors,
-            some if mask is None else mask, some if weights is None else weights.contiguous(), dp, dq, sums,
-            rows, columns, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), *matrix.strides,
-            _mask_stride(mask), slot_rows, chunk_columns, *scalars.arguments(some),
-            RANK=rank, R=padded_rank(rank), HAS_MASK=mask is not None, HAS_DZ=dz is not None,
-            SAMPLE=sample_to is not None, DIVERGENCE=weights is not None, DP_PHI=wanted.dp_phi,
-            DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta, SUMS=wanted.sums,
-            **launch.blocks, **launch.options,
+            some if dz is None else dz, some if sample_to is None else sample_to, *rows.pointers, *columns.pointers,
+            some if mask is None else mask, some if scalars.names is None else scalars.names,
+            some if dkl is None else dkl, some if dprior is None else dprior,
+            partial, dp, dq, parts_of_sums, kl, prior, tickets,
+            size, width, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), group, shared, row, pair,
+            *column_strides, 0 if mask is None else mask.stride(0), slot_blocks * launch.blocks["ROWS"], chunk_tiles,
+            *dp_strides, scalars.layer, *scalars.settings,
+            RANK=rank, R=padded_rank, EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, EXACT=exact,
+            HAS_MASK=mask is not None, HAS_DZ=dz is not None, SAMPLE=sample_to is not None,
+            DIVERGENCE=dkl is not None or dprior is not None, KL=dkl is not None, PRIOR=dprior is not None,
+            DP_PHI=wanted.dp_phi, DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta,
+            SUMS=wanted.sums, **launch.options,
         )  # fmt: skip
-    return Adjoints(_summed(dp), _summed(dq), sums.sum(dim=1) if wanted.sums else sums.new_empty(0))
+    return Adjoints(dq, sums)
 
 
-def input_gradient(dy: Tensor | None, weight: Tensor | None, dp: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
-    """dx [G, T, K] = dy W0 + dp A in `dtype`; dp holds the first len(pairs.a) pairs. Without a weight: dp A alone."""
-    groups, tokens, _ = dp.shape
-    outputs, inputs = pairs.b[0].shape[-2], pairs.a[0].shape[-1]
-    if weight is None:
-        dy, weight, base = None, dp, False
-    else:
-        base = configurations.fused_base(dtype, groups * tokens, inputs, outputs)
-    launch = configurations.input_gradient(base)
-    if dy is not None and not base:
-        dx = dy @ weight
-    else:
-        dx = torch.empty(groups, tokens, inputs, dtype=dtype, device=dp.device)
-    if dx.numel():
-        programs = _blocks(tokens, launch.blocks["ROWS"]) * _blocks(inputs, launch.blocks["COLUMNS"])
-        _run(
-            input_gradient_kernel, (programs, groups), dp,
-            dp if dy is None else dy, weight, dp, *_padded(pairs.a), dx, tokens, outputs, inputs,
-            *_row_strides(dy), weight.stride(0),
-            PAIRS=len(pairs.a), RANK=pairs.rank, R=padded_rank(pairs.rank), BASE=base, HAS_DY=dy is not None,
-            **launch.blocks, **launch.options,
-        )  # fmt: skip
-    return dx
+def _adjoint_grid(
+    shape: tuple[int, int, int], launch: configurations.Launch, rank: int, wanted: Wanted
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Slots of rows and chunks of columns, each with the blocks in it: enough programs, and partial results of either
+    that take at most half of what dz does in 16 bits (or a few MB).
+    """
+    groups, rows, columns = shape
+    limit = max(groups * rows * columns, configurations.SMALL_PARTIAL)
+    row_pairs = 2 * wanted.dp_phi + 2 * wanted.dp_theta
+    pairs = 2 * wanted.dq_phi + 2 * wanted.dq_theta
+    of_columns, of_rows = (4 * rank * groups * max(n, 1) for n in (pairs * columns, row_pairs * rows))
+    slots = split(rows, launch.blocks["ROWS"], min(configurations.ADJOINT_SLOTS, limit // of_columns))
+    most = min(configurations.ADJOINT_PROGRAMS // max(slots[0] * groups, 1), limit // of_rows)
+    return slots, split(columns, launch.blocks["COLUMNS"], most)
 
 
-def factor_gradient(dp: Tensor, x: Tensor, rank: int, first: int, count: int) -> Tensor:
-    """dA [count, G, r, K] of `count` pairs of dp from the `first` on."""
+def gradients(
+    dp: Tensor, x: Tensor, a: Factors, dq: Tensor | None, first: int, count: int, need_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(dx without the base product's part, dA of `count` pairs from the `first` on, dB = the sum of dq's slots).
+
+    dp [G, T, pairs * r] of as many pairs as `a` has; dx [G, T, K] in x's dtype; dA [count, G, r, K].
+    """
     groups, tokens, inputs = x.shape
-    launch = configurations.factor_gradient()
-    column_blocks = _blocks(inputs, launch.blocks["COLUMNS"])
-    chunks, chunk_rows = _split(tokens, launch.blocks["ROWS"], TARGET_PROGRAMS // max(column_blocks * groups, 1))
-    da = torch.empty(chunks, count, groups, rank, inputs, dtype=torch.float32, device=x.device)
-    if chunks:
+    width = dp.shape[-1]
+    launch = configurations.gradient(padded(width, 16))
+    da = torch.empty(count, groups, a.rank, inputs, dtype=_FP32, device=x.device)
+    dx = torch.empty(groups, tokens, inputs, dtype=x.dtype, device=x.device) if need_x else None
+    summed = dq is not None and dq.shape[0] != 1
+    db = da if dq is None else torch.empty(dq.shape[1:], dtype=_FP32, device=x.device) if summed else dq[0]
+    size = db.numel() if summed else 0
+    column_blocks = blocks(inputs, launch.blocks["COLUMNS"]) if need_x or count else 0
+    behind = blocks(blocks(size, launch.blocks["SUMMED"]), groups)
+    if column_blocks + behind:
         _run(
-            factor_gradient_kernel, (column_blocks, chunks, groups), x,
-            dp, x, da, tokens, inputs, groups, x.stride(0), x.stride(1), chunk_rows,
-            WIDTH=dp.shape[-1], FIRST=first, PAIRS=count, RANK=rank, R=padded_rank(rank),
-            **launch.blocks, **launch.options,
+            gradient_kernel, (column_blocks + behind, groups), x,
+            dp, x, *a.pointers, x if dx is None else dx, da, dq if summed else da, db,
+            tokens, inputs, groups, x.stride(0), x.stride(1), column_blocks, size, dq.shape[0] if summed else 0,
+            PAIRS=len(a.tensors), FIRST=first, COUNT=count, RANK=a.rank, W=padded(width, 16),
+            OWN=padded(max(count, 1) * a.rank, 16), DX=need_x, **launch.options,
         )  # fmt: skip
-    return _summed(da)
-
-
-def _split(size: int, block: int, parts: int) -> tuple[int, int]:
-    """At most `parts` (at least one) equal parts of whole blocks: how many, and the size of each."""
-    if size == 0:
-        return 0, 0
-    part = _blocks(_blocks(size, block), max(parts, 1)) * block
-    return _blocks(size, part), part
-
-
-def _summed(partial: Tensor) -> Tensor:
-    return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
+    return dx, da, db
 
 
 def _row_strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
-
-
-def _mask_stride(mask: Tensor | None) -> int:
-    return 0 if mask is None else mask.stride(0)

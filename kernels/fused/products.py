@@ -1,10 +1,7 @@
-"""Matrix products around one adapted projection: with the low-rank factors beside the frozen weight, in one launch.
+"""Products of the rank's size around the frozen one, which is left to the library: p = A x, and dA = dp^T x, dx = dp A.
 
-    forward     [y0, p] = x [W0; A]^T       y0 = W0 x + bias in x's dtype, p in fp32
-    backward    dx = [dy, dp] [W0; A]       and dA = dp^T x
-
-x and dy are read once for W0 and all four pairs. p keeps fp32's accuracy although x is 16-bit: see `tiles.wide_dot`.
-With BASE false the product with W0 is left to the library, and the kernels do only what the factors need.
+x is read once for all pairs. p keeps fp32's accuracy although x is 16-bit: the KL is made of differences between phi's
+and theta's statistics that a 16-bit factor would lose.
 """
 
 from __future__ import annotations
@@ -12,222 +9,135 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from abmll.kernels.fused.tiles import (
-    factor_tile,
-    narrow_dot,
-    narrowed,
-    store_factor_tile,
-    wide_dot,
-)
+from abmll.kernels.fused.tiles import factor_tile, narrowed, near16, operand16, split16, store_factor_tile
 
 
 @triton.jit
-def _row_factor_tile(pointer, ks, K, RANK: tl.constexpr, R: tl.constexpr):
-    """fp32 tile [R, len(ks)] of A [RANK, K]; zero beyond either."""
-    ranks = tl.arange(0, R)
-    inside = (ranks < RANK)[:, None] & (ks < K)[None, :]
-    return tl.load(pointer + ranks.to(tl.int64)[:, None] * K + ks[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _project_rows(
-    x_ptr, a_0, a_1, a_2, a_3, p_ptr, block, first, T, K, x_stride, part_depth,
-    PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """p of one block of rows, over a part of K from `first` on: all pairs from one pass over x."""
-    rows = block * ROWS + tl.arange(0, ROWS)
-    inside = (rows < T)[:, None]
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
-    p_0 = tl.zeros((ROWS, R), tl.float32)
-    p_1 = tl.zeros((ROWS, R), tl.float32)
+def _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK: tl.constexpr, PAIRS: tl.constexpr, W: tl.constexpr):
+    """fp32 tile [W, len(ks)] of all pairs' A [RANK, K] below one another; zero beyond the last and beyond K."""
+    at = tl.arange(0, W)
+    pair = at // RANK
+    offsets = (at % RANK).to(tl.int64)[:, None] * K + ks[None, :]
+    inside = (at < PAIRS * RANK)[:, None] & (ks < K)[None, :]
+    pointer = tl.where(pair == 0, a_0, a_1)
     if PAIRS == 4:
-        p_2 = tl.zeros((ROWS, R), tl.float32)
-        p_3 = tl.zeros((ROWS, R), tl.float32)
-    for start in range(first, tl.minimum(first + part_depth, K), DEPTH):
-        ks = start + tl.arange(0, DEPTH)
-        x = tl.load(x_rows + ks[None, :], mask=inside & (ks < K)[None, :], other=0.0)
-        p_0 = wide_dot(x, tl.trans(_row_factor_tile(a_0, ks, K, RANK, R)), p_0)
-        p_1 = wide_dot(x, tl.trans(_row_factor_tile(a_1, ks, K, RANK, R)), p_1)
-        if PAIRS == 4:
-            p_2 = wide_dot(x, tl.trans(_row_factor_tile(a_2, ks, K, RANK, R)), p_2)
-            p_3 = wide_dot(x, tl.trans(_row_factor_tile(a_3, ks, K, RANK, R)), p_3)
-    store_factor_tile(p_ptr, p_0, rows, T, PAIRS * RANK, RANK, R)
-    store_factor_tile(p_ptr + RANK, p_1, rows, T, PAIRS * RANK, RANK, R)
-    if PAIRS == 4:
-        store_factor_tile(p_ptr + 2 * RANK, p_2, rows, T, PAIRS * RANK, RANK, R)
-        store_factor_tile(p_ptr + 3 * RANK, p_3, rows, T, PAIRS * RANK, RANK, R)
-
-
-@triton.jit
-def _tile_of(program, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
-    """Programs walk bands of BAND row blocks, so that a column block of the weight is read once a band."""
-    row_blocks = tl.cdiv(rows, ROWS)
-    column_blocks = tl.cdiv(columns, COLUMNS)
-    band = program // (BAND * column_blocks)
-    height = tl.minimum(row_blocks - band * BAND, BAND)
-    within = program % (BAND * column_blocks)
-    return band * BAND + within % height, within // height
-
-
-@triton.jit
-def _base_tile(
-    x_ptr, w_ptr, bias_ptr, y_ptr, program, T, N, K, x_stride, w_stride,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    """One tile of y0 = x W0^T + bias."""
-    row_block, column_block = _tile_of(program, T, N, ROWS, COLUMNS, BAND)
-    rows = row_block * ROWS + tl.arange(0, ROWS)
-    columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    # rows beyond the last are read again from the first: cheaper than a mask, and never stored
-    x_rows = x_ptr + (rows % T).to(tl.int64)[:, None] * x_stride
-    w_rows = w_ptr + (columns % N).to(tl.int64)[None, :] * w_stride
-    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, K, DEPTH):
-        ks = start + tl.arange(0, DEPTH)
-        x = tl.load(x_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
-        w = tl.load(w_rows + ks[:, None], mask=(ks < K)[:, None], other=0.0)
-        accumulator = narrow_dot(x, w, accumulator)
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    inside = (rows < T)[:, None] & (columns < N)[None, :]
-    tl.store(y_ptr + offsets, narrowed(accumulator, y_ptr.dtype.element_ty), mask=inside)
+        pointer = tl.where(pair < 2, pointer, tl.where(pair == 2, a_2, a_3))
+    return tl.load(pointer[:, None] + offsets, mask=inside, other=0.0)
 
 
 # Numbers that differ from batch to batch: nothing is compiled anew for them.
-VARYING = ["T", "G", "chunk_rows", "parts"]
+VARYING = ["T", "G", "slots", "tickets"]
 
 
 @triton.jit(do_not_specialize=VARYING)
-def forward_kernel(
-    x_ptr, w_ptr, bias_ptr, a_0, a_1, a_2, a_3, y_ptr, p_ptr,
-    T, N, K, G, x_group, x_stride, w_stride, parts, part_depth,
-    PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, P_ROWS: tl.constexpr,
+def project_kernel(
+    x_ptr, a_0, a_1, a_2, a_3, p_ptr, tickets_ptr, T, K, G, x_group, x_stride, part_depth, tickets,
+    PAIRS: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """[y0, p] of one group a second grid axis. The first programs make p: they must not be the last to end.
+    """p = x A^T of all pairs over one part of K (grid axis 1), to be summed: p [parts, G, T, PAIRS * RANK].
 
-    x [G, T, K] with unit stride along K; w [N, K]; a_0, a_1 phi's [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4);
-    y [G, T, N]; p [parts, G, T, PAIRS * RANK], each over part_depth of K (a multiple of DEPTH), to be summed.
+    x [G, T, K] with unit stride along K; a_0, a_1 phi's [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4). The first
+    program clears the tickets that later kernels draw (see `tiles.last_to_arrive`).
+
+    A bf16 x meets A in three bf16 parts (3 x 8 bits hold fp32's 24), so that nothing is lost. Tensor cores truncate
+    when they add to an accumulator, which over all of K would show: each block starts from zero and is added by plain
+    fp32 arithmetic.
     """
-    program = tl.program_id(0)
-    group = tl.program_id(1).to(tl.int64)
-    x_ptr += group * x_group
-    p_programs = tl.cdiv(T, P_ROWS) * parts
-    if program < p_programs:
-        own = group * RANK * K
-        part = program % parts
-        p_ptr += (part * G.to(tl.int64) + group) * T * (PAIRS * RANK)
-        _project_rows(
-            x_ptr, a_0 + own, a_1 + own, a_2, a_3, p_ptr, program // parts, part * part_depth, T, K, x_stride,
-            part_depth, PAIRS, RANK, R, P_ROWS, DEPTH,
-        )  # fmt: skip
-    else:
-        if BASE:
-            _base_tile(
-                x_ptr, w_ptr, bias_ptr, y_ptr + group * T * N, program - p_programs, T, N, K, x_stride, w_stride,
-                HAS_BIAS, ROWS, COLUMNS, DEPTH, BAND,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def input_gradient_kernel(
-    dy_ptr, w_ptr, dp_ptr, a_0, a_1, a_2, a_3, dx_ptr, T, N, K, dy_group, dy_stride, w_stride,
-    PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BASE: tl.constexpr, HAS_DY: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    """dx = dy W0 + sum over pairs of dp A; without BASE, the second part is added to what dx holds.
-
-    dy [G, T, N] with unit stride along N; dp [G, T, PAIRS * RANK]; factors as in `forward_kernel`; dx [G, T, K].
-    """
-    group = tl.program_id(1).to(tl.int64)
-    row_block, column_block = _tile_of(tl.program_id(0), T, K, ROWS, COLUMNS, BAND)
-    rows = row_block * ROWS + tl.arange(0, ROWS)
-    ks = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    offsets = rows.to(tl.int64)[:, None] * K + ks[None, :]
-    inside = (rows < T)[:, None] & (ks < K)[None, :]
-    dx_ptr += group * T * K
-    if BASE and HAS_DY:
-        dy_rows = dy_ptr + group * dy_group + (rows % T).to(tl.int64)[:, None] * dy_stride
-        w_columns = w_ptr + ks[None, :]
-        accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, N, DEPTH):
-            ns = start + tl.arange(0, DEPTH)
-            dy = tl.load(dy_rows + ns[None, :], mask=(ns < N)[None, :], other=0.0)
-            w_inside = (ns < N)[:, None] & (ks < K)[None, :]
-            w = tl.load(w_columns + ns.to(tl.int64)[:, None] * w_stride, mask=w_inside, other=0.0)
-            accumulator = narrow_dot(dy, w, accumulator)
-    elif HAS_DY:
-        accumulator = tl.load(dx_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    else:
-        accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+    group = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) + part + tl.program_id(2) == 0:
+        for start in range(0, tickets, 256):
+            at = start + tl.arange(0, 256)
+            tl.store(tickets_ptr + at, 0, mask=at < tickets)
+    x_rows = x_ptr + group * x_group + rows.to(tl.int64)[:, None] * x_stride
+    a_0 += group * RANK * K
+    a_1 += group * RANK * K
+    p = tl.zeros((ROWS, W), tl.float32)
+    for start in range(part * part_depth, tl.minimum((part + 1) * part_depth, K), DEPTH):
+        ks = start + tl.arange(0, DEPTH)
+        x = tl.load(x_rows + ks[None, :], mask=(rows < T)[:, None] & (ks < K)[None, :], other=0.0)
+        a = tl.trans(_stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK, PAIRS, W))
+        if x.dtype == tl.bfloat16:
+            high, rest = split16(a)
+            low = near16(a - high.to(tl.float32) - rest.to(tl.float32))
+            x = operand16(x)
+            product = tl.dot(x, low)
+            product = tl.dot(x, rest, product)
+            p += tl.dot(x, high, product)
+        else:
+            p += tl.dot(x.to(tl.float32), a, input_precision="tf32x3")
     WIDTH: tl.constexpr = PAIRS * RANK
-    dp_ptr += group * T * WIDTH
-    own = group * RANK * K
-    a_0 += own
-    a_1 += own
-    PRECISION: tl.constexpr = "tf32x3" if dx_ptr.dtype.element_ty == tl.float32 else "tf32"
-    accumulator = tl.dot(
-        factor_tile(dp_ptr, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_0, ks, K, RANK, R), accumulator,
-        input_precision=PRECISION,
-    )  # fmt: skip
-    accumulator = tl.dot(
-        factor_tile(dp_ptr + RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_1, ks, K, RANK, R), accumulator,
-        input_precision=PRECISION,
-    )  # fmt: skip
-    if PAIRS == 4:
-        accumulator = tl.dot(
-            factor_tile(dp_ptr + 2 * RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_2, ks, K, RANK, R),
-            accumulator, input_precision=PRECISION,
-        )  # fmt: skip
-        accumulator = tl.dot(
-            factor_tile(dp_ptr + 3 * RANK, rows, T, WIDTH, 1, RANK, R), _row_factor_tile(a_3, ks, K, RANK, R),
-            accumulator, input_precision=PRECISION,
-        )  # fmt: skip
-    tl.store(dx_ptr + offsets, narrowed(accumulator, dx_ptr.dtype.element_ty), mask=inside)
+    p_ptr += (part * G.to(tl.int64) + group) * T * WIDTH
+    store_factor_tile(p_ptr, p, rows, T, WIDTH, 1, WIDTH, W)
 
 
 @triton.jit
-def _store_row_factor_tile(pointer, value, ks, K, RANK: tl.constexpr, R: tl.constexpr):
-    ranks = tl.arange(0, R)
-    inside = (ranks < RANK)[:, None] & (ks < K)[None, :]
-    tl.store(pointer + ranks.to(tl.int64)[:, None] * K + ks[None, :], value, mask=inside)
+def _sum_of_slots(dq_ptr, total_ptr, block, size, slots, SIZE: tl.constexpr):
+    at = block * SIZE + tl.arange(0, SIZE).to(tl.int64)
+    total = tl.load(dq_ptr + at, mask=at < size, other=0.0)
+    for slot in range(1, slots):
+        total += tl.load(dq_ptr + slot.to(tl.int64) * size + at, mask=at < size, other=0.0)
+    tl.store(total_ptr + at, total, mask=at < size)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def factor_gradient_kernel(
-    dp_ptr, x_ptr, da_ptr, T, K, G, x_group, x_stride, chunk_rows,
-    WIDTH: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def gradient_kernel(
+    dp_ptr, x_ptr, a_0, a_1, a_2, a_3, dx_ptr, da_ptr, dq_ptr, db_ptr, T, K, G, x_group, x_stride, k_blocks, dq_size,
+    slots,
+    PAIRS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr,
+    OWN: tl.constexpr, DX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dA = dp^T x for PAIRS pairs from the FIRST on, over one chunk of rows (grid axis 1).
+    """dA = dp^T x for COUNT pairs from the FIRST on, dx = dp A (DX), a block of K a program (grid axis 0, the first k_blocks).
 
-    dp [G, T, WIDTH]; x [G, T, K]; da [chunks, PAIRS, G, RANK, K].
+    dp [G, T, PAIRS * RANK]; x [G, T, K]; da [COUNT, G, RANK, K]; dx [G, T, K] in x's dtype, the base product's part
+    still to come. The programs behind sum the adjoints of the column factors: dq [slots, dq_size] to db [dq_size].
     """
-    ks = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    chunk = tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
-    x_ptr += group * x_group
-    dp_ptr += group * T * WIDTH + FIRST * RANK
-    da_0 = tl.zeros((R, COLUMNS), tl.float32)
-    da_1 = tl.zeros((R, COLUMNS), tl.float32)
-    if PAIRS == 4:
-        da_2 = tl.zeros((R, COLUMNS), tl.float32)
-        da_3 = tl.zeros((R, COLUMNS), tl.float32)
-    end = tl.minimum((chunk + 1) * chunk_rows, T)
-    for start in range(chunk * chunk_rows, end, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < end)[:, None] & (ks < K)[None, :]
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + ks[None, :], mask=inside, other=0.0)
-        da_0 = wide_dot(tl.trans(factor_tile(dp_ptr, rows, end, WIDTH, 1, RANK, R)), x, da_0)
-        da_1 = wide_dot(tl.trans(factor_tile(dp_ptr + RANK, rows, end, WIDTH, 1, RANK, R)), x, da_1)
-        if PAIRS == 4:
-            da_2 = wide_dot(tl.trans(factor_tile(dp_ptr + 2 * RANK, rows, end, WIDTH, 1, RANK, R)), x, da_2)
-            da_3 = wide_dot(tl.trans(factor_tile(dp_ptr + 3 * RANK, rows, end, WIDTH, 1, RANK, R)), x, da_3)
-    pair_stride = tl.cast(G, tl.int64) * RANK * K
-    da_ptr += chunk * PAIRS * pair_stride + group * RANK * K
-    _store_row_factor_tile(da_ptr, da_0, ks, K, RANK, R)
-    _store_row_factor_tile(da_ptr + pair_stride, da_1, ks, K, RANK, R)
-    if PAIRS == 4:
-        _store_row_factor_tile(da_ptr + 2 * pair_stride, da_2, ks, K, RANK, R)
-        _store_row_factor_tile(da_ptr + 3 * pair_stride, da_3, ks, K, RANK, R)
+    group = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    if block >= k_blocks:
+        _sum_of_slots(dq_ptr, db_ptr, block - k_blocks + group * (tl.num_programs(0) - k_blocks), dq_size, slots, SUMMED)
+    else:
+        ks = block * COLUMNS + tl.arange(0, COLUMNS)
+        EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+        WIDTH: tl.constexpr = PAIRS * RANK
+        dp_ptr += group * T * WIDTH
+        x_ptr += group * x_group
+        a_0 += group * RANK * K
+        a_1 += group * RANK * K
+        if DX:
+            dx_ptr += group * T * K
+            a = _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK, PAIRS, W)
+            if not EXACT:
+                a_high, a_rest = split16(a)
+        if COUNT > 0:
+            da = tl.zeros((OWN, COLUMNS), tl.float32)
+        for start in range(0, T, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            inside = (rows < T)[:, None] & (ks < K)[None, :]
+            if DX:
+                dp = factor_tile(dp_ptr, rows, T, WIDTH, 1, WIDTH, W)
+                if EXACT:
+                    dx = tl.dot(dp, a, input_precision="tf32x3")
+                else:
+                    high, rest = split16(dp)
+                    dx = tl.dot(rest, a_high)
+                    dx = tl.dot(high, a_rest, dx)
+                    dx = tl.dot(high, a_high, dx)
+                offsets = rows.to(tl.int64)[:, None] * K + ks[None, :]
+                tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr.dtype.element_ty), mask=inside)
+            if COUNT > 0:
+                x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + ks[None, :], mask=inside, other=0.0)
+                own = tl.trans(factor_tile(dp_ptr + FIRST * RANK, rows, T, WIDTH, 1, COUNT * RANK, OWN))
+                if x.dtype == tl.bfloat16:
+                    high, rest = split16(own)
+                    x = operand16(x)
+                    product = tl.dot(rest, x)
+                    da += tl.dot(high, x, product)
+                else:
+                    da += tl.dot(own, x.to(tl.float32), input_precision="tf32x3")
+        if COUNT > 0:
+            at = tl.arange(0, OWN)
+            offsets = (at // RANK) * G.to(tl.int64) * RANK * K + (at % RANK).to(tl.int64) * K
+            da_tile = da_ptr + group * RANK * K + offsets[:, None] + ks[None, :]
+            tl.store(da_tile, da, mask=(at < COUNT * RANK)[:, None] & (ks < K)[None, :])
