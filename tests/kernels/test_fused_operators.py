@@ -243,10 +243,15 @@ def looped(step, harness, inputs, mask, keys):
     return found
 
 
-def test_compiled_surroundings(harness):
-    """One graph without a break; then one more for steps that change and one for seeds: no compilation a step."""
+@pytest.mark.parametrize(("in_memory", "graphs"), [(True, 1), (False, 3)], ids=["rows", "keys"])
+def test_compiled_surroundings(harness, in_memory, graphs):
+    """One graph without a break, and no other where names are numbers in memory. As Python's numbers they may cost two
+    more, one for steps that change and one for seeds: no compilation a step.
+    """
     named = [(2**63 + 11, 0), (2**63 + 11, 1), (17, 2**32 - 1), (2**64 - 1, 2**31)]
     keys = [NoiseKey(*name) for name in named]
+    if in_memory:
+        keys = [key.rows(1, harness.device) for key in keys]
     torch.compiler.reset()
     inputs = harness.inputs(tokens=3, inputs=16, outputs=16, dtype=BF16)
     mask = harness.mask(inputs, "random")
@@ -260,7 +265,7 @@ def test_compiled_surroundings(harness):
     compiled = looped(torch.compile(step, backend=counter, fullgraph=True), harness, inputs, mask, keys)
     for found, expected in zip(compiled, looped(step, harness, inputs, mask, keys), strict=True):
         assert all(torch.equal(value, right) for value, right in zip(found, expected, strict=True))
-    assert counter.frame_count <= 3
+    assert 1 <= counter.frame_count <= graphs
 
 
 def operator_calls(harness):
