@@ -54,7 +54,7 @@ class Learner:
         )
 
     @torch.no_grad()
-    def sampled_probabilities(self, batch: Batch, key: NoiseKey, samples: int) -> Tensor:
+    def sampled_probabilities(self, batch: Batch, key: NoiseKey | Tensor, samples: int) -> Tensor:
         """[B, V], the average of S samples' probabilities: all S side by side in one forward pass of S x B prompts."""
         repeated = batch.repeat(samples)
         with self.adapters.context.forward_pass(key, repeated.token_mask, groups=samples):
@@ -63,7 +63,7 @@ class Learner:
 
     @phase("forward")
     def forward(
-        self, batch: Batch, key: NoiseKey | None, terms: Literal["none", "kl", "theta"] = "none"
+        self, batch: Batch, key: NoiseKey | Tensor | None, terms: Literal["none", "kl", "theta"] = "none"
     ) -> tuple[Tensor, RecordedTerms]:
         """Answer logits [B, V] and the recorded terms; `key` None runs the posterior mean, which has no terms."""
         outer = self.outer_weights if terms == "theta" else None
@@ -75,7 +75,7 @@ class Learner:
         return answer_nll(logits, batch.target, self.method.nll_reduction)
 
     @phase("inner step")
-    def phi_step(self, batch: Batch, key: NoiseKey | None, optimizer: torch.optim.Optimizer) -> StepTerms:
+    def phi_step(self, batch: Batch, key: NoiseKey | Tensor | None, optimizer: torch.optim.Optimizer) -> StepTerms:
         """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean)."""
         terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
         norm = gradient_norm([p.grad for p in parameters])
@@ -84,7 +84,7 @@ class Learner:
             optimizer.zero_grad(set_to_none=True)
         return terms._replace(gradient_norm=norm)
 
-    def _phi_gradient(self, batch: Batch, key: NoiseKey | None) -> StepTerms:
+    def _phi_gradient(self, batch: Batch, key: NoiseKey | Tensor | None) -> StepTerms:
         logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
         kl = recorded.total_kl() if recorded.kl else self.zero
@@ -100,7 +100,7 @@ class Learner:
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
 
     @phase("theta gradient")
-    def theta_gradient_kl(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
+    def theta_gradient_kl(self, batch: Batch, key: NoiseKey | Tensor) -> tuple[dict[str, Tensor], StepTerms]:
         """Gradient of beta * KL + (beta / M) * (-log prior) by theta: one forward pass, no backward pass."""
         with torch.no_grad():
             logits, recorded = self._train().forward(batch, key, "theta")
@@ -113,7 +113,7 @@ class Learner:
         return self._outer_result(self.zero, RecordedTerms(theta=terms))
 
     @phase("theta gradient")
-    def theta_gradient_first_order(self, batch: Batch, key: NoiseKey) -> tuple[dict[str, Tensor], StepTerms]:
+    def theta_gradient_first_order(self, batch: Batch, key: NoiseKey | Tensor) -> tuple[dict[str, Tensor], StepTerms]:
         """As `theta_gradient_kl`, plus the NLL's gradient at the adapted phi, as first-order MAML gives it to theta."""
         logits, recorded = self._train().forward(batch, key, "theta")
         nll = self.nll(logits, batch)

@@ -45,7 +45,7 @@ class RecordedTerms:
 
 @dataclass
 class AdapterContext:
-    """`names` [G, 3] are the key's, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms. `kl`:
+    """`names` [G, 3] name the noise, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms. `kl`:
     every layer's KL joins the graph. `outer` set: theta's local gradients are made in the forward pass. `groups` G: the
     batch is G equal parts, each with noise of its own (samples of the posterior side by side).
     """
@@ -60,14 +60,18 @@ class AdapterContext:
     @contextmanager
     def forward_pass(
         self,
-        key: NoiseKey | None,
+        key: NoiseKey | Tensor | None,
         token_mask: Tensor,
         kl: bool = False,
         outer: OuterWeights | None = None,
         groups: int = 1,
     ) -> Iterator[RecordedTerms]:
-        """Fix the integers and the mask of the next forward pass; yields what the layers record in it."""
-        self.names = None if key is None else key.rows(groups, token_mask.device)  # once for all layers
+        """Fix the integers and the mask of the next forward pass; yields what the layers record in it.
+
+        `key` may be rows [groups, 3] on the device. They are kept as they are, so that a captured CUDA graph draws
+        other noise where they are written over.
+        """
+        self.names = key.rows(groups, token_mask.device) if isinstance(key, NoiseKey) else key  # once for all layers
         self.token_mask, self.kl, self.outer, self.groups = token_mask, kl, outer, groups
         self.recorded = RecordedTerms()
         try:

@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
+Wanted = tuple[bool, bool, bool]
 
-class Needs(NamedTuple):
-    """What a backward pass is asked for, and its results in the places where autograd wants them."""
 
-    x: bool
-    phi: bool
-    theta: bool
-    dsums: Tensor | None
+def needs(x: bool, factors: Sequence[bool], dy: Tensor | None, dkl: Tensor | None, dprior: Tensor | None) -> Wanted:
+    """Whether a backward pass must make the gradients of x, of phi's factors and of theta's.
 
-    @classmethod
-    def of(cls, x: bool, factors: Sequence[Sequence[bool]], dy: Tensor | None, dsums: Tensor | None) -> Needs:
-        """`factors`: of phi's and theta's factors, which need gradients. Theta has a part in the sums alone."""
-        if dsums is not None and dsums.numel() == 0:
-            dsums = None
-        if dy is None and dsums is None:
-            return cls(False, False, False, None)
-        phi, theta = map(any, factors)
-        return cls(x, phi, theta and dsums is not None, dsums)
+    `factors`: which of the four or eight need one. Theta has a part in the sums alone.
+    """
+    sums = dkl is not None or dprior is not None
+    if dy is None and not sums:
+        return False, False, False
+    return x, any(factors[:4]), sums and any(factors[4:])
 
-    @property
-    def flags(self) -> tuple[bool, bool, bool]:
-        return self.x, self.phi, self.theta
 
-    @property
-    def anything(self) -> bool:
-        return any(self.flags)
-
-    def distribute(
-        self, dx: Tensor, da: Tensor, db: Tensor, theta_factors: int
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """dx, phi's four gradients and theta's (summed over the groups that share it); None where not needed."""
-        phi: list[Tensor | None] = [da[0], db[0], da[1], db[1]] if self.phi else [None] * 4
-        theta: list[Tensor | None] = [None] * theta_factors
-        if self.theta:
-            theta = [part.sum(dim=0) for part in (da[-2], db[-2], da[-1], db[-1])]
-        return dx if self.x else None, phi, theta
+def gradients_of_factors(
+    da: Tensor | None, db: Tensor | None, factors: Sequence[Tensor], wanted: Wanted
+) -> list[Tensor | None]:
+    """The factors' gradients, one each, from those of the pairs that were wanted; theta's summed over their groups."""
+    found: list[Tensor | None] = [None] * len(factors)
+    _, phi, theta = wanted
+    if phi or theta:
+        a, b = da.unbind(), db.unbind()
+        if phi:
+            found[:4] = a[0], b[0], a[1], b[1]
+        if theta:
+            parts = a[-2], b[-2], a[-1], b[-1]
+            found[4:] = [part.sum(dim=0) if part.dim() == 3 else part for part in parts]
+    return found

@@ -115,13 +115,10 @@ def recorded_launches() -> Iterator[list[Launched]]:
             setattr(module, name, kernel)
 
 
-def _factors(
-    rank: int, inputs: int, outputs: int, need_phi: bool = False, need_theta: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Phi's of one group, and theta's, as the operators take them."""
+def _factors(rank: int, inputs: int, outputs: int, need_phi: bool = False, need_theta: bool = False) -> list[Tensor]:
+    """Phi's and theta's, as the operators take them."""
     shapes = ((rank, inputs), (outputs, rank)) * 2
-    phi = [torch.zeros(1, *shape, requires_grad=need_phi) for shape in shapes]
-    return phi, [torch.zeros(shape, requires_grad=need_theta) for shape in shapes]
+    return [torch.zeros(shape, requires_grad=need) for need in (need_phi, need_theta) for shape in shapes]
 
 
 def _activation_step(
@@ -147,27 +144,18 @@ def _activation_step(
     vector = x.new_zeros(outputs) if bias else None
     product = x.new_zeros(1, tokens, outputs) if ready else None
     counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
-    phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
-    factors = (phi, [] if terms == "none" else theta)
-    y, p, sums = activation.activation_forward(
-        x,
-        weight,
-        vector,
-        product,
-        counted,
-        *factors,
-        *NAMED,
-        terms == "divergence",
-    )
+    factors = _factors(rank, inputs, outputs, need_phi, need_theta)[: 4 if terms == "none" else 8]
+    with_sums = terms == "divergence"
+    y, p, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *NAMED, with_sums)
     if need_x or need_phi or need_theta:
-        (y.float().sum() + sums.sum()).backward()
+        (y.float().sum() + kl.sum()).backward()
     if terms == "theta":
         with torch.no_grad():
-            activation.activation_theta_gradient(x, p, counted, *factors, SETTINGS, 1.0, 1.0)
+            activation.activation_theta_gradient(x, p, counted, factors, SETTINGS, 1.0, 1.0)
 
 
 def _activation_theta_alone(dtype: torch.dtype, rank: int) -> None:
-    activation.activation_project(torch.zeros(1, 80, 128, dtype=dtype), *_factors(rank, 128, 96))
+    activation.activation_project(torch.zeros(1, 80, 128, dtype=dtype), _factors(rank, 128, 96))
 
 
 def _weight_step(
@@ -183,17 +171,15 @@ def _weight_step(
     tokens, inputs, outputs = sizes
     x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
     weight = torch.zeros(outputs, inputs, dtype=dtype)
-    phi, theta = _factors(rank, inputs, outputs, need_phi, need_theta)
-    factors = (phi, [] if terms == "none" else theta)
-    y, sums = weight_operators.weight_forward(x, weight, None, None, *factors, *NAMED, terms == "divergence")
+    factors = _factors(rank, inputs, outputs, need_phi, need_theta)[: 4 if terms == "none" else 8]
+    y, kl, _ = weight_operators.weight_forward(x, weight, None, None, factors, *NAMED, terms == "divergence")
     if need_x or need_phi or need_theta:
-        (y.float().sum() + sums.sum()).backward()
+        (y.float().sum() + kl.sum()).backward()
 
 
 def _weight_outer_step(dtype: torch.dtype, rank: int) -> None:
     _weight_step(dtype, rank, "none", need_x=False, need_phi=False)
-    phi, theta = _factors(rank, 128, 96)
-    weight_operators.weight_theta_gradient(phi, theta, SETTINGS, 1.0, 1.0)
+    weight_operators.weight_theta_gradient(_factors(rank, 128, 96), SETTINGS, 1.0, 1.0)
 
 
 # Who launches kernels. A variant is named after the first of them that launches it.

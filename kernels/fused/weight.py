@@ -22,11 +22,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from abmll.kernels.autocast import without_autocast
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.derivative import Needs
+from abmll.kernels.fused.arguments import gradients_of_sums, like_factors, pairs_of, rows_of, separate
+from abmll.kernels.fused.derivative import gradients_of_factors, needs
 from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
-from abmll.kernels.fused.operators import operator
+from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
 
 def scratch_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
@@ -68,55 +70,57 @@ def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
     y.flatten(0, 1).addmm_(a.flatten(0, 1), b)
 
 
-@operator("abmll::weight_forward")
+@operator
 def weight_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     product: Tensor | None,
-    phi: Sequence[Tensor],
-    theta: Sequence[Tensor],
+    factors: Sequence[Tensor],
     settings: Sequence[float],
     names: Tensor,
     layer: int,
     with_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y [G, T, N], [KL, -log prior] or empty) of x [G, T, K]; product [G, T, N] as in `activation_forward`."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, names, layer)
-    outputs, inputs = phi[1].shape[-2], x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], outputs)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [..., N], KL, -log prior) of x [..., K]; product [..., N] and the two numbers as in `activation_forward`."""
+    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
+    outputs, inputs = factors[1].shape[-2], x.shape[-1]
+    groups = pairs.a[0].shape[0]
+    rows = rows_of(x, groups)
+    y = x.new_empty(*rows.shape[:-1], outputs)
     dtype = _scratch_dtype(x.dtype)
     sums = []
-    for group in range(x.shape[0]):
+    for group in range(groups):
         own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
         for band in bands(outputs, inputs, dtype.itemsize):
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             matrix = Matrix.of_weights(own, band)
             sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
-            _add_product(y[group, :, band], x[group], change[0].mT, fresh=True)
+            _add_product(y[group, :, band], rows[group], change[0].mT, fresh=True)
     if bias is not None:
         y += bias
     if weight is None:
-        y += product
+        y += product.reshape(y.shape)
     else:
-        _add_base_product(y, x, weight.mT)
-    return y, torch.stack(sums).sum(dim=0) if with_sums else sums[0]
+        _add_base_product(y, rows, weight.mT)
+    kl, prior = separate(torch.stack(sums).sum(dim=0) if with_sums else sums[0])
+    return y.view(*x.shape[:-1], outputs), kl, prior
 
 
-@weight_forward.register_fake
-def _(x, weight, bias, product, phi, theta, settings, names, layer, with_sums):
-    y = x.new_empty(*x.shape[:-1], phi[1].shape[-2])
-    return y, x.new_empty(2 if with_sums else 0, dtype=torch.float32)
+@shapes_of(weight_forward)
+def _(x, weight, bias, product, factors, settings, names, layer, with_sums):
+    y = x.new_empty(*x.shape[:-1], factors[1].shape[-2])
+    return y, *(x.new_empty(() if with_sums else (0,), dtype=torch.float32) for _ in range(2))
 
 
-@operator("abmll::weight_backward")
+@operator
 def weight_backward(
     dy: Tensor | None,
-    dsums: Tensor | None,
+    dkl: Tensor | None,
+    dprior: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    phi: Sequence[Tensor],
-    theta: Sequence[Tensor],
+    factors: Sequence[Tensor],
     settings: Sequence[float],
     names: Tensor,
     layer: int,
@@ -124,14 +128,16 @@ def weight_backward(
     need_phi: bool,
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, da [pairs, G, r, K], db [pairs, G, N, r]), phi's two pairs before theta's; empty where not needed."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings, names, layer)
-    groups, outputs, inputs, rank = x.shape[0], phi[1].shape[-2], x.shape[-1], pairs.rank
+    """(dx, da, db) as `activation_backward` gives them."""
+    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
+    groups, outputs, inputs, rank = pairs.a[0].shape[0], factors[1].shape[-2], x.shape[-1], pairs.rank
+    rows, dz = rows_of(x, groups), None if dy is None else rows_of(dy, groups)
+    dsums = gradients_of_sums(dkl, dprior)
     wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
     count = 2 * need_phi + 2 * need_theta
     da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
     db = torch.empty(count, groups, outputs, rank, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     dtype = _scratch_dtype(x.dtype)
     for group in range(groups):
         own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
@@ -141,71 +147,83 @@ def weight_backward(
             if need_x:
                 change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
             if count:
-                dz = None if dy is None else launch.wide_product(dy[group, :, band].mT, x[group]).unsqueeze(0)
-                found = launch.adjoint(matrix, dz, dsums, None, named, wanted, change, band.start)
+                of_change = None
+                if dz is not None:
+                    of_change = launch.wide_product(dz[group, :, band].mT, rows[group]).unsqueeze(0)
+                found = launch.adjoint(matrix, of_change, dsums, None, named, wanted, change, band.start)
                 da[:, group] += found.dq[:, 0]
                 db[:, group, band] = found.dp[0].unflatten(-1, (count, rank)).movedim(1, 0)
             else:
                 launch.sample(matrix, change, None, named, False, False, band.start)
             if need_x:
-                _add_product(dx[group], dy[group, :, band], change[0], fresh=band.start == 0)
+                _add_product(dx[group], dz[group, :, band], change[0], fresh=band.start == 0)
     if need_x and weight is not None:
-        _add_base_product(dx, dy, weight)
-    return dx, da.mT.contiguous(), db
+        _add_base_product(dx, dz, weight)
+    da, db = like_factors(da.mT.contiguous(), db, factors) if count else (da.new_empty(0), da.new_empty(0))
+    return dx.view(x.shape) if need_x else dx, da, db
 
 
-@weight_backward.register_fake
-def _(dy, dsums, x, weight, phi, theta, settings, names, layer, need_x, need_phi, need_theta):
-    outputs, (rank, inputs), count = phi[1].shape[-2], phi[0].shape[-2:], 2 * need_phi + 2 * need_theta
+@shapes_of(weight_backward)
+def _(dy, dkl, dprior, x, weight, factors, settings, names, layer, need_x, need_phi, need_theta):
+    new, count = factors[0].new_empty, 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
-        x.new_empty(count, x.shape[0], rank, inputs, dtype=torch.float32),
-        x.new_empty(count, x.shape[0], outputs, rank, dtype=torch.float32),
+        new(count, *factors[0].shape) if count else new(0),
+        new(count, *factors[1].shape) if count else new(0),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _, _, phi, theta, ctx.settings, names, ctx.layer, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, names, *phi, *theta)
+class _Derivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, product, settings, names, layer, with_sums, *factors):
+        found = below_autograd(weight_forward, x, weight, bias, product, factors, settings, names, layer, with_sums)
+        ctx.settings, ctx.layer = settings, layer
+        ctx.set_materialize_grads(False)
+        if not with_sums:
+            ctx.mark_non_differentiable(*found[1:])
+        ctx.save_for_backward(x, weight, names, *factors)
+        return found
+
+    @staticmethod
+    def backward(ctx, dy, dkl, dprior):
+        x, weight, names, *factors = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[0] and dy is not None  # x has no part in the KL
+        wanted = needs(need_x, ctx.needs_input_grad[8:], dy, dkl, dprior)
+        dx = da = db = None
+        if any(wanted):
+            with without_autocast(x.device.type):  # a backward pass inside the user's own would lose fp32
+                dx, da, db = weight_backward(
+                    dy, dkl, dprior, x, weight, factors, ctx.settings, names, ctx.layer, *wanted
+                )
+        dproduct = dy if weight is None else None
+        of_factors = gradients_of_factors(da, db, factors, wanted)
+        return dx if wanted[0] else None, None, None, dproduct, None, None, None, None, *of_factors
 
 
-def _backward(ctx, dy, dsums):
-    x, weight, names, *factors = ctx.saved_tensors
-    # x has no part in the KL
-    needs = Needs.of(ctx.needs_input_grad[0] and dy is not None, ctx.needs_input_grad[4:6], dy, dsums)
-    dx, phi, theta = None, [None] * 4, [None] * len(factors[4:])
-    if needs.anything:
-        with torch.autocast(x.device.type, enabled=False):  # a backward pass inside the user's own would lose fp32
-            dx, da, db = torch.ops.abmll.weight_backward(
-                dy, needs.dsums, x, weight, factors[:4], factors[4:], ctx.settings, names, ctx.layer, *needs.flags
-            )
-        dx, phi, theta = needs.distribute(dx, da, db, len(theta))
-    return dx, None, None, dy if weight is None else None, phi, theta, None, None, None, None
+def _differentiable(x, weight, bias, product, factors, settings, names, layer, with_sums):
+    return _Derivative.apply(x, weight, bias, product, settings, names, layer, with_sums, *factors)
 
 
-weight_forward.register_autograd(_backward, setup_context=_setup_context)
+differentiate(weight_forward, _differentiable)
 
 
-@operator("abmll::weight_theta_gradient")
+@operator
 def weight_theta_gradient(
-    phi: Sequence[Tensor],
-    theta: Sequence[Tensor],
+    factors: Sequence[Tensor],
     settings: Sequence[float],
     kl_weight: float,
     prior_weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(da [2, r, K], db [2, N, r], [KL, -log prior]) of theta's two pairs: one pass over tiles, without x or noise."""
-    pairs, scalars = Pairs.of(*phi, *theta), Scalars(*settings)
-    weights = launch.constants(kl_weight, prior_weight, device=phi[0].device)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(da [2, r, K], db [2, N, r], KL, -log prior) of theta's two pairs: one pass over tiles, without x or noise."""
+    pairs, scalars = pairs_of(factors), Scalars(*settings)
+    weights = launch.constants(kl_weight, prior_weight, device=factors[0].device)
     matrix = Matrix.of_weights(pairs, slice(None))
     found = launch.adjoint(matrix, None, weights, None, scalars, Wanted(False, True, False, True, sums=True))
     db = found.dp.sum(dim=0).unflatten(-1, (2, pairs.rank)).movedim(1, 0)
-    return found.dq.sum(dim=1).mT.contiguous(), db.contiguous(), found.sums
+    return found.dq.sum(dim=1).mT.contiguous(), db.contiguous(), *separate(found.sums)
 
 
-@weight_theta_gradient.register_fake
-def _(phi, theta, settings, kl_weight, prior_weight):
-    (rank, inputs), outputs = theta[0].shape, theta[1].shape[0]
-    new = theta[0].new_empty
-    return new(2, rank, inputs), new(2, outputs, rank), new(2)
+@shapes_of(weight_theta_gradient)
+def _(factors, settings, kl_weight, prior_weight):
+    new = factors[0].new_empty
+    return new(2, *factors[4].shape), new(2, *factors[5].shape), new(()), new(())

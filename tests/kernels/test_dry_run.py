@@ -31,7 +31,7 @@ def test_bodies_allocate_what_the_operators_return(harness):
             fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
             expected = operator(*fake)
             with assume_gpu(), dry_launches(), torch.no_grad():
-                found = BODIES[operator._qualname](*fake)
+                found = BODIES[operator.name()](*fake)
         both = [result if isinstance(result, tuple) else (result,) for result in (found, expected)]
         for value, right in zip(*both, strict=True):
             assert (value.shape, value.dtype, value.device) == (right.shape, right.dtype, right.device), operator
@@ -44,9 +44,9 @@ def test_dry_launches_run_nothing(harness, monkeypatch):
             for name in [name for name in vars(launch) if name.endswith("_kernel")]:
                 patch.setattr(launch, name, None)  # a launch would fail
             with dry_launches(), torch.no_grad():
-                BODIES[operator._qualname](*arguments)
+                BODIES[operator.name()](*arguments)
             with pytest.raises(TypeError), torch.no_grad():
-                BODIES[operator._qualname](*arguments)
+                BODIES[operator.name()](*arguments)
     assert not launch.dry
 
 

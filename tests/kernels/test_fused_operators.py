@@ -243,10 +243,15 @@ def looped(step, harness, inputs, mask, keys):
     return found
 
 
-def test_compiled_surroundings(harness):
-    """One graph without a break; then one more for steps that change and one for seeds: no compilation a step."""
+@pytest.mark.parametrize(("in_memory", "graphs"), [(True, 1), (False, 3)], ids=["rows", "keys"])
+def test_compiled_surroundings(harness, in_memory, graphs):
+    """One graph without a break, and no other where names are numbers in memory. As Python's numbers they may cost two
+    more, one for steps that change and one for seeds: no compilation a step.
+    """
     named = [(2**63 + 11, 0), (2**63 + 11, 1), (17, 2**32 - 1), (2**64 - 1, 2**31)]
     keys = [NoiseKey(*name) for name in named]
+    if in_memory:
+        keys = [key.rows(1, harness.device) for key in keys]
     torch.compiler.reset()
     inputs = harness.inputs(tokens=3, inputs=16, outputs=16, dtype=BF16)
     mask = harness.mask(inputs, "random")
@@ -260,33 +265,32 @@ def test_compiled_surroundings(harness):
     compiled = looped(torch.compile(step, backend=counter, fullgraph=True), harness, inputs, mask, keys)
     for found, expected in zip(compiled, looped(step, harness, inputs, mask, keys), strict=True):
         assert all(torch.equal(value, right) for value, right in zip(found, expected, strict=True))
-    assert counter.frame_count <= 3
+    assert 1 <= counter.frame_count <= graphs
 
 
 def operator_calls(harness):
     """(operator, arguments): the operator with a derivative first."""
     inputs = harness.inputs(tokens=3, inputs=5, outputs=4, dtype=BF16, groups=2)
     mask, dy = harness.mask(inputs, "random"), harness.upstream(inputs)["y"]
-    dsums = torch.tensor([0.5, 0.25], device=harness.device)
+    dsums = torch.tensor([0.5, 0.25], device=harness.device).unbind()
     settings, names = list(harness.settings), (NoiseKey(2**64 - 5, 7).rows(2, harness.device), 3)
-    factors = (inputs.factors[:4], inputs.factors[4:])
-    x, *leaves = (leaf.detach().requires_grad_(True) for leaf in (inputs.x, *inputs.factors))
-    leaves = (leaves[:4], leaves[4:])
+    factors = inputs.factors
+    x, *leaves = (leaf.detach().requires_grad_(True) for leaf in (inputs.x, *factors))
     if harness.posterior == "activation":
-        p = activation_operators.activation_project(inputs.x, *factors)
-        forward = (x, *inputs.base, None, mask, *leaves, settings, *names, True)
-        backward = (dy, dsums, inputs.x, p, inputs.weight, mask, *factors, settings, *names, True, True, True)
+        p = activation_operators.activation_project(inputs.x, factors)
+        forward = (x, *inputs.base, None, mask, leaves, settings, *names, True)
+        backward = (dy, *dsums, inputs.x, p, inputs.weight, mask, factors, settings, *names, True, True, True)
         yield activation_operators.activation_forward, forward
         yield activation_operators.activation_backward, backward
-        yield activation_operators.activation_project, (inputs.x, *factors)
-        theta = (inputs.x, p, mask, *factors, settings, 0.5, 0.25)
+        yield activation_operators.activation_project, (inputs.x, factors)
+        theta = (inputs.x, p, mask, factors, settings, 0.5, 0.25)
         yield activation_operators.activation_theta_gradient, theta
     else:
-        forward = (x, *inputs.base, None, *leaves, settings, *names, True)
-        backward = (dy, dsums, inputs.x, inputs.weight, *factors, settings, *names, True, True, True)
+        forward = (x, *inputs.base, None, leaves, settings, *names, True)
+        backward = (dy, *dsums, inputs.x, inputs.weight, factors, settings, *names, True, True, True)
         yield weight_operators.weight_forward, forward
         yield weight_operators.weight_backward, backward
-        yield weight_operators.weight_theta_gradient, (*factors, settings, 0.5, 0.25)
+        yield weight_operators.weight_theta_gradient, (factors, settings, 0.5, 0.25)
 
 
 def test_operators_are_registered_rightly(harness):
