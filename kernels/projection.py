@@ -143,12 +143,12 @@ def _fused(
         from abmll.kernels.fused.activation import activation_forward
 
         used = factors[:4] if terms == "none" else factors
-        y, low_rank, kl, prior = activation_forward(*layer_and_mask, used, settings, names, layer, with_sums)
+        y, low_rank, _, kl, prior = activation_forward(*layer_and_mask, used, settings, names, layer, with_sums)
     else:
         from abmll.kernels.fused.weight import weight_forward
 
         used = factors if with_sums else factors[:4]
-        y, kl, prior = weight_forward(*layer_and_mask[:4], used, settings, names, layer, with_sums)
+        y, _, kl, prior = weight_forward(*layer_and_mask[:4], used, settings, names, layer, with_sums)
     return Projection(y, kl, prior, low_rank) if with_sums else Projection(y, None, None, low_rank)
 
 

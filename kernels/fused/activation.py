@@ -1,7 +1,11 @@
 """The fused activation posterior as opaque PyTorch operators, with shapes for tracing and their derivative.
 
 Opaque: `torch.compile` of a model keeps them as they are and does not break its graph at them. Saved for the backward
-pass: x, the rank-sized projections p in fp32, and integers.
+pass: x, the rank-sized projections p in fp32, and integers. Six launches forward and backward, of which W0's two
+products are the library's:
+
+    forward     y0 = W0 x     p = A x in parts     y = y0 + sample, p, KL, -log prior
+    backward    adjoints of p and B     dA, dB, dx = dp A     dx += dy W0
 
 The base is a dense weight (with or without a bias), or a product y0 that another library made, to which the sample is
 added: then weight and bias are None. Arguments of all operators: factors are phi's mean a, b, log-variance a, b, then
@@ -16,12 +20,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from abmll.kernels.autocast import without_autocast
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.arguments import gradients_of_sums, like_factors, mask_bytes, pairs_of, rows_of, separate
+from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, mask_bytes, number, rows_of, separate
 from abmll.kernels.fused.derivative import gradients_of_factors, needs
-from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
 
@@ -37,30 +42,35 @@ def activation_forward(
     names: Tensor,
     layer: int,
     with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [..., N], p [G, T, pairs * r] fp32, KL, -log prior) of x [..., K]; mask bool as x without its last dimension.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y [..., N], p [G, T, pairs * r] fp32, tickets, KL, -log prior) of x [..., K]; mask bool as x without its last
+    dimension.
 
-    product [..., N] is x's with the base layer, its bias included. KL and -log prior are fp32 numbers, or empty.
+    product [..., N] is x's with the base layer, its bias included. KL and -log prior are fp32 numbers, or empty. The
+    tickets are integers that the kernels of one projection count with.
     """
-    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
-    groups, outputs = pairs.a[0].shape[0], pairs.b[0].shape[-2]
-    weight = None if weight is None else launch.rows_contiguous(weight)
-    y, p = launch.project(rows_of(x, groups), weight, bias, pairs)
-    if y is None:  # the sample is added in place
-        y = product.reshape(groups, -1, outputs).clone(memory_format=torch.contiguous_format)
-    matrix = Matrix.of_activations(p, pairs)
-    sums = launch.sample(matrix, y, mask_bytes(mask, groups), scalars, True, with_sums)
-    return y.view(*x.shape[:-1], outputs), p, *separate(sums)
+    a, b, groups = factors_of(factors)
+    rows, outputs = rows_of(x, groups), b.tensors[0].shape[-2]
+    if product is None:
+        y = linear(rows, weight, bias)
+    else:  # the sample is added in place
+        y = product.reshape(groups, rows.shape[1], outputs).clone(memory_format=torch.contiguous_format)
+    p, tickets = _empty_p(x, factors), launch.new_tickets(groups, x.device)
+    parts = Rows.of_projections(launch.project(rows, a, tickets), a.rank)
+    columns, scalars = Columns.of_activations(b), Scalars(settings, names, layer)
+    sums = launch.sample(parts, columns, y, mask_bytes(mask, groups), scalars, tickets, True, with_sums, p)
+    return y.view(*x.shape[:-1], outputs), p, tickets, *separate(sums, p)
 
 
 @shapes_of(activation_forward)
 def _(x, weight, bias, product, mask, factors, settings, names, layer, with_sums):
     sums = [x.new_empty(() if with_sums else (0,), dtype=torch.float32) for _ in range(2)]
-    return x.new_empty(*x.shape[:-1], factors[1].shape[-2]), _empty_p(x, factors), *sums
+    tickets = launch.new_tickets(groups_of(factors), x.device)
+    return x.new_empty(*x.shape[:-1], factors[1].shape[-2]), _empty_p(x, factors), tickets, *sums
 
 
 def _empty_p(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    groups = factors[0].shape[0] if factors[0].dim() == 3 else 1
+    groups = groups_of(factors)
     tokens, rank = x.shape[:-1].numel() // groups, factors[0].shape[-2]
     return x.new_empty(groups, tokens, len(factors) // 2 * rank, dtype=torch.float32)
 
@@ -72,6 +82,7 @@ def activation_backward(
     dprior: Tensor | None,
     x: Tensor,
     p: Tensor,
+    tickets: Tensor,
     weight: Tensor | None,
     mask: Tensor | None,
     factors: Sequence[Tensor],
@@ -86,29 +97,41 @@ def activation_backward(
 
     dy, dkl, dprior: gradients of y, KL and -log prior; None is zero, and saves the work. Without groups no G.
     """
-    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
-    groups = pairs.a[0].shape[0]
+    a, b, groups = factors_of(factors)
     rows, dz = rows_of(x, groups), None if dy is None else rows_of(dy, groups)
-    dsums = gradients_of_sums(dkl, dprior)
     # x has a part in the KL through theta's statistics as well
-    dp_phi, dp_theta = need_x or need_phi, dsums is not None and (need_x or need_theta)
+    divergence = dkl is not None or dprior is not None
+    dp_phi, dp_theta = need_x or need_phi, divergence and (need_x or need_theta)
     wanted = Wanted(dp_phi, dp_theta, need_phi, need_theta)
-    adjoints = launch.adjoint(Matrix.of_activations(p, pairs), dz, dsums, mask_bytes(mask, groups), scalars, wanted)
+    dp = _side_by_side(2 * dp_phi + 2 * dp_theta, rows, a.rank)
+    found = launch.adjoint(
+        Rows.of_projections(p, a.rank), Columns.of_activations(b), factors[1].shape[-2], dz, dkl, dprior,
+        mask_bytes(mask, groups), Scalars(settings, names, layer), tickets, wanted, dp, x.dtype == torch.float32,
+    )  # fmt: skip
     count = 2 * need_phi + 2 * need_theta
-    first = 0 if need_phi or not dp_phi else 2
-    dx, da, db = (p.new_empty(0) for _ in range(3))
-    if count:  # before dx: their partial sums are gone when the largest tensor is made
-        da, db = launch.factor_gradient(adjoints.dp, rows, pairs.rank, first, count), adjoints.dq
-        da, db = like_factors(da, db, factors)
-    if need_x:
-        read = pairs if dp_theta else Pairs(pairs.a[:2], pairs.b[:2])
-        weight = None if weight is None else launch.rows_contiguous(weight)
-        dx = launch.input_gradient(dz, weight, adjoints.dp, read, x.dtype).view(x.shape)
-    return dx, da, db
+    # dp's pairs, and whose A go with them
+    read = a if dp_phi and dp_theta else Factors(a.tensors[:2] if dp_phi else a.tensors[2:], a.rank)
+    first = 0 if need_phi else len(read.tensors) - 2
+    dx, da, db = launch.gradients(dp, rows, read, found.dq if count else None, first, count, need_x)
+    if need_x and dz is not None and weight is not None:
+        dx.flatten(0, 1).addmm_(dz.flatten(0, 1), weight)
+    empty = p.new_empty(0)
+    return (
+        dx.view(x.shape) if need_x else empty,
+        like_factors(da, factors[0]) if count else empty,
+        like_factors(db, factors[1]) if count else empty,
+    )
+
+
+def _side_by_side(pairs: int, rows: Tensor, rank: int) -> Tensor:
+    """dp [pairs, G, T, r], in memory [G, T, pairs * r]."""
+    groups, tokens, width = *rows.shape[:2], pairs * rank
+    strides = (rank, tokens * width, width, 1)
+    return torch.empty_strided((pairs, groups, tokens, rank), strides, dtype=torch.float32, device=rows.device)
 
 
 @shapes_of(activation_backward)
-def _(dy, dkl, dprior, x, p, weight, mask, factors, settings, names, layer, need_x, need_phi, need_theta):
+def _(dy, dkl, dprior, x, p, tickets, weight, mask, factors, settings, names, layer, need_x, need_phi, need_theta):
     count = 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else p.new_empty(0),
@@ -125,19 +148,19 @@ class _Derivative(torch.autograd.Function):
         )
         ctx.settings, ctx.layer = settings, layer
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(found[1:2] if with_sums else found[1:]))
-        ctx.save_for_backward(x, found[1], weight, mask, names, *factors)
+        ctx.mark_non_differentiable(*(found[1:3] if with_sums else found[1:]))
+        ctx.save_for_backward(x, *found[1:3], weight, mask, names, *factors)
         return found
 
     @staticmethod
-    def backward(ctx, dy, _, dkl, dprior):
-        x, p, weight, mask, names, *factors = ctx.saved_tensors
+    def backward(ctx, dy, _p, _tickets, dkl, dprior):
+        x, p, tickets, weight, mask, names, *factors = ctx.saved_tensors
         wanted = needs(ctx.needs_input_grad[0], ctx.needs_input_grad[9:], dy, dkl, dprior)
         dx = da = db = None
         if any(wanted):
             with without_autocast(x.device.type):  # a backward pass inside the user's own would lose fp32
                 dx, da, db = activation_backward(
-                    dy, dkl, dprior, x, p, weight, mask, factors, ctx.settings, names, ctx.layer, *wanted
+                    dy, dkl, dprior, x, p, tickets, weight, mask, factors, ctx.settings, names, ctx.layer, *wanted
                 )
         dproduct = dy if weight is None else None
         of_factors = gradients_of_factors(da, db, factors, wanted)
@@ -154,8 +177,9 @@ differentiate(activation_forward, _differentiable)
 @operator
 def activation_project(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """p [G, T, pairs * r] in fp32 alone: A x of all pairs from one pass over x."""
-    pairs = pairs_of(factors)
-    return launch.project(rows_of(x, pairs.a[0].shape[0]), None, None, pairs)[1]
+    a, _, groups = factors_of(factors)
+    tickets = launch.new_tickets(groups, x.device)
+    return launch.project(rows_of(x, groups), a, tickets).sum(dim=0)
 
 
 @shapes_of(activation_project)
@@ -174,14 +198,19 @@ def activation_theta_gradient(
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da [2, r, K], db [2, N, r], KL, -log prior) of theta's two pairs, from x and all four pairs' p: no noise."""
-    pairs, scalars = pairs_of(factors), Scalars(*settings)
-    groups = pairs.a[0].shape[0]
-    weights = launch.constants(kl_weight, prior_weight, device=x.device)
-    wanted = Wanted(False, True, False, True, sums=True)
-    matrix = Matrix.of_activations(p, pairs)
-    adjoints = launch.adjoint(matrix, None, weights, mask_bytes(mask, groups), scalars, wanted)
-    da = launch.factor_gradient(adjoints.dp, rows_of(x, groups), pairs.rank, 0, 2)
-    return da.sum(dim=1), adjoints.dq.sum(dim=1), *separate(adjoints.sums)
+    a, b, groups = factors_of(factors)
+    rows = rows_of(x, groups)
+    tickets = launch.new_tickets(groups, x.device, cleared=True)
+    wanted, dp = Wanted(False, True, False, True, sums=True), _side_by_side(2, rows, a.rank)
+    found = launch.adjoint(
+        Rows.of_projections(p, a.rank), Columns.of_activations(b), factors[1].shape[-2], None, number(kl_weight, p),
+        number(prior_weight, p), mask_bytes(mask, groups), Scalars(settings), tickets, wanted, dp,
+        x.dtype == torch.float32,
+    )  # fmt: skip
+    _, da, db = launch.gradients(dp, rows, Factors(a.tensors[2:], a.rank), found.dq, 0, 2, False)
+    if groups > 1:
+        da, db = da.sum(dim=1, keepdim=True), db.sum(dim=1, keepdim=True)
+    return da.squeeze(1), db.squeeze(1), *found.sums
 
 
 @shapes_of(activation_theta_gradient)

@@ -1,4 +1,4 @@
-"""The operators' arguments as the launches take them, and their results as the operators return them."""
+"""An operator's arguments as the launches take them, and their results as the operator gives them."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from abmll.kernels.fused.launch import Pairs, rows_contiguous
+from abmll.kernels.fused.launch import Factors, Sums, rows_contiguous
 
 
-def pairs_of(factors: Sequence[Tensor]) -> Pairs:
-    """Phi's factors with a group dimension, which they may lack, and theta's."""
-    if factors[0].dim() == 3:
-        return Pairs.of(*factors)
-    return Pairs.of(*(factor.unsqueeze(0) for factor in factors[:4]), *factors[4:])
+def groups_of(factors: Sequence[Tensor]) -> int:
+    """Phi's groups: one where its factors have no dimension for them."""
+    return factors[0].shape[0] if factors[0].dim() == 3 else 1
+
+
+def factors_of(factors: Sequence[Tensor]) -> tuple[Factors, Factors, int]:
+    """All pairs' a and b, and the number of groups; from mean a, b, log-variance a, b of phi and of theta (or not)."""
+    factors = [factor if factor.is_contiguous() else factor.contiguous() for factor in factors]
+    rank = factors[0].shape[-2]
+    return Factors(factors[0::2], rank), Factors(factors[1::2], rank), groups_of(factors)
 
 
 def rows_of(x: Tensor, groups: int) -> Tensor:
-    """x [..., K] as [G, T, K], with unit stride along the last."""
-    return rows_contiguous(x if x.dim() == 3 and len(x) == groups else x.reshape(groups, -1, x.shape[-1]))
+    """[G, T, K] of [..., K], rows contiguous."""
+    return rows_contiguous(x.reshape(groups, x.shape[:-1].numel() // groups, x.shape[-1]))
 
 
 def mask_bytes(mask: Tensor | None, groups: int) -> Tensor | None:
     """[G, T] as bytes."""
-    return None if mask is None else rows_contiguous(mask.reshape(groups, -1)).view(torch.uint8)
-
-
-def like_factors(da: Tensor, db: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """da [pairs, G, r, K] and db [pairs, G, N, r], without a group dimension where phi has none."""
-    return (da, db) if factors[0].dim() == 3 else (da.squeeze(1), db.squeeze(1))
-
-
-def gradients_of_sums(dkl: Tensor | None, dprior: Tensor | None) -> Tensor | None:
-    """[2], zero for what is None; None for two."""
-    there = dprior if dkl is None else dkl
-    if there is None:
+    if mask is None:
         return None
-    zero = there.new_zeros(()) if dkl is None or dprior is None else None
-    return torch.stack([zero if dkl is None else dkl, zero if dprior is None else dprior])
+    return rows_contiguous(mask.reshape(groups, mask.numel() // groups)).view(torch.uint8)
 
 
-def separate(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """[KL, -log prior] as two numbers in memory of their own; twice nothing if there are none."""
-    return (sums[0].clone(), sums[1].clone()) if sums.numel() else (sums, sums.clone())
+def separate(sums: Sums | None, near: Tensor) -> Sums:
+    """The two sums; empty where there are none."""
+    return Sums(*(near.new_empty(0, dtype=torch.float32) for _ in range(2))) if sums is None else sums
+
+
+def like_factors(gradient: Tensor, factor: Tensor) -> Tensor:
+    """[pairs, G, ...] without G where phi's factors have none."""
+    return gradient if factor.dim() == 3 else gradient.view(gradient.shape[0], *factor.shape)
+
+
+def number(value: float, near: Tensor) -> Tensor:
+    """An fp32 number on the device, without a copy that waits for it."""
+    return torch.full((), value, dtype=torch.float32, device=near.device)

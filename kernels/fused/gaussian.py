@@ -123,7 +123,7 @@ def sample_kernel(
     p_mean = _rows_tile(p_0, rows, M, p_stride, parts, part_stride, RANK, R)
     p_low = _rows_tile(p_1, rows, M, p_stride, parts, part_stride, RANK, R)
     mean_high, mean_rest = split_rows(scaling * p_mean)
-    low_high, low_rest = split_rows(scaling * TO_BITS * p_low)
+    low_high, low_rest = split_rows(scaling * p_low * TO_BITS)
     offset_bits = offset * TO_BITS
     WIDTH: tl.constexpr = PAIRS * RANK
     p_ptr += far_group * M * WIDTH
@@ -143,7 +143,7 @@ def sample_kernel(
             store_factor_tile(p_ptr + 3 * RANK, p_low, rows, M, WIDTH, 1, RANK, R)
     if SUMS:
         prior_mean_high, prior_mean_rest = split_rows(scaling * p_mean)
-        prior_low_high, prior_low_rest = split_rows(scaling * TO_BITS * p_low)
+        prior_low_high, prior_low_rest = split_rows(scaling * p_low * TO_BITS)
         kl_rows = tl.zeros((ROWS,), tl.float32)
         prior_rows = tl.zeros((ROWS,), tl.float32)
 
@@ -174,7 +174,7 @@ def sample_kernel(
             shift = mean - prior_mean
             kl = exponential_excess(prior_low - low, ratio) + shift * shift * inverse
             prior = 0.5 * prior_mean * prior_mean + prior_rate * inverse
-            prior += (prior_shape - 1.0) * FROM_BITS * (prior_low + offset_bits)
+            prior += (prior_low + offset_bits) * FROM_BITS * (prior_shape - 1.0)
             if not EVEN:  # beyond the last column KL is zero, for its factors are
                 prior = tl.where((columns < N)[None, :], prior, 0.0)
             kl_rows += tl.sum(kl, axis=1)
@@ -300,7 +300,7 @@ def adjoint_kernel(
         p = scaling * factor_tile(p_0, rows, row_end, p_stride, 1, RANK, R)
         mean_high, mean_rest = split_rows(p)
         p_mean = _operand(p, EXACT)
-        p = scaling * TO_BITS * factor_tile(p_1, rows, row_end, p_stride, 1, RANK, R)
+        p = scaling * factor_tile(p_1, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
         low_high, low_rest = split_rows(p)
         p_low = _operand(p, EXACT)
         WIDE: tl.constexpr = R if EXACT else 2 * R
@@ -311,7 +311,7 @@ def adjoint_kernel(
             p = scaling * factor_tile(p_2, rows, row_end, p_stride, 1, RANK, R)
             prior_mean_high, prior_mean_rest = split_rows(p)
             p_prior_mean = _operand(p, EXACT)
-            p = scaling * TO_BITS * factor_tile(p_3, rows, row_end, p_stride, 1, RANK, R)
+            p = scaling * factor_tile(p_3, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
             prior_low_high, prior_low_rest = split_rows(p)
             p_prior_low = _operand(p, EXACT)
             counted = _counted(mask_ptr, rows, row_end, HAS_MASK)
@@ -345,13 +345,13 @@ def adjoint_kernel(
                 if SUMS:
                     kl_rows += tl.sum(tl.where(counted[:, None], excess + shift * shift * inverse, 0.0), axis=1)
                     prior = 0.5 * prior_mean * prior_mean + prior_rate * inverse
-                    prior += (prior_shape - 1.0) * FROM_BITS * (prior_low + offset_bits)
+                    prior += (prior_low + offset_bits) * FROM_BITS * (prior_shape - 1.0)
                     valid = counted[:, None]
                     if not EVEN:
                         valid = valid & (columns < N)[None, :]
                     prior_rows += tl.sum(tl.where(valid, prior, 0.0), axis=1)
                 pull = kl_weight * shift * inverse
-                stretch = kl_weight * (excess - FROM_BITS * (prior_low - low))
+                stretch = kl_weight * (excess - (prior_low - low) * FROM_BITS)
                 if DP_THETA or DQ_THETA:
                     # the adjoint of theta's mean, and twice that of its log-variance, both negated
                     by_prior_mean = pull
@@ -373,7 +373,7 @@ def adjoint_kernel(
                         if DQ_THETA:
                             dq = -_times_rows(mean_near, mean_left, p_prior_mean, EXACT, R)
                             _accumulate_tile(dq_theta, dq, columns, N, q_stride, q_rank, fresh, RANK, R)
-                            dq = -0.5 * FROM_BITS * _times_rows(low_near, low_left, p_prior_low, EXACT, R)
+                            dq = _times_rows(low_near, low_left, p_prior_low, EXACT, R) * (-0.5 * FROM_BITS)
                             _accumulate_tile(dq_theta + pair_stride, dq, columns, N, q_stride, q_rank, fresh, RANK, R)
             # by_mean: the adjoint of Z's mean; by_low: twice that of its log-variance
             if HAS_DZ:
@@ -401,7 +401,7 @@ def adjoint_kernel(
             if DQ_PHI:
                 dq = _times_rows(mean_near, mean_left, p_mean, EXACT, R)
                 _accumulate_tile(dq_phi, dq, columns, N, q_stride, q_rank, fresh, RANK, R)
-                dq = 0.5 * FROM_BITS * _times_rows(low_near, low_left, p_low, EXACT, R)
+                dq = _times_rows(low_near, low_left, p_low, EXACT, R) * (0.5 * FROM_BITS)
                 _accumulate_tile(dq_phi + pair_stride, dq, columns, N, q_stride, q_rank, fresh, RANK, R)
         if DP_PHI:
             if not EXACT:
@@ -419,7 +419,7 @@ def adjoint_kernel(
         if DQ_PHI or DQ_THETA:
             tl.debug_barrier()  # the next rows add to what other threads of this program may have stored
 
-    if DP_PHI or DP_THETA:
+    if DP_PHI or DP_THETA:  # known to the compiler, unlike what follows  # noqa: SIM102
         if last_to_arrive(tickets_ptr + 1 + group * tl.num_programs(0) + slot, tl.num_programs(1)):
             parts_ptr += far_group * M * DP_WIDTH
             dp_ptr += far_group * dp_group

@@ -28,16 +28,16 @@ class Factors(NamedTuple):
     tensors: Sequence[Tensor]
     rank: int
 
-    def strides(self, row: int, rank: int) -> tuple[int, int, int, int]:
-        """By group (phi's, theta's), along the long axis (dimension `row`) and along the rank."""
-        first = self.tensors[0]
-        return first.stride(0) if first.dim() == 3 else 0, 0, first.stride(row), first.stride(rank)
-
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Four whatever the number of pairs: the first stands in for those that are not read."""
         first, second = self.tensors[:2]
         return (first, second, *(self.tensors[2:] or (first, first)))
+
+    def strides(self, long: int) -> tuple[int, int, int, int]:
+        """By group (phi's, theta's), along the long axis (a dimension: -2 of b, -1 of a) and along the rank."""
+        first = self.tensors[0]
+        return first.stride(0) if first.dim() == 3 else 0, 0, first.stride(long), first.stride(-3 - long)
 
 
 class Scalars(NamedTuple):
@@ -67,15 +67,16 @@ def _run(kernel, grid: tuple[int, ...], near: Tensor, *arguments, **options) -> 
             kernel[grid](*arguments, **options)
 
 
-def no_tickets(groups: int, device: torch.device, cleared: bool = True) -> Tensor:
+def new_tickets(groups: int, device: torch.device, cleared: bool = False) -> Tensor:
     """Tickets for one projection's kernels: zero, or to be cleared by `project`."""
-    make = torch.zeros if cleared else torch.empty
-    return make(1 + configurations.ADJOINT_SLOTS * groups, dtype=torch.int32, device=device)
+    return (torch.zeros if cleared else torch.empty)(
+        1 + configurations.ADJOINT_SLOTS * groups, dtype=torch.int32, device=device
+    )
 
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a [M, K] b [K, N] in fp32, whatever the operands' dtype, added to `out` in place: a library call."""
-    if not on_gpu(a) or a.dtype == _FP32:
+    if not on_gpu(a) or _FP32 in (a.dtype, b.dtype):
         product = a.float() @ b.float()
         return product if out is None else out.add_(product)
     if dry:  # there is no such product on a CPU
@@ -110,8 +111,8 @@ def project(x: Tensor, a: Factors, tickets: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """The row factors of a Gaussian matrix: pointers of four pairs, and strides by part, group (phi's, theta's), row
-    and pair.
+    """The row factors of a Gaussian matrix: pointers of four pairs; their parts, whose sum they are; strides by part,
+    group (phi's, theta's), row and pair.
     """
 
     pointers: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -120,20 +121,34 @@ class Rows(NamedTuple):
 
     @classmethod
     def of_projections(cls, p: Tensor, rank: int) -> Rows:
-        """p [parts, G, T, pairs * r]."""
-        part, group, row, _ = p.stride()
-        return cls((p, p, p, p), p.shape[0], (part, group, group, row, rank))
+        """Of an activation: p [parts, G, T, pairs * r] or [G, T, pairs * r]."""
+        part, group, row = (0, *p.stride()[:2]) if p.dim() == 3 else p.stride()[:3]
+        return cls((p, p, p, p), 1 if p.dim() == 3 else p.shape[0], (part, group, group, row, rank))
 
     @classmethod
-    def of_factors(cls, b: Factors) -> Rows:
-        group, shared, row, _ = b.strides(-2, -1)
+    def of_weights(cls, b: Factors) -> Rows:
+        group, shared, row, _ = b.strides(-2)
         return cls(b.pointers, 1, (0, group, shared, row, 0))
+
+
+class Columns(NamedTuple):
+    """The column factors of a Gaussian matrix, and their strides by group (phi's, theta's), column and rank."""
+
+    factors: Factors
+    strides: tuple[int, int, int, int]
+
+    @classmethod
+    def of_activations(cls, b: Factors) -> Columns:
+        return cls(b, b.strides(-2))
+
+    @classmethod
+    def of_weights(cls, a: Factors) -> Columns:
+        return cls(a, a.strides(-1))
 
 
 def sample(
     rows: Rows,
-    columns: Factors,
-    column_strides: tuple[int, int, int, int],
+    columns: Columns,
     y: Tensor,
     mask: Tensor | None,
     scalars: Scalars,
@@ -147,7 +162,8 @@ def sample(
     factors' sums over their parts.
     """
     groups, size, width = y.shape
-    launch = configurations.elementwise(columns.rank, size, width, groups)
+    factors, rank = columns.factors, columns.factors.rank
+    launch = configurations.elementwise(rank, size, width, groups)
     row_blocks = blocks(size, launch.blocks["ROWS"])
     most = configurations.SAMPLE_PROGRAMS // max(row_blocks * groups, 1)
     chunks, chunk_tiles = split(width, launch.blocks["COLUMNS"], most)
@@ -155,16 +171,16 @@ def sample(
     if with_sums:
         sums, partial = _sums(y, row_blocks * chunks * groups)
     if size:
-        rank, padded_rank = columns.rank, padded(columns.rank, 8)
+        padded_rank = padded(rank, 8)
         kl, prior = sums or (y, y)
         part, group, shared, row, pair = rows.strides
         _run(
             sample_kernel, (row_blocks, chunks, groups), y,
-            y, *rows.pointers, *columns.pointers, y if keep is None else keep, y if mask is None else mask,
+            y, *rows.pointers, *factors.pointers, y if keep is None else keep, y if mask is None else mask,
             scalars.names, partial, kl, prior, tickets,
             size, width, first_row, y.stride(0), y.stride(1), group, shared, row, pair, rows.parts, part,
-            *column_strides, 0 if mask is None else mask.stride(0), chunk_tiles, scalars.layer, *scalars.settings,
-            RANK=rank, R=padded_rank, PAIRS=len(columns.tensors), ADD=add, KEEP=keep is not None, SUMS=with_sums,
+            *columns.strides, 0 if mask is None else mask.stride(0), chunk_tiles, scalars.layer, *scalars.settings,
+            RANK=rank, R=padded_rank, PAIRS=len(factors.tensors), ADD=add, KEEP=keep is not None, SUMS=with_sums,
             EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, HAS_MASK=mask is not None,
             **launch.options,
         )  # fmt: skip
@@ -197,9 +213,8 @@ class Adjoints(NamedTuple):
 
 def adjoint(
     rows: Rows,
-    columns: Factors,
-    column_strides: tuple[int, int, int, int],
-    shape: tuple[int, int, int],
+    columns: Columns,
+    width: int,
     dz: Tensor | None,
     dkl: Tensor | None,
     dprior: Tensor | None,
@@ -208,41 +223,52 @@ def adjoint(
     tickets: Tensor,
     wanted: Wanted,
     dp: Tensor,
-    dp_strides: tuple[int, int, int],
     exact: bool,
     sample_to: Tensor | None = None,
     first_row: int = 0,
 ) -> Adjoints:
-    """Adjoints of the factors of a matrix [G, M, N] = `shape`.
+    """Adjoints of the factors of a matrix [G, M, N], N = `width`.
 
-    dz [G, M, N]; dkl, dprior: gradients of the sums of KL and -log prior. dp takes the row factors' adjoints of the
-    pairs wanted, by its strides along group, pair and row. With `sample_to` [G, M, N] (and dz) the sample is drawn
-    again beside: one generation of the noise serves both. `exact`: see the kernel.
+    dz [G, M, N]; dkl, dprior: gradients of the sums of KL and -log prior. dp [pairs wanted, G, M, r], with unit stride
+    along the rank, takes the row factors' adjoints; without pairs its shape counts. With `sample_to` [G, M, N] (and dz)
+    the sample is drawn again beside: one generation of the noise serves both. `exact`: see the kernel.
     """
-    groups, size, width = shape
-    rank, padded_rank = columns.rank, padded(columns.rank, 8)
+    if dz is not None and wanted.dq_theta:
+        # theta's adjoints do not depend on dz, and all four pairs' at once would not fit the registers
+        first = 2 * wanted.dp_phi
+        arguments = (dkl, dprior, mask, scalars, tickets)
+        own = Wanted(False, wanted.dp_theta, False, True, wanted.sums)
+        theta = adjoint(rows, columns, width, None, *arguments, own, dp[first:], exact)
+        if not (wanted.dp_phi or wanted.dq_phi or sample_to is not None):
+            return theta
+        own = Wanted(wanted.dp_phi, False, wanted.dq_phi, False)
+        phi = adjoint(rows, columns, width, dz, *arguments, own, dp[:first], exact, sample_to, first_row)
+        slots = [found.dq.sum(dim=0, keepdim=True) for found in (phi, theta)]
+        return Adjoints(torch.cat(slots, dim=1), theta.sums)
+    groups, size = dp.shape[1:3]
+    rank, padded_rank = columns.factors.rank, padded(columns.factors.rank, 8)
     launch = configurations.elementwise(rank, size, width, groups)
-    (slots, slot_blocks), (chunks, chunk_tiles) = _adjoint_grid(shape, launch, rank, wanted)
-    row_pairs = 2 * wanted.dp_phi + 2 * wanted.dp_theta
+    (slots, slot_blocks), (chunks, chunk_tiles) = _adjoint_grid((groups, size, width), launch, rank, wanted)
     pairs = 2 * wanted.dq_phi + 2 * wanted.dq_theta
-    some, device = columns.tensors[0], dp.device
+    some, device = columns.factors.tensors[0], dp.device
     dq = torch.empty(slots, pairs, groups, *some.shape[-2:], dtype=_FP32, device=device)
-    partial = torch.empty(chunks, groups, size, row_pairs * rank, dtype=_FP32, device=device)
+    partial = torch.empty(chunks, groups, size, dp.shape[0] * rank, dtype=_FP32, device=device)
     sums, parts_of_sums = None, some
     if wanted.sums:
         sums, parts_of_sums = _sums(some, slots * chunks * groups)
     if size:
         kl, prior = sums or (some, some)
         _, group, shared, row, pair = rows.strides
+        dp_pair, dp_group, dp_row, _ = dp.stride()
         _run(
             adjoint_kernel, (slots, chunks, groups), some,
-            some if dz is None else dz, some if sample_to is None else sample_to, *rows.pointers, *columns.pointers,
-            some if mask is None else mask, some if scalars.names is None else scalars.names,
-            some if dkl is None else dkl, some if dprior is None else dprior,
-            partial, dp, dq, parts_of_sums, kl, prior, tickets,
+            some if dz is None else dz, some if sample_to is None else sample_to, *rows.pointers,
+            *columns.factors.pointers, some if mask is None else mask,
+            some if scalars.names is None else scalars.names, some if dkl is None else dkl,
+            some if dprior is None else dprior, partial, dp, dq, parts_of_sums, kl, prior, tickets,
             size, width, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), group, shared, row, pair,
-            *column_strides, 0 if mask is None else mask.stride(0), slot_blocks * launch.blocks["ROWS"], chunk_tiles,
-            *dp_strides, scalars.layer, *scalars.settings,
+            *columns.strides, 0 if mask is None else mask.stride(0), slot_blocks * launch.blocks["ROWS"], chunk_tiles,
+            dp_group, dp_pair, dp_row, scalars.layer, *scalars.settings,
             RANK=rank, R=padded_rank, EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, EXACT=exact,
             HAS_MASK=mask is not None, HAS_DZ=dz is not None, SAMPLE=sample_to is not None,
             DIVERGENCE=dkl is not None or dprior is not None, KL=dkl is not None, PRIOR=dprior is not None,
@@ -273,10 +299,11 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx without the base product's part, dA of `count` pairs from the `first` on, dB = the sum of dq's slots).
 
-    dp [G, T, pairs * r] of as many pairs as `a` has; dx [G, T, K] in x's dtype; dA [count, G, r, K].
+    dp [pairs, G, T, r] of as many pairs as `a` has, side by side in memory ([G, T, pairs * r]); dx [G, T, K] in x's
+    dtype; dA [count, G, r, K].
     """
     groups, tokens, inputs = x.shape
-    width = dp.shape[-1]
+    width = len(a.tensors) * a.rank
     launch = configurations.gradient(padded(width, 16))
     da = torch.empty(count, groups, a.rank, inputs, dtype=_FP32, device=x.device)
     dx = torch.empty(groups, tokens, inputs, dtype=x.dtype, device=x.device) if need_x else None
@@ -289,7 +316,8 @@ def gradients(
         _run(
             gradient_kernel, (column_blocks + behind, groups), x,
             dp, x, *a.pointers, x if dx is None else dx, da, dq if summed else da, db,
-            tokens, inputs, groups, x.stride(0), x.stride(1), column_blocks, size, dq.shape[0] if summed else 0,
+            tokens, inputs, groups, x.stride(0), x.stride(1), a.strides(-1)[0], column_blocks, size,
+            dq.shape[0] if summed else 0,
             PAIRS=len(a.tensors), FIRST=first, COUNT=count, RANK=a.rank, W=padded(width, 16),
             OWN=padded(max(count, 1) * a.rank, 16), DX=need_x, **launch.options,
         )  # fmt: skip

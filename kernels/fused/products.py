@@ -75,20 +75,21 @@ def project_kernel(
 @triton.jit
 def _sum_of_slots(dq_ptr, total_ptr, block, size, slots, SIZE: tl.constexpr):
     at = block * SIZE + tl.arange(0, SIZE).to(tl.int64)
-    total = tl.load(dq_ptr + at, mask=at < size, other=0.0)
-    for slot in range(1, slots):
-        total += tl.load(dq_ptr + slot.to(tl.int64) * size + at, mask=at < size, other=0.0)
+    total = tl.zeros((SIZE,), tl.float32)
+    for _ in range(slots):
+        total += tl.load(dq_ptr + at, mask=at < size, other=0.0)
+        dq_ptr += size
     tl.store(total_ptr + at, total, mask=at < size)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    dp_ptr, x_ptr, a_0, a_1, a_2, a_3, dx_ptr, da_ptr, dq_ptr, db_ptr, T, K, G, x_group, x_stride, k_blocks, dq_size,
-    slots,
+    dp_ptr, x_ptr, a_0, a_1, a_2, a_3, dx_ptr, da_ptr, dq_ptr, db_ptr, T, K, G, x_group, x_stride, a_group,
+    k_blocks, dq_size, slots,
     PAIRS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr,
     OWN: tl.constexpr, DX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dA = dp^T x for COUNT pairs from the FIRST on, dx = dp A (DX), a block of K a program (grid axis 0, the first k_blocks).
+    """dA = dp^T x for COUNT pairs from the FIRST on, dx = dp A (DX): a block of K a program, the first k_blocks ones.
 
     dp [G, T, PAIRS * RANK]; x [G, T, K]; da [COUNT, G, RANK, K]; dx [G, T, K] in x's dtype, the base product's part
     still to come. The programs behind sum the adjoints of the column factors: dq [slots, dq_size] to db [dq_size].
@@ -96,15 +97,17 @@ def gradient_kernel(
     group = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     if block >= k_blocks:
-        _sum_of_slots(dq_ptr, db_ptr, block - k_blocks + group * (tl.num_programs(0) - k_blocks), dq_size, slots, SUMMED)
+        _sum_of_slots(
+            dq_ptr, db_ptr, block - k_blocks + group * (tl.num_programs(0) - k_blocks), dq_size, slots, SUMMED
+        )
     else:
         ks = block * COLUMNS + tl.arange(0, COLUMNS)
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
         WIDTH: tl.constexpr = PAIRS * RANK
         dp_ptr += group * T * WIDTH
         x_ptr += group * x_group
-        a_0 += group * RANK * K
-        a_1 += group * RANK * K
+        a_0 += group * a_group
+        a_1 += group * a_group
         if DX:
             dx_ptr += group * T * K
             a = _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK, PAIRS, W)

@@ -156,7 +156,7 @@ def packed_dot(p_high, p_rest, q):
 
 
 # Assembly that makes an operand of a 16-bit product is not called pure. The compiler would look through it for how the
-# operand came to be, find the 8-bit mask or a join, and lay registers out as for 8-bit products, at two moves a register.
+# operand came to be, find an 8-bit mask or a join, and lay registers out as for 8-bit products, two moves a register.
 @triton.jit
 def packed16(a, b):
     """`pack` of two bf16 tiles."""
@@ -225,7 +225,7 @@ def exponential_excess(bits, ratio):
     series = series * bits + 0.153889864
     series = series * bits - 0.444032223
     series = series * bits + 0.960906028
-    return tl.where(tl.abs(bits) < 0.18, series * bits * bits, ratio * ratio - 1.0 + FROM_BITS * bits)
+    return tl.where(tl.abs(bits) < 0.18, series * bits * bits, ratio * ratio - 1.0 + bits * FROM_BITS)
 
 
 @triton.jit

@@ -11,8 +11,12 @@ cost a few operations there, by count less than the launches of such products. (
 summed apart: they cancel.)
 
 The bands live in scratch memory of bounded size, which the allocator hands from layer to layer. D x is added to W0 x
-in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight. Saved: x and integers. Arguments
-as in `activation`.
+in the product's fp32 accumulator: a change of 1e-5 would be lost in a 16-bit weight; where D has several bands, dy D
+is summed in fp32. Saved: x and integers. Arguments as in `activation`.
+
+Five products have W0's size, 2.5 times those of the frozen layer, and nine launches are made where one band holds D.
+For a bf16 model dy^T x is rounded to bf16, as dy was: an error of at most 2^-8 of each of its elements, independent of
+one another, of which a factor's gradient sums thousands. It halves what the largest tensor of the step takes and moves.
 """
 
 from __future__ import annotations
@@ -25,16 +29,16 @@ from torch import Tensor
 from abmll.kernels.autocast import without_autocast
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.arguments import gradients_of_sums, like_factors, pairs_of, rows_of, separate
+from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, number, rows_of, separate
 from abmll.kernels.fused.derivative import gradients_of_factors, needs
-from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
+from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Sums, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
 
 def scratch_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
-    """Most bytes that the bands of a layer [outputs, inputs] take at a time: dy^T x in fp32 and the change itself."""
-    rows = next(bands(outputs, inputs, torch.float32.itemsize)).stop
-    return rows * inputs * (torch.float32.itemsize + _scratch_dtype(dtype).itemsize)
+    """Most bytes that the bands of a layer [outputs, inputs] take at a time: dy^T x and the change itself."""
+    size = _scratch_dtype(dtype).itemsize
+    return 2 * next(bands(outputs, inputs, size)).stop * inputs * size
 
 
 def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,24 +46,21 @@ def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def _of_group(pairs: Pairs, group: int) -> Pairs:
+def _of_group(factors: Sequence[Tensor], group: int) -> Sequence[Tensor]:
     """Phi's factors of one group, and theta's, which all share."""
-
-    def take(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (*(f[group : group + 1] for f in factors[:2]), *factors[2:])
-
-    return Pairs(take(pairs.a), take(pairs.b))
+    return factors if factors[0].dim() == 2 else [*(f[group] for f in factors[:4]), *factors[4:]]
 
 
-def _add_product(y: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """y [T, N] += a b in place (`fresh`: y = a b); b may be wider than y and a."""
-    if b.dtype != y.dtype:
-        product = a.to(b.dtype) @ b
-        y.copy_(product if fresh else y + product)
-    elif fresh:
+def _of_band(b: Factors, band: slice, outputs: int) -> Factors:
+    return b if band == slice(0, outputs) else Factors([factor[band] for factor in b.tensors], b.rank)
+
+
+def _write_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y [T, N] = a b; b may be wider than y and a."""
+    if b.dtype == y.dtype:
         torch.mm(a, b, out=y)
     else:
-        y.addmm_(a, b)
+        y.copy_(a.to(b.dtype) @ b)
 
 
 def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
@@ -81,36 +82,44 @@ def weight_forward(
     names: Tensor,
     layer: int,
     with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [..., N], KL, -log prior) of x [..., K]; product [..., N] and the two numbers as in `activation_forward`."""
-    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
-    outputs, inputs = factors[1].shape[-2], x.shape[-1]
-    groups = pairs.a[0].shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [..., N], tickets, KL, -log prior) of x [..., K]; product [..., N] and the rest as in `activation_forward`."""
+    groups, outputs, inputs = groups_of(factors), factors[1].shape[-2], x.shape[-1]
     rows = rows_of(x, groups)
     y = x.new_empty(*rows.shape[:-1], outputs)
+    tickets = launch.new_tickets(groups, x.device, cleared=True)
     dtype = _scratch_dtype(x.dtype)
     sums = []
     for group in range(groups):
-        own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
+        a, b, _ = factors_of(_of_group(factors, group))
+        scalars = Scalars(settings, names[group : group + 1], layer)
         for band in bands(outputs, inputs, dtype.itemsize):
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
-            matrix = Matrix.of_weights(own, band)
-            sums.append(launch.sample(matrix, change, None, named, False, with_sums, band.start))
-            _add_product(y[group, :, band], rows[group], change[0].mT, fresh=True)
+            of_band = Rows.of_weights(_of_band(b, band, outputs))
+            columns = Columns.of_weights(a)
+            sums.append(
+                launch.sample(of_band, columns, change, None, scalars, tickets, False, with_sums, None, band.start)
+            )
+            _write_product(y[group, :, band], rows[group], change[0].mT)
     if bias is not None:
         y += bias
     if weight is None:
         y += product.reshape(y.shape)
     else:
         _add_base_product(y, rows, weight.mT)
-    kl, prior = separate(torch.stack(sums).sum(dim=0) if with_sums else sums[0])
-    return y.view(*x.shape[:-1], outputs), kl, prior
+    return y.view(*x.shape[:-1], outputs), tickets, *separate(_total(sums), x)
+
+
+def _total(sums: list[Sums | None]) -> Sums | None:
+    if len(sums) == 1 or sums[0] is None:
+        return sums[0]
+    return Sums(*(torch.stack(term).sum() for term in zip(*sums, strict=True)))
 
 
 @shapes_of(weight_forward)
 def _(x, weight, bias, product, factors, settings, names, layer, with_sums):
-    y = x.new_empty(*x.shape[:-1], factors[1].shape[-2])
-    return y, *(x.new_empty(() if with_sums else (0,), dtype=torch.float32) for _ in range(2))
+    sums = [x.new_empty(() if with_sums else (0,), dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(*x.shape[:-1], factors[1].shape[-2]), launch.new_tickets(groups_of(factors), x.device), *sums
 
 
 @operator
@@ -119,6 +128,7 @@ def weight_backward(
     dkl: Tensor | None,
     dprior: Tensor | None,
     x: Tensor,
+    tickets: Tensor,
     weight: Tensor | None,
     factors: Sequence[Tensor],
     settings: Sequence[float],
@@ -129,42 +139,79 @@ def weight_backward(
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da, db) as `activation_backward` gives them."""
-    pairs, scalars = pairs_of(factors), Scalars(*settings, names, layer)
-    groups, outputs, inputs, rank = pairs.a[0].shape[0], factors[1].shape[-2], x.shape[-1], pairs.rank
+    groups = groups_of(factors)
     rows, dz = rows_of(x, groups), None if dy is None else rows_of(dy, groups)
-    dsums = gradients_of_sums(dkl, dprior)
-    wanted = Wanted(need_phi, need_theta, need_phi, need_theta)
     count = 2 * need_phi + 2 * need_theta
-    da = torch.zeros(count, groups, inputs, rank, dtype=torch.float32, device=x.device)
-    db = torch.empty(count, groups, outputs, rank, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
-    dtype = _scratch_dtype(x.dtype)
+    new = {"dtype": torch.float32, "device": x.device}
+    db = torch.empty(count, groups, *factors[1].shape[-2:], **new)
+    dxs, das = [], []
     for group in range(groups):
-        own, named = _of_group(pairs, group), scalars._replace(names=names[group : group + 1])
-        for band in bands(outputs, inputs, torch.float32.itemsize):
-            matrix = Matrix.of_weights(own, band)
-            change = None
-            if need_x:
-                change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
-            if count:
-                of_change = None
-                if dz is not None:
-                    of_change = launch.wide_product(dz[group, :, band].mT, rows[group]).unsqueeze(0)
-                found = launch.adjoint(matrix, of_change, dsums, None, named, wanted, change, band.start)
-                da[:, group] += found.dq[:, 0]
-                db[:, group, band] = found.dp[0].unflatten(-1, (count, rank)).movedim(1, 0)
-            else:
-                launch.sample(matrix, change, None, named, False, False, band.start)
-            if need_x:
-                _add_product(dx[group], dz[group, :, band], change[0], fresh=band.start == 0)
-    if need_x and weight is not None:
-        _add_base_product(dx, dz, weight)
-    da, db = like_factors(da.mT.contiguous(), db, factors) if count else (da.new_empty(0), da.new_empty(0))
-    return dx.view(x.shape) if need_x else dx, da, db
+        own, scalars = _of_group(factors, group), Scalars(settings, names[group : group + 1], layer)
+        dz_own, db_own = None if dz is None else dz[group], db[:, group : group + 1]
+        upstream = (dz_own, dkl, dprior)
+        dx, da = _backward(rows[group], own, upstream, scalars, tickets, (need_x, need_phi, need_theta), db_own)
+        dxs.append(dx)
+        das.append(da)
+    dx = da = factors[0].new_empty(0)
+    if need_x:
+        dx = _joined(dxs, dim=0)
+        if weight is not None:
+            _add_base_product(dx, dz, weight)
+        dx = dx.view(x.shape)
+    if count:
+        da = like_factors(_joined(das, dim=1), factors[0])
+    return dx, da, like_factors(db, factors[1])
+
+
+def _backward(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scalars: Scalars,
+    tickets: Tensor,
+    needs: tuple[bool, bool, bool],
+    db: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dy D [1, T, K], da [pairs, 1, r, K]) of one group's x [T, K], and db [pairs, 1, N, r] written."""
+    (dy, dkl, dprior), (need_x, need_phi, need_theta) = upstream, needs
+    a, b, _ = factors_of(factors)
+    outputs, inputs, dtype = db.shape[-2], x.shape[-1], _scratch_dtype(x.dtype)
+    columns, wanted = Columns.of_weights(a), Wanted(need_phi, need_theta, need_phi, need_theta)
+    parts = list(bands(outputs, inputs, dtype.itemsize))
+    dx = da = None
+    for band in parts:
+        rows, change = Rows.of_weights(_of_band(b, band, outputs)), None
+        if need_x:
+            change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
+        if need_phi or need_theta:
+            of_change = None if dy is None else _change_gradient(dy[:, band], x, dtype).unsqueeze(0)
+            found = launch.adjoint(
+                rows, columns, inputs, of_change, dkl, dprior, None, scalars, tickets, wanted, db[:, :, band],
+                x.dtype == torch.float32, change, band.start,
+            )  # fmt: skip
+            part = found.dq[0] if len(found.dq) == 1 else found.dq.sum(dim=0)
+            da = part if da is None else da.add_(part)
+        else:
+            launch.sample(rows, columns, change, None, scalars, tickets, False, False, None, band.start)
+        if need_x and len(parts) == 1:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            _write_product(dx, dy, change[0])
+        elif need_x:  # in fp32: rounded once and not once a band
+            dx = launch.wide_product(dy[:, band], change[0], dx)
+    return None if dx is None else dx.to(x.dtype).unsqueeze(0), da
+
+
+def _change_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T x [n, K] of dy [T, n] and x [T, K]."""
+    return dy.mT @ x if dtype == x.dtype else launch.wide_product(dy.mT, x)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 @shapes_of(weight_backward)
-def _(dy, dkl, dprior, x, weight, factors, settings, names, layer, need_x, need_phi, need_theta):
+def _(dy, dkl, dprior, x, tickets, weight, factors, settings, names, layer, need_x, need_phi, need_theta):
     new, count = factors[0].new_empty, 2 * need_phi + 2 * need_theta
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
@@ -179,21 +226,20 @@ class _Derivative(torch.autograd.Function):
         found = below_autograd(weight_forward, x, weight, bias, product, factors, settings, names, layer, with_sums)
         ctx.settings, ctx.layer = settings, layer
         ctx.set_materialize_grads(False)
-        if not with_sums:
-            ctx.mark_non_differentiable(*found[1:])
-        ctx.save_for_backward(x, weight, names, *factors)
+        ctx.mark_non_differentiable(*(found[1:2] if with_sums else found[1:]))
+        ctx.save_for_backward(x, found[1], weight, names, *factors)
         return found
 
     @staticmethod
-    def backward(ctx, dy, dkl, dprior):
-        x, weight, names, *factors = ctx.saved_tensors
+    def backward(ctx, dy, _, dkl, dprior):
+        x, tickets, weight, names, *factors = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] and dy is not None  # x has no part in the KL
         wanted = needs(need_x, ctx.needs_input_grad[8:], dy, dkl, dprior)
         dx = da = db = None
         if any(wanted):
             with without_autocast(x.device.type):  # a backward pass inside the user's own would lose fp32
                 dx, da, db = weight_backward(
-                    dy, dkl, dprior, x, weight, factors, ctx.settings, names, ctx.layer, *wanted
+                    dy, dkl, dprior, x, tickets, weight, factors, ctx.settings, names, ctx.layer, *wanted
                 )
         dproduct = dy if weight is None else None
         of_factors = gradients_of_factors(da, db, factors, wanted)
@@ -215,12 +261,17 @@ def weight_theta_gradient(
     prior_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da [2, r, K], db [2, N, r], KL, -log prior) of theta's two pairs: one pass over tiles, without x or noise."""
-    pairs, scalars = pairs_of(factors), Scalars(*settings)
-    weights = launch.constants(kl_weight, prior_weight, device=factors[0].device)
-    matrix = Matrix.of_weights(pairs, slice(None))
-    found = launch.adjoint(matrix, None, weights, None, scalars, Wanted(False, True, False, True, sums=True))
-    db = found.dp.sum(dim=0).unflatten(-1, (2, pairs.rank)).movedim(1, 0)
-    return found.dq.sum(dim=1).mT.contiguous(), db.contiguous(), *separate(found.sums)
+    a, b, groups = factors_of(factors)
+    (rank, inputs), outputs = factors[4].shape, factors[5].shape[0]
+    tickets, wanted = (
+        launch.new_tickets(groups, factors[0].device, cleared=True),
+        Wanted(False, True, False, True, True),
+    )
+    db = torch.empty(2, groups, outputs, rank, dtype=torch.float32, device=factors[0].device)
+    weights = number(kl_weight, factors[0]), number(prior_weight, factors[0])
+    rows, columns = Rows.of_weights(b), Columns.of_weights(a)
+    found = launch.adjoint(rows, columns, inputs, None, *weights, None, Scalars(settings), tickets, wanted, db, True)
+    return found.dq.sum(dim=(0, 2)), db.squeeze(1) if groups == 1 else db.sum(dim=1), *found.sums
 
 
 @shapes_of(weight_theta_gradient)

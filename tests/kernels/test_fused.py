@@ -39,7 +39,7 @@ PHI, THETA = (
     ],
     ids=str,
 )
-def test_dtypes_masks_and_bias(harness, own_base_product, dtype, mask, bias):
+def test_dtypes_masks_and_bias(harness, dtype, mask, bias):
     inputs = harness.inputs(tokens=11, inputs=48, outputs=16, dtype=dtype)
     if not bias:
         inputs = replace(inputs, bias=None)
@@ -78,7 +78,7 @@ def test_no_tokens(harness, dtype, groups):
     mask=st.sampled_from([None, "random", "empty"]),
     seed=st.integers(0, 99),
 )
-def test_any_shape(harness, own_base_product, tokens, inputs, outputs, rank, groups, dtype, mask, seed):
+def test_any_shape(harness, tokens, inputs, outputs, rank, groups, dtype, mask, seed):
     made = harness.inputs(tokens, inputs, outputs, rank, dtype, groups, seed)
     counted = harness.mask(made, mask)
     harness.check(made, counted)
@@ -101,46 +101,30 @@ def test_near_initialisation(harness, dtype):
 
 @pytest.mark.parametrize(("slots", "programs"), [(16, 256), (1, 1)])
 def test_several_blocks_in_the_backward_pass(harness, monkeypatch, slots, programs):
-    """As shipped: several slots and chunks of one block. With fewer: programs that accumulate over blocks.
-
-    At rank 1: slots and chunks are as many as keep their partial sums small.
-    """
-    monkeypatch.setattr(launch, "ADJOINT_SLOTS", slots)
-    monkeypatch.setattr(launch, "TARGET_PROGRAMS", programs)
-    tokens, inputs, outputs = (70, 20, 32) if harness.posterior == "activation" else (5, 32, 70)
+    """As shipped: several slots and chunks of one block. With fewer: programs that accumulate over blocks."""
+    monkeypatch.setattr(configurations, "ADJOINT_SLOTS", slots)
+    monkeypatch.setattr(configurations, "ADJOINT_PROGRAMS", programs)
+    monkeypatch.setattr(configurations, "FEWEST_PROGRAMS", 1)  # large blocks
+    tokens, inputs, outputs = (140, 20, 70) if harness.posterior == "activation" else (5, 70, 140)
     inputs = harness.inputs(tokens, inputs, outputs, rank=1, dtype=BF16)
     mask = harness.mask(inputs, "random")
     harness.check(inputs, mask)
     harness.check_theta(inputs, mask)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_base_product_in_the_same_launch(activation, own_base_product, monkeypatch, dtype):
-    """Sizes that 16-bit kernels take W0 at: several blocks along every axis. Its own blocks are as shipped."""
-    if activation.device.type == "cpu":  # in the interpreter, few blocks take little time
-        elementwise = configurations.Launch({"ROWS": 64, "COLUMNS": 256}, warps=4, stages=1)
-        for name in ("sample", "adjoint"):
-            monkeypatch.setattr(configurations, name, lambda *_: elementwise)
-    inputs = activation.inputs(tokens=130, inputs=144, outputs=144, dtype=dtype)
-    activation.check(inputs, upstream=activation.upstream(inputs, ("y",)), wanted=("x",), terms="none")
-
-
 def small_blocks(monkeypatch):
     """Every loop and every grid axis has several steps at a size of some 30."""
-    tile = {"ROWS": 16, "COLUMNS": 16, "DEPTH": 16}
-    plain = {name: tile[name] for name in ("ROWS", "COLUMNS")}
     for name, blocks in {
-        "forward": {**tile, "BAND": 2, "P_ROWS": 32},
-        "input_gradient": {**tile, "BAND": 2},
-        "factor_gradient": plain,
+        "project": {"ROWS": 16, "DEPTH": 16},
+        "gradient": {"ROWS": 16, "COLUMNS": 16, "SUMMED": 16},
+        "elementwise": {"ROWS": 16, "COLUMNS": 16},
     }.items():
-        made = configurations.Launch(blocks, warps=4, stages=1)
+        made = configurations.Launch(blocks, warps=1, stages=1)
         monkeypatch.setattr(configurations, name, lambda *_, made=made: made)
-    for name in ("sample", "adjoint"):
-        monkeypatch.setattr(configurations, name, lambda *_: configurations.Launch(plain, warps=1, stages=1))
-    monkeypatch.setattr(configurations, "fused_base", lambda dtype, *_: dtype != FP32)
-    for name, parts in {"ADJOINT_SLOTS": 2, "TARGET_PROGRAMS": 10, "PROJECTION_PARTS": 2}.items():
-        monkeypatch.setattr(launch, name, parts)
+    for name, parts in {
+        "ADJOINT_SLOTS": 2, "ADJOINT_PROGRAMS": 4, "SAMPLE_PROGRAMS": 4, "PROJECTION_PARTS": 2
+    }.items():  # fmt: skip
+        monkeypatch.setattr(configurations, name, parts)
 
 
 def test_small_blocks(harness, monkeypatch):
@@ -176,14 +160,19 @@ def test_gradients_asked_for(harness, wanted, loss):
 
 def test_only_what_is_asked_for_is_computed(activation, monkeypatch):
     called = []
-    for name in ("input_gradient", "factor_gradient", "adjoint"):
-        kernel = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *given, n=name, k=kernel: called.append(n) or k(*given))
+
+    def gradients(dp, x, a, dq, first, count, need_x):
+        called.extend(["dx"] * need_x + ["factors"] * (count > 0))
+        return original(dp, x, a, dq, first, count, need_x)
+
+    original = launch.gradients
+    monkeypatch.setattr(launch, "gradients", gradients)
     inputs = activation.inputs(tokens=4, inputs=5, outputs=3)
     for wanted, expected in {
-        ("x",): {"adjoint", "input_gradient"},
-        PHI: {"adjoint", "factor_gradient"},
-        THETA[:1]: {"adjoint", "factor_gradient"},
+        ("x",): {"dx"},
+        PHI: {"factors"},
+        THETA[:1]: {"factors"},
+        ("x", *PHI): {"dx", "factors"},
         (): set(),
     }.items():
         called.clear()

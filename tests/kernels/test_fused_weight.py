@@ -41,14 +41,14 @@ def scratch(monkeypatch) -> list[tuple[str, torch.Size, torch.dtype, weakref.ref
 
     sample, adjoint = launch.sample, launch.adjoint
 
-    def noting_sample(matrix, y, *arguments):
+    def noting_sample(rows, columns, y, *arguments):
         note("sample", y)
-        return sample(matrix, y, *arguments)
+        return sample(rows, columns, y, *arguments)
 
-    def noting_adjoint(matrix, dz, weights, mask, scalars, wanted, sample_to=None, first_row=0):
+    def noting_adjoint(rows, columns, width, dz, *arguments):
         note("adjoint", dz)
-        note("sample", sample_to)
-        return adjoint(matrix, dz, weights, mask, scalars, wanted, sample_to, first_row)
+        note("sample", arguments[8])
+        return adjoint(rows, columns, width, dz, *arguments)
 
     monkeypatch.setattr(launch, "sample", noting_sample)
     monkeypatch.setattr(launch, "adjoint", noting_adjoint)
@@ -102,7 +102,8 @@ def test_saved_for_the_backward_is_x_alone(weights, capsys, monkeypatch):
         del found
     with capsys.disabled():
         print(f"\nsaved bytes of a weight projection, T 8, K 64, N 48, bf16: {counts}")
-    assert all(count <= inputs.x.numel() * 2 + 64 for count in counts.values())
+    # integers beside: the tickets and the noise's names
+    assert all(count <= inputs.x.numel() * 2 + 128 for count in counts.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from abmll.kernels import FrozenLinear, mean_linear, posterior_projection
 
-from .conftest import KEY, LAYER, Harness, Inputs, exact_normal, widened
+from .conftest import KEY, LAYER, Harness, Inputs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 BACKENDS = ("triton", "torch")
@@ -41,11 +40,8 @@ def test_against_the_layer_in_float64(ready, dtype, groups):
     inputs = ready.inputs(tokens=11, inputs=48, outputs=16, dtype=dtype, groups=groups)
     mask = ready.mask(inputs, "random")
     ready.check(inputs, mask)
-    upstream = ready.upstream(inputs)
-    wide = {name: value.double() for name, value in upstream.items()}
-    dense = Harness(ready.posterior, ready.device)
-    with patch("abmll.kernels.plain.standard_normal", exact_normal):
-        exact = [dense.run(made, "torch", mask, wide) for made in widened(inputs)]
+    upstream, dense = ready.upstream(inputs), Harness(ready.posterior, ready.device)
+    exact = dense.exact(inputs, mask, upstream)
     ready.compare(ready.run(inputs, "triton", mask, upstream), dense.run(inputs, "torch", mask, upstream), *exact)
 
 
