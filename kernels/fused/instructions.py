@@ -38,6 +38,7 @@ _OPCODES = {
 CLASSES = tuple(_OPCODES)
 _CLASS_OF = {opcode: kind for kind, opcodes in _OPCODES.items() for opcode in opcodes.split()}
 
+_BYTES = 16  # of one instruction
 _LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", re.MULTILINE)
 # Moves in the guise of a multiply-add of zeros.
 _MOVE = re.compile(r"(IMAD|HFMA2)\b.* -?RZ, -?RZ, ")
@@ -57,11 +58,8 @@ class Instruction(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Its class; a ValueError for an opcode that has none."""
-        base = self.opcode.split(".")[0]
-        if base not in _CLASS_OF:
-            raise ValueError(f"instructions: {self.opcode}: unknown opcode; add it to a class of instructions._OPCODES")
-        return "other" if _MOVE.match(f"{self.opcode} {self.operands}") else _CLASS_OF[base]
+        """Its class, one of CLASSES."""
+        return "other" if _MOVE.match(f"{self.opcode} {self.operands}") else _CLASS_OF[self.opcode.split(".")[0]]
 
     @property
     def products(self) -> int:
@@ -107,14 +105,18 @@ def count(sass: str) -> Counts:
 
 
 def parse(sass: str) -> list[Instruction]:
-    """The instructions of one kernel in the order of their addresses."""
+    """The instructions of one kernel in the order of their addresses; a ValueError for what cannot be counted."""
     if sass.count("Function :") > 1:
         raise ValueError("instructions: more than one function: tl.jit functions must be inlined")
     code = []
     for address, guard, opcode, operands in _LINE.findall(sass):
         base, target, may_pass = opcode.split(".")[0], None, True
+        if int(address, 16) != _BYTES * len(code):
+            raise ValueError(f"instructions: a line before 0x{address} was not understood")
         if base in ("BRX", "BRXU", "JMP", "JMX", "JMXU"):
             raise ValueError(f"instructions: {opcode} at 0x{address}: no indirect branch can be followed")
+        if base not in _CLASS_OF:
+            raise ValueError(f"instructions: {opcode}: unknown opcode; add it to a class of instructions._OPCODES")
         *conditions, goal = operands.split() or [""]
         if base in ("BRA", "CALL") and not opcode.startswith("BRA.DIV"):
             target = int(goal, 16) if goal.startswith("0x") else None
@@ -122,6 +124,8 @@ def parse(sass: str) -> list[Instruction]:
         elif base in ("EXIT", "RET", "KILL"):
             may_pass = bool(guard)
         code.append(Instruction(int(address, 16), opcode, operands, target, may_pass))
+    if not code:
+        raise ValueError("instructions: no machine code found")
     return code
 
 

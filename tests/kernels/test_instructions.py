@@ -76,6 +76,19 @@ def test_unknown_opcode_is_named():
         count(sass("FADD R0, R1, R2", "FROB.WIDE R0, R1", "EXIT"))
 
 
+def test_unknown_opcode_is_named_wherever_it_is():
+    with pytest.raises(ValueError, match="FROB"):
+        count(sass("HMMA.1688.F32 R4, R5, R6, R4", "@P0 BRA 0x0", "FROB R0, R1", "EXIT"))
+
+
+def test_line_that_is_not_understood_is_told():
+    text = sass("FADD R0, R1, R2", "FMUL R0, R0, R0", "EXIT")
+    with pytest.raises(ValueError, match="before 0x0020"):
+        parse(text.replace("FMUL", "%odd"))
+    with pytest.raises(ValueError, match="no machine code"):
+        parse("")
+
+
 def test_indirect_branch_is_refused():
     with pytest.raises(ValueError, match="BRX at 0x0010"):
         count(sass("MOV R0, R1", "BRX R2 -0x10", "EXIT"))
