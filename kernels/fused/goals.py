@@ -36,6 +36,7 @@ def found(rows: Iterable[dict], goal: Goal) -> dict | None:
 
 
 def meets(made: dict, goal: Goal) -> bool:
+    """Whether that is within the goal."""
     return made["total"] <= goal.instructions and made["stack"] == 0
 
 
