@@ -1,8 +1,12 @@
-"""Registers, stack and shared memory of every kernel, as Triton compiles it for sm_80 and sm_90. Needs no GPU.
+"""Registers, shared memory and instructions of every kernel, as Triton compiles it for sm_80 and sm_90. Needs no GPU.
 
     python -m abmll.kernels.fused.resources                                # every variant, as a table
     python -m abmll.kernels.fused.resources --only bfloat16:8 --training   # one dtype and rank, what training launches
-    python -m abmll.kernels.fused.resources --write benchmarks/results     # kernel_resources.json and .md
+    python -m abmll.kernels.fused.resources --only bfloat16:8 --training --kernel sample_kernel     # in a few seconds
+    python -m abmll.kernels.fused.resources --write benchmarks/results     # this Triton's part of the committed table
+
+`--write` makes kernel_resources_triton-VERSION.json of the Triton that runs it, and kernel_resources.md of all such
+files in the folder.
 
 What is compiled is what is launched: the operators run on small CPU tensors while recorders stand in for the kernels,
 and Triton's own just-in-time path compiles the recorded launches for a chip that is not there.
@@ -20,9 +24,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, groupby
+from itertools import chain
+from math import prod
 from multiprocessing import get_context
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,13 +37,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
 
 from abmll.kernels import NoiseKey
-from abmll.kernels.fused import activation, configurations, launch
+from abmll.kernels.fused import activation, configurations, instructions, launch
 from abmll.kernels.fused import weight as weight_operators
+from abmll.kernels.fused.chips import CHIPS, WARP, warps_held
+from abmll.kernels.fused.resource_page import markdown
 
-CHIPS = (80, 90)
-# Bytes that one block may have: 227 KiB of sm_90; what is compiled for sm_80 must also fit sm_86, sm_89 and sm_120,
-# which have 99 KiB where sm_80 has 163.
-SHARED_LIMIT = {80: 101_376, 90: 232_448}
 # Bytes a thread. More than this is registers spilled to memory, not a few scalars.
 STACK_LIMIT = 64
 CASES = (*(f"bfloat16:{rank}" for rank in (8, 16, 32, 64)), "float16:8", "float32:8")
@@ -49,6 +51,15 @@ NAMED = (SETTINGS, NoiseKey(0, 0).rows(1, "cpu"), 5)  # a layer that is neither 
 IN_FULL = ("bfloat16:8", "bfloat16:16", "float32:8")
 # Modules whose kernels are recorded.
 LAUNCHERS = (launch,)
+# Constants whose product is the elements that a program makes at a time: in one iteration of the kernel's main loop or,
+# if it has none, in all. Z's elements, of which a gradient counts dz's; `forward_kernel`: x's, beside W0's product too.
+TILES = {
+    "sample_kernel": ("ROWS", "COLUMNS"),
+    "adjoint_kernel": ("ROWS", "COLUMNS"),
+    "forward_kernel": ("P_ROWS", "DEPTH"),
+    "input_gradient_kernel": ("ROWS", "COLUMNS"),
+    "factor_gradient_kernel": ("ROWS", "COLUMNS"),
+}
 
 
 class Launched(NamedTuple):
@@ -209,6 +220,7 @@ TRAINING = {
     "activation": ("inner step", "inner step, first layer", "outer step"),
     "weight": ("weight, inner step", "weight, inner step, first layer", "weight, outer step"),
 }
+TRAINED = tuple(chain.from_iterable(TRAINING.values()))
 
 
 @dataclass(frozen=True)
@@ -225,9 +237,8 @@ def variants(case: str) -> tuple[Variant, ...]:
     """The launches with x's dtype and rank as in "bfloat16:8" that need code of their own."""
     dtype, rank = case.split(":")
     found: dict[tuple, Variant] = {}
-    training = set(chain.from_iterable(TRAINING.values()))
     for use, run in USES.items():
-        if case not in IN_FULL and use not in training:
+        if case not in IN_FULL and use not in TRAINED:
             continue
         with recorded_launches() as launches:
             run(getattr(torch, dtype), int(rank))
@@ -252,18 +263,43 @@ class _Absent:
         return GPUTarget("cuda", self.chip, 32)
 
 
-def measure(case: str, index: int, chip: int) -> dict[str, int]:
-    """Compile variants(case)[index] for a chip."""
-    kernel, arguments, constants, options = variants(case)[index].launched
-    triton.runtime.driver.set_active(_Absent(chip))
-    compiled = kernel.warmup(*arguments, grid=(1,), **constants, **options)
+def elements(launched: Launched) -> float:
+    """Elements that one thread makes at a time, see TILES."""
+    if launched.name not in TILES:
+        raise ValueError(f"resources.TILES: {launched.name}: the kernel's tile is not stated; add the constants' names")
+    tile = prod(launched.constants[name] for name in TILES[launched.name])
+    return tile / (WARP * launched.options["num_warps"])
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    """What a kernel uses (REG, STACK, ...) and its machine code, by Triton's own copy of NVIDIA's tool."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(word.split(":") for line in dump.splitlines() if "REG:" in line for word in line.split())
-    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "shared": compiled.metadata.shared}
+    usage = (word.split(":") for line in dump.splitlines() if "REG:" in line for word in line.split())
+    return {name: int(value) for name, value in usage}, dump
+
+
+def measure(case: str, index: int, chip: int) -> dict[str, object]:
+    """Compile variants(case)[index] for a chip, and count: what is kept of it in a row of the table."""
+    launched = variants(case)[index].launched
+    triton.runtime.driver.set_active(_Absent(chip))
+    compiled = launched.kernel.warmup(*launched.arguments, grid=(1,), **launched.constants, **launched.options)
+    usage, sass = disassemble(compiled.asm["cubin"])
+    registers, shared, warps = usage["REG"], compiled.metadata.shared, launched.options["num_warps"]
+    counts, share = instructions.count(sass), elements(launched)
+    return {
+        "registers": registers,
+        "stack": usage["STACK"],
+        "shared": shared,
+        "warps_per_sm": warps_held(chip, warps, registers, shared),
+        "total": round(counts.total / share, 3),
+        "instructions": {kind: round(number / share, 3) for kind, number in counts.work.items()},
+        "products": round(counts.products / WARP / share, 3),
+        "once": counts.once,
+    }
 
 
 def describe(variant: Variant) -> dict[str, object]:
@@ -274,11 +310,23 @@ def describe(variant: Variant) -> dict[str, object]:
     return {**row, "options": launched.options, "constants": launched.constants}
 
 
-def table(cases: Sequence[str] = CASES, uses: Collection[str] = tuple(USES), jobs: int | None = None) -> dict:
-    """Compile the cases' variants named after `uses` for both chips, in `jobs` processes (None: one a core)."""
+def table(
+    cases: Sequence[str] = CASES,
+    uses: Collection[str] = tuple(USES),
+    kernels: Collection[str] = tuple(TILES),
+    jobs: int | None = None,
+) -> dict:
+    """Compile the kernels' variants named after `uses`, of all cases and for both chips, in `jobs` processes (None: one
+    a core). {"triton": version, "ptxas": version, "rows": [...]}; a row: `describe`, and "sm_80", "sm_90": `measure`.
+    """
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET: set: the interpreter compiles nothing; unset it")
-    work = [(case, index) for case in cases for index, variant in enumerate(variants(case)) if variant.use in uses]
+    work = [
+        (case, index)
+        for case in cases
+        for index, variant in enumerate(variants(case))
+        if variant.use in uses and variant.launched.name in kernels
+    ]
     rows = [describe(variants(case)[index]) for case, index in work]
     with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
         measured = [[pool.submit(measure, *item, chip) for chip in CHIPS] for item in work]
@@ -287,49 +335,39 @@ def table(cases: Sequence[str] = CASES, uses: Collection[str] = tuple(USES), job
     return {"triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version, "rows": rows}
 
 
-def markdown(found: dict) -> str:
-    """A table for each dtype and rank, the chips side by side."""
-    lines = [
-        "# What each kernel takes of a chip",
-        "",
-        "Made by `python -m abmll.kernels.fused.resources --write benchmarks/results`: do not edit. Compiled without a",
-        f"GPU by Triton {found['triton']} with ptxas {found['ptxas']}, for sm_80 / sm_90: registers and bytes of stack",
-        "(registers spilled to memory) a thread, KiB of shared memory a block. A variant is named after the first use",
-        "that launches it.",
-    ]
-    for (dtype, rank), rows in groupby(found["rows"], itemgetter("dtype", "rank")):
-        lines += ["", f"## {dtype}, rank {rank}", ""]
-        lines += ["| kernel | use | block | warps | stages | registers | stack | shared KiB |", "|---" * 8 + "|"]
-        lines += [_line(row) for row in sorted(rows, key=itemgetter("kernel"))]
-    return "\n".join(lines) + "\n"
+def file_name(version: str) -> str:
+    """Where the table of one Triton lies: "kernel_resources_triton-3.9.json" of "3.9.0"."""
+    return f"kernel_resources_triton-{'.'.join(version.split('.')[:2])}.json"
 
 
-def _line(row: dict) -> str:
-    def chips(name: str, scale: int = 1) -> str:
-        return " / ".join(f"{row[f'sm_{chip}'][name] / scale:g}" for chip in CHIPS)
+def read_tables(folder: Path) -> list[dict]:
+    """The tables of all Tritons in a folder, the newest last."""
+    found = [json.loads(path.read_text()) for path in folder.glob("kernel_resources_triton-*.json")]
+    return sorted(found, key=lambda table: [int(part) for part in table["triton"].split(".")[:2]])
 
-    block = " x ".join(str(row["constants"][name]) for name in ("ROWS", "COLUMNS", "DEPTH") if name in row["constants"])
-    cells = (f"`{row['kernel']}`", row["use"], block, row["options"]["num_warps"], row["options"]["num_stages"])
-    cells += (chips("registers"), chips("stack"), chips("shared", 1024))
-    return f"| {' | '.join(map(str, cells))} |"
+
+def write(found: dict, folder: Path) -> None:
+    """Replace this Triton's table, and make the page of all that are there."""
+    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
+    head = f'{{"triton": "{found["triton"]}", "ptxas": "{found["ptxas"]}", "rows": [\n'
+    (folder / file_name(found["triton"])).write_text(f"{head}{rows}\n]}}\n")
+    (folder / "kernel_resources.md").write_text(markdown(read_tables(folder), TRAINED))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, help="dtypes and ranks, bfloat16:8")
     parser.add_argument("--training", action="store_true", help="only what a run with the default settings launches")
-    parser.add_argument("--write", type=Path, help="folder for kernel_resources.json and kernel_resources.md")
+    parser.add_argument("--kernel", nargs="+", choices=TILES, default=tuple(TILES), help="only these kernels")
+    parser.add_argument("--write", type=Path, help="folder for kernel_resources_triton-VERSION.json and the page")
     parser.add_argument("--jobs", type=int, help="processes; default: one a core")
     arguments = parser.parse_args()
-    uses = tuple(chain.from_iterable(TRAINING.values())) if arguments.training else tuple(USES)
-    found = table(arguments.only, uses, arguments.jobs)
+    uses = TRAINED if arguments.training else tuple(USES)
+    found = table(arguments.only, uses, arguments.kernel, arguments.jobs)
     if arguments.write:
-        rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
-        head = f'{{"triton": "{found["triton"]}", "ptxas": "{found["ptxas"]}", "rows": [\n'
-        (arguments.write / "kernel_resources.json").write_text(f"{head}{rows}\n]}}\n")
-        (arguments.write / "kernel_resources.md").write_text(markdown(found))
+        write(found, arguments.write)
     else:
-        print(markdown(found), end="")
+        print(markdown([found], TRAINED), end="")
 
 
 if __name__ == "__main__":
