@@ -1,6 +1,7 @@
 """The adapted model as the methods see it: forward passes, phi's gradient steps, theta's gradient.
 
-A learner knows nothing of tasks' sources, engines or ranks. Methods are written in its terms.
+A learner knows nothing of tasks' sources, engines or ranks. Methods are written in its terms. What names a step's noise
+is a `NoiseKey` or, on the device, the rows that `NoiseKey.rows` makes of one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ class Learner:
 
     @phase("inner step")
     def phi_step(self, batch: Batch, key: NoiseKey | Tensor | None, optimizer: torch.optim.Optimizer) -> StepTerms:
-        """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean)."""
+        """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean).
+
+        It can be captured in a CUDA graph, which replays with the noise of the rows [1, 3] that are given as `key`. Of
+        what it calls, two things must be seen to: the optimizer must be one with `capturable=True`, and transformers
+        asks the device in each forward pass whether sequences are packed (`masking_utils`), which waits for it.
+        """
         terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
         norm = gradient_norm([p.grad for p in parameters])
         with phase("optimizer"):

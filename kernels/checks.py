@@ -66,13 +66,10 @@ def factors_of(phi: GaussianFactors, theta: GaussianFactors) -> tuple[Tensor, ..
 def _once(check: Callable, first: object, second: object, *tensors: Tensor | None) -> None:
     # plain tuples: naming their parts takes as long as all the rest
     kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    if torch.compiler.is_compiling():  # checked while the graph is made: no cache in it
+    if torch.compiler.is_compiling():  # once anyway, while the graph is made; its sizes may be symbols
         check(first, second, kinds)
-        return
-    try:
+    else:
         _remembered(check, first, second, kinds)
-    except TypeError:  # sizes that are symbols, as another tracer has them, cannot be looked up
-        check(first, second, kinds)
 
 
 @lru_cache(REMEMBERED)

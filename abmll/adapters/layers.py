@@ -74,7 +74,7 @@ class GaussianLoRALinear(nn.Module):
         phi, theta = self.phi.factors(), self.theta.factors()
         if context.names is None:
             return mean_linear(x, base, phi.mean, self.settings.scaling)
-        outer, shape, token_mask = context.outer, x.shape, context.token_mask
+        outer, token_mask = context.outer, context.token_mask
         if context.groups > 1:
             x = x.unflatten(0, (context.groups, -1))
             base = base.unflatten(0, (context.groups, -1)) if isinstance(base, Tensor) else base
@@ -109,7 +109,7 @@ class GaussianLoRALinear(nn.Module):
                     projection,
                     self.backend,
                 )
-        return projection.y.view(*shape[:-1], self.base.out_features)
+        return projection.y if context.groups == 1 else projection.y.flatten(0, 1)
 
     def theta_gradient(self, weights: OuterWeights) -> ThetaGradient:
         """Theta's local gradient in the weight posterior: of the factors alone, without a forward pass."""

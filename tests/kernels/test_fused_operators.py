@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from abmll.adapters import AdapterContext, GaussianLoRALinear
@@ -231,6 +232,36 @@ def test_checkpointing_changes_no_bit(harness):
     plain = Network(harness.posterior, "torch").to(harness.device).gradients(x, mask, True)
     for name, value in off.items():
         torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+class Seen(TorchDispatchMode):
+    """The arguments of the calls of one operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.calls = operator, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.operator:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("asked", [("y",), ("kl",), ("prior",), ("y", "kl"), ("y", "kl", "prior")], ids="+".join)
+def test_no_gradient_is_made_of_what_the_loss_does_not_hold(harness, asked):
+    """An inner step does not hold the prior: the derivative gets None for it, and makes no zeros."""
+    inputs = harness.inputs(tokens=3, inputs=16, outputs=12, dtype=BF16)
+    operators = activation_operators if harness.posterior == "activation" else weight_operators
+    upstream = harness.upstream(inputs, asked)
+    with Seen(getattr(operators, f"{harness.posterior}_backward")) as seen:
+        found = harness.run(inputs, upstream=upstream)
+    (arguments,) = seen.calls
+    given = dict(zip(("y", "kl", "prior"), arguments[:3], strict=True))
+    assert {name for name, gradient in given.items() if gradient is not None} == set(asked)
+    whole = {name: upstream.get(name, torch.zeros_like(value)) for name, value in harness.upstream(inputs).items()}
+    expected = harness.run(inputs, upstream=whole)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6 * float(expected[name].abs().max()))
 
 
 def looped(step, harness, inputs, mask, keys):

@@ -1,4 +1,4 @@
-"""The noise's names are numbers in memory: written over, the same call draws others, in a captured graph as well."""
+"""The noise's names are numbers in memory: written over, the same call draws other noise, a captured graph too."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from abmll.kernels import GaussianFactors, LowRank, NoiseKey, posterior_projection, theta_gradient
+from abmll.kernels import GaussianFactors, LowRank, NoiseKey, checks, posterior_projection, theta_gradient
+from abmll.kernels.checks import _check_projection
 from abmll.kernels.reference import activation_theta_gradient, weight_theta_gradient
 
 POSTERIORS = ("activation", "weight")
@@ -105,3 +106,24 @@ def test_shapes_that_do_not_fit_are_refused(posterior, make_inputs, settings):
         inputs.phi = GaussianFactors(mean, wrong)
         with pytest.raises(ValueError, match="phi log_variance: a "):
             project(posterior, inputs, settings)
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_checks_run_once_for_each_kind_of_call(posterior, make_inputs, settings, monkeypatch):
+    """And for every call that is refused: what was found good is remembered, by shapes, dtypes and devices."""
+    checked = []
+
+    def counted(*arguments):
+        checked.append(arguments)
+        _check_projection(*arguments)
+
+    monkeypatch.setattr(checks, "_check_projection", counted)
+    inputs, other = make_inputs(tokens=6, seed=1), make_inputs(tokens=7)
+    for made in (inputs, make_inputs(tokens=6, seed=2), other, inputs, other):
+        project(posterior, made, settings)
+    assert len(checked) == 2
+    inputs.x = inputs.x.float()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x: dtype torch.float32: the weight is torch.float64"):
+            project(posterior, inputs, settings)
+    assert len(checked) == 4
