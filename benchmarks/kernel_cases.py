@@ -43,20 +43,22 @@ SHAPES = (
 
 
 class Configuration(NamedTuple):
-    """One point of the benchmark; dtype by its name in DTYPES."""
+    """One point of the benchmark; tokens are those of one group, dtype by its name in DTYPES."""
 
     posterior: str
     shape: Shape
     rank: int
     tokens: int
     dtype: str
+    groups: int = 1
 
     def __str__(self) -> str:
-        return f"{self.shape.name}, r = {self.rank}, {self.tokens:,} tokens, {self.dtype}"
+        groups = "" if self.groups == 1 else f"{self.groups} groups of "
+        return f"{self.shape.name}, r = {self.rank}, {groups}{self.tokens:,} tokens, {self.dtype}"
 
     @property
     def columns(self) -> dict[str, object]:
-        """What names the configuration in a row."""
+        """What names the configuration in a row; tokens are a group's."""
         return {
             "posterior": self.posterior,
             "shape": self.shape.name,
@@ -64,6 +66,7 @@ class Configuration(NamedTuple):
             "K": self.shape.inputs,
             "bias": self.shape.bias,
             "rank": self.rank,
+            "groups": self.groups,
             "tokens": self.tokens,
             "tokens_real": self.tokens - self.tokens // PADDED_PART,
             "dtype": self.dtype,
@@ -95,7 +98,9 @@ TRAINING = Regime(
 
 @dataclass(frozen=True)
 class Inputs:
-    """One projection's inputs: x [T, K], dy [T, N] (the gradient of y), the rest as in `posterior_projection`."""
+    """One projection's inputs: x [T, K], dy [T, N] (the gradient of y), the rest as in `posterior_projection`. Several
+    groups: x [G, T, K], dy [G, T, N], phi's factors and the mask with a G as well.
+    """
 
     x: Tensor
     weight: Tensor
@@ -107,6 +112,10 @@ class Inputs:
     dy: Tensor
     kl_weight: float
     prior_weight: float
+
+    @property
+    def groups(self) -> int:
+        return self.x.shape[0] if self.x.dim() == 3 else 1
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -147,6 +156,7 @@ def make_inputs(configuration: Configuration, regime: Regime, device: torch.devi
     seed = zlib.crc32(repr((configuration, regime.name)).encode())
     generator = torch.Generator(device).manual_seed(seed)
     shape, rank, tokens = configuration.shape, configuration.rank, configuration.tokens
+    lead = () if configuration.groups == 1 else (configuration.groups,)
     dtype = DTYPES[configuration.dtype]
     a_size = (3 * shape.inputs) ** -0.5  # a Kaiming-uniform A's standard deviation
 
@@ -154,9 +164,10 @@ def make_inputs(configuration: Configuration, regime: Regime, device: torch.devi
         return torch.randn(*sizes, generator=generator, device=device)
 
     def near(center: GaussianFactors | None, a: float, b: float) -> GaussianFactors:
-        pairs = []
+        """Theta, or, around a center, phi."""
+        pairs, own = [], () if center is None else lead
         for index in range(2):
-            pair = LowRank(a * draw(rank, shape.inputs), b * draw(shape.outputs, rank))
+            pair = LowRank(a * draw(*own, rank, shape.inputs), b * draw(*own, shape.outputs, rank))
             if center is not None:
                 pair = LowRank(*(_leaf(old + new) for old, new in zip(center[index], pair, strict=True)))
             pairs.append(pair)
@@ -165,14 +176,14 @@ def make_inputs(configuration: Configuration, regime: Regime, device: torch.devi
     theta = near(None, a_size, regime.b)
     settings = PosteriorSettings(ALPHA / rank, regime.log_variance_offset, regime.prior_shape, regime.prior_rate)
     return Inputs(
-        x=_leaf(draw(tokens, shape.inputs).to(dtype)),
+        x=_leaf(draw(*lead, tokens, shape.inputs).to(dtype)),
         weight=(shape.inputs**-0.5 * draw(shape.outputs, shape.inputs)).to(dtype),
         bias=draw(shape.outputs).to(dtype) if shape.bias else None,
         phi=near(theta, regime.step_a * a_size, regime.step_b),
         theta=theta,
         settings=settings,
-        mask=torch.arange(tokens, device=device) < tokens - tokens // PADDED_PART,
-        dy=(regime.dy * draw(tokens, shape.outputs)).to(dtype),
+        mask=(torch.arange(tokens, device=device) < tokens - tokens // PADDED_PART).expand(*lead, tokens),
+        dy=(regime.dy * draw(*lead, tokens, shape.outputs)).to(dtype),
         kl_weight=regime.kl_weight,
         prior_weight=regime.prior_weight,
     )

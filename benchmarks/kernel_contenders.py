@@ -2,88 +2,63 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
-
 import torch
-from kernel_cases import ALPHA, Configuration, Inputs
-from torch import Tensor
-from torch.nn.functional import linear
+from kernel_cases import Configuration, Inputs
+from kernel_contender import Contender
+from kernel_loras import frozen, grouped_lora, lora, peft
 
 from abmll.kernels import FrozenLinear, NoiseKey, posterior_projection, standard_normal, theta_gradient
-from abmll.kernels.fused import configurations
-from abmll.kernels.reference import activation_linear, activation_theta_gradient
+from abmll.kernels.reference import (
+    activation_linear,
+    activation_theta_gradient,
+    weight_linear,
+    weight_theta_gradient,
+)
 
 KEY, LAYER = NoiseKey(20260723, 5), 3
 
-CONTENDERS = {
-    "activation": (
-        "frozen",
-        "peft",
-        "peft_autocast",
-        "plain",
-        "plain_randn",
-        "compiled",
-        "compiled_randn",
-        "fused",
-        "fused_library",
-    ),
-    "weight": ("frozen", "peft", "plain", "fused"),
-}
+# In the order of the tables; the frozen linear comes first.
 DESCRIPTIONS = {
     "frozen": "F.linear with frozen weights, and dx: the floor",
-    "peft": "PEFT's LoRA linear as get_peft_model makes it: 16-bit base, fp32 adapters, no autocast",
-    "peft_autocast": "the same under torch.autocast in the base's dtype",
-    "plain": "plain PyTorch (backend: torch), noise from Philox in PyTorch operations",
-    "plain_randn": "the same arithmetic with torch.randn: faster, but not repeatable under checkpointing",
-    "compiled": "torch.compile of plain",
-    "compiled_randn": "torch.compile of plain_randn",
+    "lora": "plain LoRA by hand: W0 x + s B A x, fp32 factors multiplied in the base's dtype as under autocast",
+    "grouped_mm": "`lora` of several groups, its products by torch.nn.functional.grouped_mm",
+    "peft_autocast": "PEFT's LoRA linear, as get_peft_model makes it, under torch.autocast in the base's dtype: the "
+    "rival of the goals (`lora` where PEFT is absent)",
+    "peft": "the same without autocast, its low-rank products in fp32 without TF32: not a fair rival, no goal names it",
+    "plain": "plain PyTorch (backend: torch): what a run does without the kernels. Its noise is Philox in PyTorch's "
+    "64-bit integers, and it keeps nothing for the backward pass: not a fair rival either",
+    "plain_randn": "the posterior's formulas with torch.randn, everything kept for the backward pass: not repeatable "
+    "under checkpointing, but the rival of the goals against plain PyTorch",
+    "compiled": "torch.compile of the formulas with Philox",
+    "compiled_randn": "torch.compile of plain_randn: the rival of the goals against torch.compile",
     "fused": "the Triton kernels (backend: triton)",
-    "fused_library": "the Triton kernels with W0's product left to the library",
 }
-
-
-class Contender(NamedTuple):
-    """`forward` returns y, and for a posterior its KL and -log prior; the first outputs have `cotangents`, and their
-    gradients by `sources` are the backward pass. `outer`: the outer step, or the like. `context` surrounds every call.
-    """
-
-    forward: Callable[[], tuple[Tensor, ...]]
-    sources: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
-    outer: Callable[[], object] | None = None
-    context: Callable[[], AbstractContextManager] = nullcontext
-
-    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs[: len(self.cotangents)], self.sources, self.cotangents)
-
-
-class NotRun(Exception):
-    """Why a contender has no row."""
+CONTENDERS = tuple(DESCRIPTIONS)
 
 
 def build(name: str, configuration: Configuration, inputs: Inputs) -> Contender:
     """The contender called `name` on these inputs. Raises NotRun where it does not apply."""
     if name == "frozen":
-        return _frozen(inputs)
+        return frozen(inputs)
+    if name == "lora":
+        return lora(inputs)
+    if name == "grouped_mm":
+        return grouped_lora(inputs)
     if name.startswith("peft"):
-        return _peft(inputs, configuration.rank, autocast=name == "peft_autocast")
-    if name == "plain":
-        return posterior_contender(configuration.posterior, inputs, "torch")
-    if name == "plain_randn":
-        return _reference(inputs, torch_noise=True)
-    if name.startswith("compiled"):
-        torch._dynamo.reset()  # else the shapes seen before would count against the limit of recompilations
-        plain = _reference(inputs, torch_noise=name == "compiled_randn")
-        return plain._replace(forward=torch.compile(plain.forward, fullgraph=True, dynamic=False), outer=None)
-    fused = posterior_contender(configuration.posterior, inputs, "triton")
-    return fused if name == "fused" else fused._replace(context=library_base)
+        return peft(inputs, configuration.rank, autocast=name == "peft_autocast")
+    if name.endswith("randn") or name == "compiled":
+        formulas = _formulas(configuration.posterior, inputs, torch_noise=name.endswith("randn"))
+        if name == "plain_randn":
+            return formulas
+        # the caller resets the compiler once a configuration: a reset here would make the other one compile again
+        return formulas._replace(forward=torch.compile(formulas.forward, fullgraph=True, dynamic=False), outer=None)
+    return posterior_contender(configuration.posterior, inputs, {"plain": "torch", "fused": "triton"}[name])
 
 
 def posterior_contender(posterior: str, inputs: Inputs, backend: str) -> Contender:
     """The projection's own call, as an adapted layer makes it."""
+    # A forward pass makes the names once for all its layers, and a graph cannot capture their copy to the device.
+    key = KEY.rows(inputs.groups, inputs.x.device) if backend == "triton" else KEY
 
     def project(terms: str):
         return posterior_projection(
@@ -93,7 +68,7 @@ def posterior_contender(posterior: str, inputs: Inputs, backend: str) -> Contend
             inputs.phi,
             inputs.theta,
             inputs.settings,
-            KEY,
+            key,
             LAYER,
             inputs.mask,
             terms,
@@ -127,66 +102,30 @@ def posterior_contender(posterior: str, inputs: Inputs, backend: str) -> Contend
     return Contender(forward, inputs.sources, inputs.cotangents, outer)
 
 
-@contextmanager
-def library_base() -> Iterator[None]:
-    """W0's product is left to the library in every dtype."""
-    fused_base = configurations.fused_base
-    configurations.fused_base = lambda *_: False
-    try:
-        yield
-    finally:
-        configurations.fused_base = fused_base
+def _formulas(posterior: str, inputs: Inputs, torch_noise: bool) -> Contender:
+    """The posterior's reference without the dispatch around it."""
+    outputs, columns = inputs.weight.shape
+    rows, columns = (inputs.x.shape[-2], outputs) if posterior == "activation" else (outputs, columns)
+    groups, device = inputs.groups, inputs.x.device
+    lead = inputs.x.shape[:-2]
 
-
-def _frozen(inputs: Inputs) -> Contender:
-    def forward():
-        return (linear(inputs.x, inputs.weight, inputs.bias),)
-
-    return Contender(forward, (inputs.x,), (inputs.dy,), torch.no_grad()(forward))
-
-
-def _reference(inputs: Inputs, torch_noise: bool) -> Contender:
-    """The activation posterior's reference without the dispatch around it."""
-    tokens, outputs, device = inputs.x.shape[0], inputs.weight.shape[0], inputs.x.device
+    def noise():
+        if torch_noise:
+            return torch.randn(*lead, rows, columns, device=device)
+        drawn = [standard_normal(rows, columns, KEY, LAYER, group, device) for group in range(groups)]
+        return torch.stack(drawn) if lead else drawn[0]
 
     def project(theta):
-        if torch_noise:
-            noise = torch.randn(tokens, outputs, device=device)
-        else:
-            noise = standard_normal(tokens, outputs, KEY, LAYER, 0, device)
-        arguments = (inputs.phi, theta, inputs.settings, noise, inputs.mask)
-        found = activation_linear(inputs.x, inputs.weight, inputs.bias, *arguments)
+        arguments = (inputs.x, inputs.weight, inputs.bias, inputs.phi, theta, inputs.settings, noise())
+        found = activation_linear(*arguments, inputs.mask) if posterior == "activation" else weight_linear(*arguments)
         return found.y, found.kl, found.negative_log_prior
 
     def outer():
+        weights = (inputs.kl_weight, inputs.prior_weight)
         with torch.no_grad():
-            arguments = (inputs.settings, inputs.mask, inputs.kl_weight, inputs.prior_weight)
-            return project(None)[0], activation_theta_gradient(inputs.x, inputs.phi, inputs.theta, *arguments)
+            if posterior == "weight":
+                return None, weight_theta_gradient(inputs.phi, inputs.theta, inputs.settings, *weights)
+            arguments = (inputs.x, inputs.phi, inputs.theta, inputs.settings, inputs.mask, *weights)
+            return project(None)[0], activation_theta_gradient(*arguments)
 
     return Contender(lambda: project(inputs.theta), inputs.sources, inputs.cotangents, outer)
-
-
-def _peft(inputs: Inputs, rank: int, autocast: bool) -> Contender:
-    if importlib.util.find_spec("peft") is None:
-        raise NotRun("PEFT is not installed: pip install peft")
-    from peft import LoraConfig, get_peft_model
-
-    if autocast and inputs.x.dtype == torch.float32:
-        raise NotRun("autocast is for 16-bit base models")
-    base = torch.nn.Linear(*inputs.weight.shape[::-1], bias=inputs.bias is not None, device="meta")
-    base.weight = torch.nn.Parameter(inputs.weight, requires_grad=False)
-    if inputs.bias is not None:
-        base.bias = torch.nn.Parameter(inputs.bias, requires_grad=False)
-    settings = LoraConfig(r=rank, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=["projection"])
-    model = get_peft_model(torch.nn.ModuleDict({"projection": base}), settings)
-    layer = model.base_model.model["projection"]
-    adapters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    for parameter in adapters:
-        torch.nn.init.normal_(parameter, std=0.01)
-    kind = inputs.x.device.type
-
-    def forward():
-        with torch.autocast(kind, inputs.x.dtype, enabled=autocast):
-            return (layer(inputs.x),)
-
-    return Contender(forward, (inputs.x, *adapters), (inputs.dy,))

@@ -8,10 +8,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from kernel_cases import DTYPES, LLAMA_Q
 from kernel_contenders import CONTENDERS, DESCRIPTIONS
-
-from abmll.kernels.fused.weight import scratch_bytes
+from kernel_goals import MEGABYTE, WAYS, extra_memory, goals_table
 
 MODES = {
     "forward": "forward pass",
@@ -19,13 +17,13 @@ MODES = {
     "both": "forward + backward: an inner step",
     "outer": "forward pass and theta's gradient: the outer step",
 }
-WAYS = {"replayed": "graph replay", "launched": "launched one by one"}
-FUSED = ("fused", "fused_library")
-MEGABYTE = 1e6
+MISSING = "–"
 
 # Colours that differ for the colour-blind as well (Okabe and Ito), with a marker each.
 STYLES = {
     "frozen": ("#000000", "."),
+    "lora": ("#F0E442", "<"),
+    "grouped_mm": ("#56B4E9", ">"),
     "peft": ("#E69F00", "v"),
     "peft_autocast": ("#009E73", "^"),
     "plain": ("#D55E00", "s"),
@@ -33,29 +31,7 @@ STYLES = {
     "compiled": ("#999999", "P"),
     "compiled_randn": ("#666666", "X"),
     "fused": ("#0072B2", "o"),
-    "fused_library": ("#56B4E9", "o"),
 }
-
-# Held to at forward + backward of GOAL_CASE on an H100: (goal, bound, its limit, from times by contender and a fused
-# contender's name to the compared number).
-GOAL_CASE = {"shape": LLAMA_Q.name, "rank": 8, "tokens": 1024, "dtype": "bf16"}
-Goal = tuple[str, str, float, Callable[[dict, str], float]]
-TIME_GOALS: dict[str, tuple[Goal, ...]] = {
-    "activation": (
-        ("time, over the frozen linear's", "at most", 1.25, lambda t, name: t[name] / t["frozen"]),
-        ("time, over PEFT's LoRA linear's", "at most", 1.0, lambda t, name: t[name] / t["peft"]),
-        ("time, over PEFT's under autocast", "at most", 1.0, lambda t, name: t[name] / t["peft_autocast"]),
-        ("times faster than plain PyTorch", "at least", 4.0, lambda t, name: t["plain"] / t[name]),
-        ("times faster than plain, torch.randn", "at least", 4.0, lambda t, name: t["plain_randn"] / t[name]),
-        ("times faster than compiled", "at least", 1.5, lambda t, name: t["compiled"] / t[name]),
-        ("times faster than compiled, torch.randn", "at least", 1.5, lambda t, name: t["compiled_randn"] / t[name]),
-    ),
-    "weight": (
-        ("time, over the frozen linear's", "at most", 2.0, lambda t, name: t[name] / t["frozen"]),
-        ("times faster than plain PyTorch", "at least", 5.0, lambda t, name: t["plain"] / t[name]),
-    ),
-}
-MEMORY_GOAL = 1.0  # MB
 
 
 def load(files: list[Path]) -> dict[str, list]:
@@ -82,6 +58,9 @@ def report(files: list[Path]) -> str:
         sections += ["## Time", TIME_CAPTION]
         sections += [f"### {title[0].upper()}{title[1:]}\n\n{times_table(rows, mode)}" for mode, title in MODES.items()]
         sections += ["## Memory", MEMORY_CAPTION, memory_table(rows)]
+    raised = exceptions(found["gates"], rows)
+    if raised:
+        sections += ["## Raised", "\n".join(f"- {line}" for line in raised)]
     if found["notes"]:
         sections += ["## Not measured", "\n".join(f"- {note}" for note in found["notes"])]
     text = "\n\n".join(sections) + "\n"
@@ -91,7 +70,8 @@ def report(files: list[Path]) -> str:
 
 TIME_CAPTION = (
     "`frozen`: median milliseconds. Others: median over frozen's. First from a graph replay (the kernels' own time), "
-    "then launched one by one from Python. Quantiles and numbers of runs stand in the JSON."
+    "then launched one by one from Python, which has 0.1 ms before the GPU begins. All contenders of a line ran in "
+    "turn, in rounds. Quantiles and numbers of runs stand in the JSON."
 )
 MEMORY_CAPTION = (
     "`frozen`: MB (10^6 bytes) allocated at the peak of forward + backward, beyond its inputs. Others: MB more than "
@@ -99,58 +79,32 @@ MEMORY_CAPTION = (
 )
 
 
-def goals_table(rows: list[dict]) -> str:
-    """Every goal with the measured numbers, and whether it is reached."""
-    case = [row for row in rows if row["mode"] == "both" and all(row[name] == v for name, v in GOAL_CASE.items())]
-    where = f"{GOAL_CASE['shape']}, r = {GOAL_CASE['rank']}, {GOAL_CASE['tokens']:,} tokens, {GOAL_CASE['dtype']}"
-    if not case:
-        return f"Not measured here: forward + backward of {where}."
-    device = case[0]["device"]
-    by_name = {row["contender"]: row for row in case}
-    heading = f"Forward + backward of {where}; {device}"
-    if "H100" not in device:
-        heading += " (the goals are set for an H100)"
-    kinds = [(name, way) for name in FUSED if name in by_name for way in WAYS]
-    lines = [f"{heading}.", "", "| goal | limit | " + " | ".join(f"{name}, {WAYS[way]}" for name, way in kinds) + " |"]
-    lines.append("|" + "---|" * (len(kinds) + 2))
-    for title, bound, limit, compare in TIME_GOALS[case[0]["posterior"]]:
-        cells = []
-        for name, way in kinds:
-            times = {other: row[way]["median_ms"] for other, row in by_name.items() if row[way] is not None}
-            try:
-                value = compare(times, name)
-            except KeyError:
-                cells.append("not measured")
-            else:
-                reached = value <= limit if bound == "at most" else value >= limit
-                cells.append(f"{value:.2f} {_verdict(reached)}")
-        lines.append(f"| {title} | {bound} {limit:g} | {' | '.join(cells)} |")
-    scratch = _scratch(case[0])
-    extra = [(by_name[name]["memory"]["extra_peak_allocated"] - scratch) / MEGABYTE for name, _ in kinds]
-    cells = [f"{value:.2f} {_verdict(value < MEMORY_GOAL)}" for value in extra]
-    apart = f", apart from {scratch / MEGABYTE:.0f} MB that all layers share" if scratch else ""
-    lines.append(f"| extra peak memory, MB{apart} | under {MEMORY_GOAL:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _scratch(row: dict) -> int:
-    """Bytes of the buffer that the layers share."""
-    if row["posterior"] != "weight":
-        return 0
-    return scratch_bytes(row["N"], row["K"], DTYPES[row["dtype"]])
-
-
 def parity_table(gates: list[dict]) -> str:
     """For each configuration the largest error of the fused code over its limit."""
     lines = ["| configuration | parity | largest error / limit | at |", "|---|---|---|---|"]
     for entry in gates:
         ratio, where = entry["worst"]
-        verdict = "FAILS" if entry["failures"] else "holds"
-        lines.append(
-            f"| {entry['configuration']} | {verdict} | {'NaN' if ratio is None else f'{ratio:.2f}'} | {where} |"
-        )
+        number = "NaN" if ratio is None else f"{ratio:.2f}"
+        lines.append(f"| {entry['configuration']} | {verdict(entry)} | {number} | {where} |")
         lines += [f"| {failure} | FAILS | | |" for failure in entry["failures"]]
     return "\n".join(lines)
+
+
+def verdict(entry: dict) -> str:
+    """Of a gate; one that raised while it was held, or later what all contenders share, holds nothing."""
+    if entry["exception"] is not None:
+        return "NOT HELD: it raised"
+    return "FAILS" if entry["failures"] else "holds"
+
+
+def exceptions(gates: list[dict], rows: list[dict]) -> list[str]:
+    """What raised, one line each: where, and the error's text on one line."""
+    found = [(entry["configuration"], entry["exception"]) for entry in gates]
+    for row in rows:
+        shape, _, _, rank, groups, tokens, dtype = _place(row)
+        where = f"{row['contender']}, {shape}, r = {rank}, {groups} x {tokens:,} tokens, {dtype}, {row['mode']}"
+        found.append((where, row["exception"]))
+    return [f"{where}: {' '.join(text.split())}" for where, text in found if text is not None]
 
 
 def times_table(rows: list[dict], mode: str) -> str:
@@ -162,46 +116,44 @@ def memory_table(rows: list[dict]) -> str:
     """As `times_table`; see MEMORY_CAPTION."""
     forward = {(_place(row), row["contender"]): row["memory"] for row in rows if row["mode"] == "forward"}
 
+    def megabytes(own: dict | None, name: str) -> str:
+        return MISSING if own is None or name not in own else f"{own[name] / MEGABYTE:.2f}"
+
     def cell(row: dict) -> str:
-        own, after = row["memory"], forward.get((_place(row), row["contender"]))
         part = "" if row["contender"] == "frozen" else "extra_"
-        numbers = [own[f"{part}peak_allocated"], *([] if after is None else [after[f"{part}kept"]])]
-        return " / ".join(f"{number / MEGABYTE:.2f}" for number in numbers)
+        after = forward.get((_place(row), row["contender"]))
+        return f"{megabytes(row['memory'], f'{part}peak_allocated')} / {megabytes(after, f'{part}kept')}"
 
     return _table([row for row in rows if row["mode"] == "both"], cell)
 
 
 def _time_cell(row: dict) -> str:
     part = "median_ms" if row["contender"] == "frozen" else "ratio_to_frozen"
-    return " / ".join("–" if row[way] is None else f"{row[way][part]:.3g}" for way in WAYS)
+    cells = [f"{row[way][part]:.3g}" if row[way] is not None and part in row[way] else MISSING for way in WAYS]
+    return " / ".join(cells) + " raised" * (row["exception"] is not None)
 
 
 def _table(rows: list[dict], cell: Callable[[dict], str]) -> str:
     contenders = _contenders(rows)
     lines = [
-        "| shape | N × K | r | tokens | dtype | " + " | ".join(contenders) + " |",
-        "|" + "---|" * (len(contenders) + 5),
+        "| shape | N × K | r | groups | tokens | dtype | " + " | ".join(contenders) + " |",
+        "|" + "---|" * (len(contenders) + 6),
     ]
     for place in dict.fromkeys(_place(row) for row in rows):
         here = {row["contender"]: row for row in rows if _place(row) == place}
-        shape, outputs, inputs, rank, tokens, dtype = place
+        shape, outputs, inputs, *others = place
         cells = [cell(here[name]) if name in here else "" for name in contenders]
-        lines.append(f"| {shape} | {outputs} × {inputs} | {rank} | {tokens} | {dtype} | {' | '.join(cells)} |")
+        lines.append(f"| {shape} | {outputs} × {inputs} | {' | '.join(map(str, others))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _place(row: dict) -> tuple:
-    return tuple(row[name] for name in ("shape", "N", "K", "rank", "tokens", "dtype"))
+    return tuple(row[name] for name in ("shape", "N", "K", "rank", "groups", "tokens", "dtype"))
 
 
 def _contenders(rows: list[dict]) -> list[str]:
     there = {row["contender"] for row in rows}
-    known = [name for names in CONTENDERS.values() for name in names]
-    return [name for name in dict.fromkeys(known) if name in there]
-
-
-def _verdict(reached: bool) -> str:
-    return "reached" if reached else "NOT reached"
+    return [name for name in CONTENDERS if name in there]
 
 
 def _origin(facts: dict) -> str:
@@ -224,25 +176,22 @@ def plots(rows: list[dict], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     paths = []
     both = [row for row in rows if row["mode"] == "both"]
-    for rank, dtype in dict.fromkeys((row["rank"], row["dtype"]) for row in both):
-        chosen = [row for row in both if (row["rank"], row["dtype"]) == (rank, dtype)]
-        title = f"Forward + backward of one projection, rank {rank}, {dtype} – {chosen[0]['device']}"
+    for rank, dtype, groups in dict.fromkeys((row["rank"], row["dtype"], row["groups"]) for row in both):
+        chosen = [row for row in both if (row["rank"], row["dtype"], row["groups"]) == (rank, dtype, groups)]
+        beside = "" if groups == 1 else f", {groups} groups"
+        title = f"Forward + backward of one projection, rank {rank}{beside}, {dtype} – {chosen[0]['device']}"
         for kind, label, value in (
             ("time", "time / frozen linear's time\n(graph replay)", _time_ratio),
-            ("memory", "peak memory beyond\nthe frozen linear's (MB)", _extra_memory),
+            ("memory", "peak memory beyond\nthe frozen linear's (MB)", extra_memory),
         ):
-            path = stem.with_name(f"{stem.name}_{kind}_{dtype}_r{rank}.png")
+            path = stem.with_name(f"{stem.name}_{kind}_{dtype}_r{rank}{f'_g{groups}' * (groups > 1)}.png")
             _panels(chosen, value, title, label, kind == "memory", path)
             paths.append(path)
     return paths
 
 
 def _time_ratio(row: dict) -> float | None:
-    return None if row["replayed"] is None else row["replayed"]["ratio_to_frozen"]
-
-
-def _extra_memory(row: dict) -> float | None:
-    return None if row["contender"] == "frozen" else row["memory"]["extra_peak_allocated"] / MEGABYTE
+    return None if row["replayed"] is None else row["replayed"].get("ratio_to_frozen")
 
 
 def _panels(rows: list[dict], value: Callable, title: str, label: str, linear_near_zero: bool, path: Path) -> None:
@@ -268,8 +217,7 @@ def _panels(rows: list[dict], value: Callable, title: str, label: str, linear_ne
             if not points:
                 continue
             colour, marker = STYLES[name]
-            form = {"linestyle": "--", "markerfacecolor": "white"} if name == "fused_library" else {}
-            (lines[name],) = panel.plot(list(points), list(points.values()), color=colour, marker=marker, **form)
+            (lines[name],) = panel.plot(list(points), list(points.values()), color=colour, marker=marker)
         panel.set_title(f"{shape} ({outputs} × {inputs})", fontsize=10)
         panel.set_xscale("log", base=2)
         panel.set_xticks(tokens, [f"{at:,}" for at in tokens])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "peft")
+CPU_FACTS, DRIVER_FACTS = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
 
 
 def provenance() -> dict[str, object]:
@@ -40,11 +42,29 @@ def commit() -> dict[str, object]:
 
 def _device() -> str:
     if torch.cuda.is_available():
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        return f"{torch.cuda.get_device_name()} (driver {_driver() or 'unknown'})"
+    try:
+        lines = CPU_FACTS.read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """NVIDIA's driver, by its own tool or, where that is not on the path, by the kernel module; None: by neither."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        return f"{torch.cuda.get_device_name()} (driver {driver.stdout.splitlines()[0].strip()})"
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+        return found.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        pass
+    try:  # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar ...
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", DRIVER_FACTS.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None

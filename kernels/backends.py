@@ -58,9 +58,26 @@ def _device_obstacle(device: torch.device) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed; pip install triton"
-    if _assumed or interpreted():
+    if _assumed:
         return None
-    return _hardware_obstacle(device)
+    return _interpreter_obstacle() if interpreted() else _hardware_obstacle(device)
+
+
+@cache
+def _interpreter_obstacle() -> str | None:
+    """Triton 3.6 makes indices of one-element arrays, which numpy forbids from 2.4 on (triton-lang/triton#9171)."""
+    import numpy
+    import triton
+
+    def version(package) -> tuple[int, ...]:
+        return tuple(int(part) for part in package.__version__.split(".")[:2])
+
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        return (
+            f"numpy {numpy.__version__}: the interpreter of triton {triton.__version__} needs numpy below 2.4; pip "
+            "install 'numpy<2.4', or triton 3.7 or newer"
+        )
+    return None
 
 
 @cache

@@ -1,10 +1,14 @@
-"""Tiny runs on built-in tasks: random weights, no file, no network, well under a second each."""
+"""Tiny runs on built-in tasks: random weights, no file, no network, well under a second each.
+
+What builds them is imported when the first one is built: `pytest tests/kernels` needs torch and triton alone.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,11 +16,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, at the first import of triton
 
-from abmll.build import Parts, build
-from abmll.config import Config
 from abmll.kernels import NoiseKey
-from abmll.models.checkpointing import checkpoint_layers
-from abmll.tasks.task import Batch, Episode
+
+if TYPE_CHECKING:
+    from abmll.build import Parts
+    from abmll.config import Config
+    from abmll.tasks.task import Batch, Episode
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
     float64 converts the built model, adapters included. Checkpointing is off unless trainer asks for it. c = -8 and
     beta = 1e-4 give NLL and KL gradients of comparable size.
     """
+    from abmll.build import build
+    from abmll.config import Config
+    from abmll.models.checkpointing import checkpoint_layers
+
     defaults = {
         "model": {"name": "random:tiny", "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32"},
         "adapters": {"log_variance_offset": -8.0},

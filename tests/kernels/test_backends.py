@@ -19,7 +19,7 @@ FP32 = torch.float32
 @pytest.fixture
 def fresh():
     """No decision from before, and none left behind."""
-    caches = (backends._choose, backends._hardware_obstacle, backends.interpreted)
+    caches = (backends._choose, backends._hardware_obstacle, backends._interpreter_obstacle, backends.interpreted)
     for function in caches:
         function.cache_clear()
     yield
@@ -57,6 +57,23 @@ def test_auto_never_takes_the_interpreter(fresh, monkeypatch):
     choice, reason = resolve("auto", "activation", CPU, FP32, 8)
     assert choice == "torch" and "interpreter is for tests only" in reason
     assert resolve("triton", "activation", CPU, FP32, 8)[0] == "triton"
+
+
+def test_an_interpreter_that_its_numpy_breaks_is_refused(fresh, monkeypatch):
+    monkeypatch.setattr(backends, "interpreted", lambda: True)
+    for triton_version, numpy_version, works in (
+        ("3.6.0", "2.3.5", True),
+        ("3.7.0", "2.4.0", True),
+        ("3.6.0", "2.4.0", False),
+    ):
+        monkeypatch.setattr("triton.__version__", triton_version)
+        monkeypatch.setattr("numpy.__version__", numpy_version)
+        backends._interpreter_obstacle.cache_clear()
+        if works:
+            assert resolve("triton", "activation", CPU, FP32, 8)[0] == "triton"
+        else:
+            with pytest.raises(ValueError, match=r"numpy 2.4.0: the interpreter of triton 3.6.0 needs .* 'numpy<2.4'"):
+                resolve("triton", "activation", CPU, FP32, 8)
 
 
 def test_auto_takes_torch_on_a_cpu(compiled):
