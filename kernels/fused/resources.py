@@ -52,13 +52,12 @@ IN_FULL = ("bfloat16:8", "bfloat16:16", "float32:8")
 # Modules whose kernels are recorded.
 LAUNCHERS = (launch,)
 # Constants whose product is the elements that a program makes at a time: in one iteration of the kernel's main loop or,
-# if it has none, in all. Z's elements, of which a gradient counts dz's; `forward_kernel`: x's, beside W0's product too.
+# if it has none, in all. Z's elements, of which an adjoint counts dz's; of the products x's.
 TILES = {
     "sample_kernel": ("ROWS", "COLUMNS"),
     "adjoint_kernel": ("ROWS", "COLUMNS"),
-    "forward_kernel": ("P_ROWS", "DEPTH"),
-    "input_gradient_kernel": ("ROWS", "COLUMNS"),
-    "factor_gradient_kernel": ("ROWS", "COLUMNS"),
+    "project_kernel": ("ROWS", "DEPTH"),
+    "gradient_kernel": ("ROWS", "COLUMNS"),
 }
 
 
@@ -102,13 +101,13 @@ class _Recorder:
 
 
 @contextmanager
-def as_if_tiles(minimum: int) -> Iterator[None]:
-    """Small tensors stand for large ones: W0's product runs beside the pairs' from so many tiles on."""
-    shipped, configurations.MINIMUM_TILES = configurations.MINIMUM_TILES, minimum
+def as_if_programs(fewest: int) -> Iterator[None]:
+    """Small tensors stand for large ones: so many programs are enough, or are not."""
+    shipped, configurations.FEWEST_PROGRAMS = configurations.FEWEST_PROGRAMS, fewest
     try:
         yield
     finally:
-        configurations.MINIMUM_TILES = shipped
+        configurations.FEWEST_PROGRAMS = shipped
 
 
 @contextmanager
@@ -119,7 +118,7 @@ def recorded_launches() -> Iterator[list[Launched]]:
     for module, name, kernel in kernels:
         setattr(module, name, _Recorder(kernel, launches))
     try:
-        with as_if_tiles(1):
+        with as_if_programs(1):
             yield launches
     finally:
         for module, name, kernel in kernels:
@@ -157,7 +156,7 @@ def _activation_step(
     counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
     factors = _factors(rank, inputs, outputs, need_phi, need_theta)[: 4 if terms == "none" else 8]
     with_sums = terms == "divergence"
-    y, p, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *NAMED, with_sums)
+    y, p, _, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *NAMED, with_sums)
     if need_x or need_phi or need_theta:
         (y.float().sum() + kl.sum()).backward()
     if terms == "theta":
@@ -183,7 +182,7 @@ def _weight_step(
     x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
     weight = torch.zeros(outputs, inputs, dtype=dtype)
     factors = _factors(rank, inputs, outputs, need_phi, need_theta)[: 4 if terms == "none" else 8]
-    y, kl, _ = weight_operators.weight_forward(x, weight, None, None, factors, *NAMED, terms == "divergence")
+    y, _, kl, _ = weight_operators.weight_forward(x, weight, None, None, factors, *NAMED, terms == "divergence")
     if need_x or need_phi or need_theta:
         (y.float().sum() + kl.sum()).backward()
 
@@ -201,7 +200,7 @@ USES: dict[str, Callable[[torch.dtype, int], None]] = {
     "outer step, first order": partial(_activation_step, terms="theta"),
     "outer step alone": _activation_theta_alone,
     "inner step without KL": partial(_activation_step, terms="none"),
-    "inner step, few tokens": as_if_tiles(2**31)(_activation_step),
+    "inner step, few tokens": as_if_programs(2**31)(_activation_step),
     "inner step, bias, no mask": partial(_activation_step, bias=True, mask=False),
     "all gradients": partial(_activation_step, need_theta=True),
     "odd sizes": partial(_activation_step, sizes=(61, 123, 125)),
