@@ -98,10 +98,11 @@ class Inputs:
 
     def backward_arguments(self, posterior: str) -> tuple:
         """As the inner step's derivative calls it: to x and phi, nobody asked about the prior."""
-        between = (self.weight,)
+        tickets = launch.new_tickets(1, self.x.device)
+        between = (tickets, self.weight)
         if posterior == "activation":
             p = torch.zeros(1, self.x.shape[1], 4 * RANK)
-            between = (p, self.weight, self.mask)
+            between = (p, tickets, self.weight, self.mask)
         flags = (True, True, False)
         factors = [*self.phi, *self.theta]
         return (self.dy, self.dkl, None, self.x, *between, factors, SETTINGS, self.names, LAYER, *flags)
@@ -298,7 +299,7 @@ def count(posterior: str) -> dict[str, object]:
 
 
 # Names of operators that are no views and run no kernel of their own.
-WITHOUT_A_KERNEL = ("empty", "new_empty", "empty_like", "_unsafe_view", "reshape", "contiguous", "mT", "promote_types")
+WITHOUT_A_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "reshape", "contiguous", "mT", "promote_types")
 
 
 def table(rows: list[dict]) -> str:

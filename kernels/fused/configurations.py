@@ -15,8 +15,8 @@ FEWEST_PROGRAMS, SAMPLE_PROGRAMS, ADJOINT_PROGRAMS = 132, 512, 256
 ADJOINT_SLOTS = 16
 # Bytes of partial results that need no limit.
 SMALL_PARTIAL = 4 * 2**20
-# Parts of K in which p is made: all programs that sample read all of their rows' parts.
-PROJECTION_PARTS = 16
+# Most parts of K in which p is made: all programs that sample read all of their rows' parts.
+PROJECTION_PARTS = 24
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,15 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def split(size: int, block: int, parts: int) -> tuple[int, int]:
-    """At most `parts` (at least one) equal parts of whole blocks: how many, and the blocks in each."""
-    each = blocks(blocks(size, block), max(parts, 1))
+def split(size: int, block: int, most: int) -> tuple[int, int]:
+    """At most so many (at least one) equal parts of whole blocks: how many, and the blocks in each."""
+    each = blocks(blocks(size, block), max(most, 1))
     return (blocks(blocks(size, block), each), each) if size else (0, 0)
+
+
+def split_finely(size: int, block: int, fewest: int) -> tuple[int, int]:
+    """At least so many parts, where there are as many blocks."""
+    return split(size, block, blocks(blocks(size, block), max(blocks(size, block) // max(fewest, 1), 1)))
 
 
 # A warp group's tensor cores take 64 rows at a time. Wider factors leave room for fewer in shared memory.
@@ -66,7 +71,7 @@ def elementwise(rank: int, rows: int, columns: int, groups: int) -> Launch:
 
 def project(width: int, tokens: int, groups: int) -> Launch:
     """`width`: of all pairs' ranks."""
-    few = blocks(tokens, 64) * groups * PROJECTION_PARTS < FEWEST_PROGRAMS
+    few = blocks(tokens, 64) * groups * (PROJECTION_PARTS // 2) < FEWEST_PROGRAMS
     depth = 64 if width <= 64 else 32
     return Launch({"ROWS": 16 if few or width > 128 else 64, "DEPTH": depth}, warps=4, stages=3 if width <= 64 else 2)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abmll.kernels.backends import on_gpu
 from abmll.kernels.fused import configurations
-from abmll.kernels.fused.configurations import blocks, padded, split
+from abmll.kernels.fused.configurations import blocks, padded, split, split_finely
 from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
 from abmll.kernels.fused.products import gradient_kernel, project_kernel
 
@@ -98,7 +98,7 @@ def project(x: Tensor, a: Factors, tickets: Tensor) -> Tensor:
     launch = configurations.project(padded(width, 16), tokens, groups)
     row_blocks = blocks(tokens, launch.blocks["ROWS"]) * groups
     wanted = min(configurations.PROJECTION_PARTS, blocks(configurations.FEWEST_PROGRAMS, max(row_blocks, 1)))
-    parts, part_blocks = split(inputs, launch.blocks["DEPTH"], wanted)
+    parts, part_blocks = split_finely(inputs, launch.blocks["DEPTH"], wanted)
     p = torch.empty(parts, groups, tokens, width, dtype=_FP32, device=x.device)
     if tokens:
         _run(
