@@ -27,11 +27,9 @@ def large_blocks(monkeypatch):
         return
     tile = {"ROWS": 256, "COLUMNS": 64}
     for name, blocks in {
-        "forward": {**tile, "DEPTH": 64, "BAND": 1, "P_ROWS": 256},
-        "input_gradient": {**tile, "DEPTH": 64, "BAND": 1},
-        "factor_gradient": tile,
-        "sample": tile,
-        "adjoint": tile,
+        "project": {"ROWS": 256, "DEPTH": 64},
+        "elementwise": tile,
+        "gradient": {**tile, "SUMMED": 4096},
     }.items():
         launch = Launch(blocks, warps=4, stages=1)
         monkeypatch.setattr(configurations, name, lambda *_, launch=launch: launch)
