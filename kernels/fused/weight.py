@@ -26,7 +26,7 @@ from abmll.kernels.autocast import without_autocast
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.arguments import gradients_of_sums, like_factors, pairs_of, rows_of, separate
-from abmll.kernels.fused.derivative import gradients_of_factors, needs
+from abmll.kernels.fused.derivative import check_once, gradients_of_factors, needs
 from abmll.kernels.fused.launch import Matrix, Pairs, Scalars, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
@@ -187,6 +187,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dkl, dprior):
         x, weight, names, *factors = ctx.saved_tensors
+        check_once()
         need_x = ctx.needs_input_grad[0] and dy is not None  # x has no part in the KL
         wanted = needs(need_x, ctx.needs_input_grad[8:], dy, dkl, dprior)
         dx = da = db = None

@@ -263,6 +263,17 @@ def test_no_gradient_is_made_of_what_the_loss_does_not_hold(harness, asked):
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6 * float(expected[name].abs().max()))
 
 
+def test_second_derivatives_are_refused(harness):
+    """The operators have none, and zeros in their place would be wrong in silence. Plain code has them."""
+    inputs = harness.inputs(tokens=3, inputs=16, outputs=12)
+    x = inputs.x.detach().requires_grad_(True)
+    fused, plain = (harness.project(replace(inputs, x=x), backend).y.square().sum() for backend in ("triton", "torch"))
+    with pytest.raises(ValueError, match=r"^create_graph: True: .*; set backend: torch"):
+        torch.autograd.grad(fused, x, create_graph=True)
+    (gradient,) = torch.autograd.grad(plain, x, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), x)[0].any()
+
+
 def looped(step, harness, inputs, mask, keys):
     """Outcomes and gradients of `step`, one for each key."""
     found = []
