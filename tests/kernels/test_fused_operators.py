@@ -264,14 +264,12 @@ def test_no_gradient_is_made_of_what_the_loss_does_not_hold(harness, asked):
 
 
 def test_second_derivatives_are_refused(harness):
-    """The operators have none, and zeros in their place would be wrong in silence. Plain code has them."""
+    """The operators have none, and zeros in their place would be wrong in silence."""
     inputs = harness.inputs(tokens=3, inputs=16, outputs=12)
     x = inputs.x.detach().requires_grad_(True)
-    fused, plain = (harness.project(replace(inputs, x=x), backend).y.square().sum() for backend in ("triton", "torch"))
-    with pytest.raises(ValueError, match=r"^create_graph: True: .*; set backend: torch"):
-        torch.autograd.grad(fused, x, create_graph=True)
-    (gradient,) = torch.autograd.grad(plain, x, create_graph=True)
-    assert torch.autograd.grad(gradient.sum(), x)[0].any()
+    loss = harness.project(replace(inputs, x=x)).y.square().sum()
+    with pytest.raises(ValueError, match=r"^create_graph: True: the fused kernels have no second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def looped(step, harness, inputs, mask, keys):
