@@ -13,7 +13,7 @@ Wanted = tuple[bool, bool, bool]
 def check_once() -> None:
     """Raises where a backward pass would be differentiated itself: without it, second derivatives would be zeros."""
     if torch.is_grad_enabled():
-        raise ValueError("create_graph: True: the fused kernels have no second derivatives; call `kernels.reference` instead")
+        raise ValueError("create_graph: True: the fused kernels have no second derivatives; call `kernels.reference`")
 
 
 def needs(x: bool, factors: Sequence[bool], dy: Tensor | None, dkl: Tensor | None, dprior: Tensor | None) -> Wanted:
