@@ -5,7 +5,7 @@
     python benchmarks/host_time.py --report benchmarks/results/host_time.json
 
 Needs no GPU: launches are stubbed out, and library products run on small CPU tensors, in the frozen linear beside it as
-well. Times are a thread's own CPU time, contenders in turn, and do not depend on the shapes. Only the part called
+well. Times are a thread's own CPU time, contenders in turn, and hardly depend on the shapes. Only the part called
 `binders` runs Triton's own Python, up to its launcher in C, which is not counted. The counts are of Llama3-8B's Q at
 1,024 tokens, on fake tensors. A forward and backward pass to x and to phi's four factors, bf16, rank 8:
 
@@ -14,6 +14,9 @@ well. Times are a thread's own CPU time, contenders in turn, and do not depend o
     dispatch    PyTorch's dispatcher on the way to the operators' Python bodies
     body        allocations, views and arguments of launches, beyond the frozen linear's products
     binders     Triton's Python a launch
+
+Parts are differences of nested calls, each timed in a loop of its own. What such a loop keeps in the caches and a whole
+step does not is counted as autograd's. On a busy machine all times grow, the ratio to the frozen linear's less.
 """
 
 from __future__ import annotations
@@ -30,82 +33,19 @@ from typing import NamedTuple
 
 import torch
 import triton
+from host_calls import Inputs, count
 from provenance import provenance
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
 
-from abmll.kernels import (
-    FrozenLinear,
-    GaussianFactors,
-    LowRank,
-    NoiseKey,
-    PosteriorSettings,
-    assume_gpu,
-    posterior_projection,
-)
+from abmll.kernels import assume_gpu
 from abmll.kernels.fused import activation, launch, weight
 from abmll.kernels.fused.dry_run import BODIES, dry_launches
 
 POSTERIORS = ("activation", "weight")
 PARTS = ("checks", "autograd", "dispatch", "body", "binders")
 SMALL = (8, 16, 16)  # T, K, N: products of no time
-COUNTED = (1024, 4096, 4096)
-RANK, LAYER = 8, 3
-SETTINGS = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
-GOAL = 120.0  # us of the four parts without binders
-
-
-class Inputs:
-    """A projection's arguments as an adapted layer has them: phi's factors are parameters, theta's need no gradient."""
-
-    def __init__(self, tokens: int, inputs: int, outputs: int):
-        self.x = torch.randn(1, tokens, inputs, dtype=torch.bfloat16, requires_grad=True)
-        self.weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
-        shapes = ((RANK, inputs), (outputs, RANK)) * 2
-        self.phi = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        self.theta = [torch.nn.Parameter(torch.randn(shape), requires_grad=False) for shape in shapes]
-        self.mask = torch.ones(1, tokens, dtype=torch.bool)
-        self.names = NoiseKey(1, 2).rows(1, "cpu")
-        self.dy, self.dkl = torch.randn(1, tokens, outputs, dtype=torch.bfloat16), torch.ones(())
-
-    def call(self, posterior: str) -> tuple[Tensor, Tensor]:
-        phi, theta = (GaussianFactors(LowRank(*f[:2]), LowRank(*f[2:])) for f in (self.phi, self.theta))
-        base = FrozenLinear(self.weight)
-        arguments = (self.x, base, phi, theta, SETTINGS, self.names, LAYER, self.mask)
-        return posterior_projection(posterior, *arguments, backend="triton")[:2]
-
-    def step(self, posterior: str) -> None:
-        torch.autograd.backward(self.call(posterior), (self.dy, self.dkl))
-        self.x.grad = None
-        for factor in self.phi:
-            factor.grad = None
-
-    def frozen(self) -> Tensor:
-        return torch.nn.functional.linear(self.x, self.weight)
-
-    def frozen_step(self) -> None:
-        self.frozen().backward(self.dy)
-        self.x.grad = None
-
-    def forward_arguments(self, posterior: str) -> tuple:
-        mask = (self.mask,) if posterior == "activation" else ()
-        named = (SETTINGS, self.names, LAYER, True)
-        return (self.x, self.weight, None, None, *mask, [*self.phi, *self.theta], *named)
-
-    def backward_arguments(self, posterior: str) -> tuple:
-        """As the inner step's derivative calls it: to x and phi, nobody asked about the prior."""
-        tickets = launch.new_tickets(1, self.x.device)
-        between = (tickets, self.weight)
-        if posterior == "activation":
-            p = torch.zeros(1, self.x.shape[1], 4 * RANK)
-            between = (p, tickets, self.weight, self.mask)
-        flags = (True, True, False)
-        factors = [*self.phi, *self.theta]
-        return (self.dy, self.dkl, None, self.x, *between, factors, SETTINGS, self.names, LAYER, *flags)
 
 
 def operators(posterior: str) -> tuple[Callable, Callable]:
@@ -238,68 +178,6 @@ def measure(posterior: str, rounds: int, calls: int) -> dict[str, object]:
         "rounds": rounds,
         "calls": calls,
     }
-
-
-class CallCounter(TorchDispatchMode):
-    """Counts the operators that PyTorch dispatches, the fused ones' bodies included, and what they allocate."""
-
-    def __init__(self):
-        super().__init__()
-        self.called: list[OpOverload] = []
-        self.allocations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        if name in BODIES:
-            with self:
-                return BODIES[name](*args, **(kwargs or {}))
-        if func.namespace == "aten":
-            self.called.append(func)
-        found = func(*args, **(kwargs or {}))
-        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        self.allocations += sum(
-            tensor.numel() > 0 and id(tensor.untyped_storage()) not in given for tensor in _tensors(found)
-        )
-        return found
-
-
-def _tensors(nested: object) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
-
-
-def count(posterior: str) -> dict[str, object]:
-    """Operators, allocations and launches of a forward and backward pass at a real size."""
-    launches: list[str] = []
-
-    class Recorder:
-        def __init__(self, kernel: KernelInterface):
-            self.name = kernel.__name__
-
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *_, **__: launches.append(self.name)
-
-    kernels = {name: kernel for name, kernel in vars(launch).items() if isinstance(kernel, KernelInterface)}
-    for name, kernel in kernels.items():
-        setattr(launch, name, Recorder(kernel))
-    try:
-        with FakeTensorMode(), assume_gpu():
-            inputs = Inputs(*COUNTED)
-            with CallCounter() as counter:
-                inputs.step(posterior)
-    finally:
-        for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
-    names = [(func.name().removeprefix("aten::"), func) for func in counter.called]
-    return {
-        "operators": len(names),
-        "allocations": counter.allocations,
-        "kernels": launches,
-        "library": [n for n, func in names if not func.is_view and n.partition(".")[0] not in WITHOUT_A_KERNEL],
-    }
-
-
-# Names of operators that are no views and run no kernel of their own.
-WITHOUT_A_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "reshape", "contiguous", "mT", "promote_types")
 
 
 def table(rows: list[dict]) -> str:

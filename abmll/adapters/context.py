@@ -45,9 +45,9 @@ class RecordedTerms:
 
 @dataclass
 class AdapterContext:
-    """`names` [G, 3] name the noise, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms. `kl`:
-    every layer's KL joins the graph. `outer` set: theta's local gradients are made in the forward pass. `groups` G: the
-    batch is G equal parts, each with noise of its own (samples of the posterior side by side).
+    """`names` [G, 3] name the noise, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms.
+    `kl`: every layer's KL joins the graph. `outer` set: theta's local gradients are made in the forward pass. `groups`
+    G: the batch is G equal parts, each with noise of its own (samples of the posterior side by side).
     """
 
     names: Tensor | None = None

@@ -11,7 +11,7 @@ The base is a dense weight (with or without a bias), or a product y0 that anothe
 added: then weight and bias are None. Arguments of all operators: factors are phi's mean a, b, log-variance a, b, then
 theta's the same, or phi's alone; x [..., K] is [G, ..., K] where phi's factors have groups, [G, r, K] and [G, N, r],
 else all of it is one group; settings are those of `PosteriorSettings`; names [G, 3] those of `NoiseKey.rows`. Tensors
-are taken as the caller has them: a view that autograd sees costs as much of the host's time as a launch.
+are taken as the caller has them: every view that autograd sees costs the host time, forward and backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from abmll.kernels.autocast import without_autocast
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, mask_bytes, number, rows_of, separate
-from abmll.kernels.fused.derivative import gradients_of_factors, needs
+from abmll.kernels.fused.derivative import check_once, gradients_of_factors, needs
 from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
@@ -155,6 +155,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _p, _tickets, dkl, dprior):
         x, p, tickets, weight, mask, names, *factors = ctx.saved_tensors
+        check_once()
         wanted = needs(ctx.needs_input_grad[0], ctx.needs_input_grad[9:], dy, dkl, dprior)
         dx = da = db = None
         if any(wanted):

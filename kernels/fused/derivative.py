@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 Wanted = tuple[bool, bool, bool]
+
+
+def check_once() -> None:
+    """Raises where a backward pass would be differentiated itself: without it, second derivatives would be zeros."""
+    if torch.is_grad_enabled():
+        raise ValueError("create_graph: True: the fused kernels have no second derivatives; call `kernels.reference`")
 
 
 def needs(x: bool, factors: Sequence[bool], dy: Tensor | None, dkl: Tensor | None, dprior: Tensor | None) -> Wanted:

@@ -1,7 +1,8 @@
 """How the fused operators are registered: with PyTorch's dispatcher as opaque ones, and by name with their bodies.
 
-`torch.library.custom_op` does the same and more, for 90 us of the host's time a differentiable call. Of that a schema,
-a body, shapes for tracing and a derivative are needed here, which `torch.library.Library` registers at a fifth of it.
+`torch.library.custom_op` does the same and more: it adds 100 us of the host's time to a forward and backward call of a
+bare `autograd.Function`. Of that a schema, a body, shapes for tracing and a derivative are needed here, which
+`torch.library.Library` registers at 15 us (both measured on one CPU core, torch 2.13).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from abmll.kernels.autocast import without_autocast
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
 from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, number, rows_of, separate
-from abmll.kernels.fused.derivative import gradients_of_factors, needs
+from abmll.kernels.fused.derivative import check_once, gradients_of_factors, needs
 from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Sums, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
 
@@ -233,6 +233,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _, dkl, dprior):
         x, tickets, weight, names, *factors = ctx.saved_tensors
+        check_once()
         need_x = ctx.needs_input_grad[0] and dy is not None  # x has no part in the KL
         wanted = needs(need_x, ctx.needs_input_grad[8:], dy, dkl, dprior)
         dx = da = db = None

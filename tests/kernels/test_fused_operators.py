@@ -268,6 +268,15 @@ def test_no_gradient_is_made_of_what_the_loss_does_not_hold(harness, asked):
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6 * float(expected[name].abs().max()))
 
 
+def test_second_derivatives_are_refused(harness):
+    """The operators have none, and zeros in their place would be wrong in silence."""
+    inputs = harness.inputs(tokens=3, inputs=16, outputs=12)
+    x = inputs.x.detach().requires_grad_(True)
+    loss = harness.project(replace(inputs, x=x)).y.square().sum()
+    with pytest.raises(ValueError, match=r"^create_graph: True: the fused kernels have no second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def looped(step, harness, inputs, mask, keys):
     """Outcomes and gradients of `step`, one for each key."""
     found = []
