@@ -30,7 +30,8 @@ def outcome(contender) -> list[torch.Tensor]:
 
 
 def relative(found: torch.Tensor, right: torch.Tensor) -> float:
-    return float((found.double() - right.double()).norm() / right.double().norm())
+    found, right = found.detach().double(), right.detach().double()
+    return float((found - right).norm() / right.norm())
 
 
 def test_lora_by_hand_is_pefts_layer_under_autocast(parts):
