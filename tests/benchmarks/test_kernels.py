@@ -410,3 +410,18 @@ def test_without_a_gpu_it_says_what_it_needs(kernels, tmp_path, capsys):
         kernels.main([*SMALL, "--output", str(tmp_path / "rows.json")])
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     assert "run on a GPU, or with --parity-only" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_on_a_gpu_every_contender_is_timed(posterior, kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernel_measure"], "SECONDS", 0.01)
+    output = tmp_path / "rows.json"
+    options = ("--posterior", posterior, "--shape", "256x128", "--rank", "8", "--tokens", "64", "--groups", "1", "2")
+    assert kernels.main([*options, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    times = {(row["contender"], row["groups"]): row for row in found["rows"] if row["mode"] == "both"}
+    assert {("frozen", 1), ("lora", 1), ("plain_randn", 1), ("fused", 1), ("grouped_mm", 2), ("fused", 2)} <= set(times)
+    for (name, _), row in times.items():
+        assert row["launched"]["median_ms"] > 0 and (name == "grouped_mm" or row["replayed"]["median_ms"] > 0)
