@@ -6,7 +6,7 @@ to 16; shared memory fits every chip from compute capability 8.0 on. None was ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Programs that keep every multiprocessor of a large GPU busy, and those that many can take. Not read off the device:
 # how work is split decides the order of the sums.
@@ -65,6 +65,8 @@ _SMALL = Launch({"ROWS": 16, "COLUMNS": 32}, warps=2, stages=1)
 def elementwise(rank: int, rows: int, columns: int, groups: int) -> Launch:
     """Of the kernels that sample, and that differentiate samples: small tiles where large ones would be few."""
     launch = _elementwise(rank)
+    if columns % launch.blocks["COLUMNS"]:  # masks take registers
+        launch = replace(launch, blocks={**launch.blocks, "ROWS": min(launch.blocks["ROWS"], 32)})
     tiles = blocks(rows, launch.blocks["ROWS"]) * blocks(columns, launch.blocks["COLUMNS"]) * groups
     return _SMALL if tiles < FEWEST_PROGRAMS else launch
 
@@ -72,7 +74,7 @@ def elementwise(rank: int, rows: int, columns: int, groups: int) -> Launch:
 def project(width: int, tokens: int, groups: int) -> Launch:
     """`width`: of all pairs' ranks."""
     few = blocks(tokens, 64) * groups * (PROJECTION_PARTS // 2) < FEWEST_PROGRAMS
-    depth = 64 if width <= 64 else 32
+    depth = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[width]
     return Launch({"ROWS": 16 if few or width > 128 else 64, "DEPTH": depth}, warps=4, stages=3 if width <= 64 else 2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,46 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 
-import abmll.kernels.fused.launch as launch
-
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = ("--shape", "16x20", "--rank", "4", "--tokens", "5")
 FACTS = {"device": "NVIDIA H100 (driver 1)", "python": "3", "versions": {"torch": "2"}, "commit": "c0", "dirty": False}
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """The benchmark's module, by its path: `kernels` may be another. What it imports lies beside it."""
-    monkeypatch.syspath_prepend(FOLDER)
-    specification = importlib.util.spec_from_file_location("benchmark_kernels", FOLDER / "kernels.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    """Nobody else shall meet modules by these names."""
-    yield
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
-
-
-@pytest.fixture
 def run_small(kernels, tmp_path, monkeypatch):
     """Runs a small configuration, clocks replaced; returns the exit status, what was saved, and calls of the clock."""
+    measuring, timing = sys.modules["kernel_measure"], sys.modules["kernel_timing"]
 
     def execute(*options: str) -> tuple[int, dict, list]:
         timed = []
 
-        def clock(call, seconds):
+        def once(call):
             timed.append(call)
             call.run(call.prepare())
-            return {"median_ms": 2.0 * len(timed), "p20_ms": 1.0, "p80_ms": 3.0, "runs": 10}
+            return 1.0 + len(timed) % 7
 
-        monkeypatch.setattr(kernels, "launched", clock)
-        monkeypatch.setattr(kernels, "replayed", clock)
-        monkeypatch.setattr(kernels, "memory", lambda call: {"peak_allocated": 100, "peak_reserved": 0, "kept": 7})
+        def memory(call):
+            call.run(call.prepare())
+            return {"peak_allocated": 100, "peak_reserved": 0, "kept": 7}
+
+        monkeypatch.setattr(timing, "MINIMUM_ROUNDS", 2)
+        monkeypatch.setattr(measuring, "interleaved", lambda calls, _: timing.interleaved(calls, 0.0, once))
+        monkeypatch.setattr(measuring, "captured", lambda call: call)
+        monkeypatch.setattr(measuring, "memory", memory)
         arguments = kernels._parser().parse_args([*SMALL, *options])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         output = tmp_path / "rows.json"
@@ -65,12 +50,12 @@ def plain_for_fused(kernels, monkeypatch):
     """Plain code in the fused code's place, so that only the benchmark itself is tested; `change` alters its y."""
 
     def put(change):
-        gate = sys.modules["kernel_gate"]
-        build = kernels.build
+        gate, measuring = sys.modules["kernel_gate"], sys.modules["kernel_measure"]
+        build = gate.build
 
         def stand_in(name, configuration, inputs):
-            contender = build("plain" if name.startswith("fused") else name, configuration, inputs)
-            if not name.startswith("fused"):
+            contender = build("plain" if name == "fused" else name, configuration, inputs)
+            if name != "fused":
                 return contender
 
             def forward():
@@ -79,7 +64,7 @@ def plain_for_fused(kernels, monkeypatch):
 
             return contender._replace(forward=forward)
 
-        for module in (kernels, gate):
+        for module in (gate, measuring):
             monkeypatch.setattr(module, "build", stand_in)
 
     return put
@@ -98,22 +83,30 @@ def test_true_kernels_pass_and_the_gates_are_reported(posterior, kernels, tmp_pa
     (entry,) = found["gates"]
     assert entry["failures"] == [] and 0 < entry["worst"][0] <= 1
     for errors in entry["errors"].values():
-        others = {"fused_library"} if posterior == "activation" else set()  # W0's product is always the library's there
-        assert set(errors) == {"plain", "fused", *others}
+        assert set(errors) == {"plain", "fused"}
         assert {"y", "KL", "-log prior", "dx", "phi mean a", "theta log-variance b"} <= set(errors["fused"])
     assert kernels.main(["--report", str(output)]) == 0
     assert "16x20, r = 4, 5 tokens, bf16 | holds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_true_kernels_pass_for_several_groups(posterior, kernels, tmp_path):
+    output = tmp_path / "gates.json"
+    options = ("--posterior", posterior, "--groups", "3", "--parity-only", "--output", str(output))
+    assert kernels.main([*SMALL, *options]) == 0
+    (entry,) = json.loads(output.read_text())["gates"]
+    assert entry["configuration"] == "16x20, r = 4, 3 groups of 5 tokens, bf16" and entry["groups"] == 3
+
+
 def test_broken_kernels_are_not_timed(run_small, monkeypatch, capsys):
-    sample = launch.sample
+    contenders = sys.modules["kernel_contenders"]
+    project = contenders.posterior_projection
 
-    def broken(matrix, y, *arguments):
-        sums = sample(matrix, y, *arguments)
-        y.mul_(1.01)
-        return sums
+    def broken(*arguments):
+        found = project(*arguments)
+        return found._replace(y=1.01 * found.y) if arguments[-1] == "triton" else found
 
-    monkeypatch.setattr(launch, "sample", broken)
+    monkeypatch.setattr(contenders, "posterior_projection", broken)
     status, found, timed = run_small()
     assert status == 1 and not timed and found["rows"] == []
     assert "fused, order one, y: error 0.01" in capsys.readouterr().out
@@ -145,26 +138,18 @@ def test_nothing_passes_beside_eager_code_that_fails(kernels):
     assert math.isnan(limit("y", {"y": math.nan}))
 
 
-def test_a_copy_without_its_history_has_no_commit(kernels, monkeypatch):
-    provenance = sys.modules["provenance"]
-
-    def no_git(*arguments, **options):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(provenance.subprocess, "run", no_git)
-    assert provenance.commit() == {"commit": None, "dirty": None}
-
-
 def test_rows_carry_what_a_measurement_needs(run_small, plain_for_fused):
     plain_for_fused(lambda y: y)
     status, found, timed = run_small("--commit", "abc-dirty")
     assert status == 0 and timed
     rows = {(row["contender"], row["mode"]): row for row in found["rows"]}
-    assert {("frozen", "both"), ("plain", "outer"), ("fused_library", "backward")} <= set(rows)
-    assert any(note.startswith("compiled: only at r = 8") for note in found["notes"])
+    assert {("frozen", "both"), ("plain", "outer"), ("lora", "both"), ("fused", "backward")} <= set(rows)
+    for note in ("compiled: only at r = 8", "grouped_mm: one group's products are plain ones"):
+        assert any(found_note.startswith(note) for found_note in found["notes"])
     for row in rows.values():
         assert {"device", "versions", "shape", "N", "K", "tokens", "tokens_real", "rank", "dtype"} <= set(row)
-        assert (row["commit"], row["dirty"]) == ("abc", True)
+        assert (row["commit"], row["dirty"], row["exception"]) == ("abc", True, None)
+        assert {"median_ms", "p20_ms", "p80_ms"} <= set(row["launched"]) and row["launched"]["runs"] == 2
     frozen, fused = rows["frozen", "both"], rows["fused", "both"]
     for way in ("launched", "replayed"):
         ratio = fused[way]["median_ms"] / frozen[way]["median_ms"]
@@ -174,24 +159,148 @@ def test_rows_carry_what_a_measurement_needs(run_small, plain_for_fused):
     assert frozen["errors"] is None
 
 
+def breaks(contender):
+    def forward():
+        raise RuntimeError("unspecified\nlaunch failure")
+
+    return contender._replace(forward=forward)
+
+
+@pytest.fixture
+def break_contender(plain_for_fused, monkeypatch):
+    """One contender raises from now on, where its rows are made."""
+
+    def put(broken: str, at_once: bool = False) -> None:
+        plain_for_fused(lambda y: y)
+        measuring = sys.modules["kernel_measure"]
+        build = measuring.build
+
+        def stand_in(name, configuration, inputs):
+            if name == broken and at_once:
+                raise ImportError("no such module")
+            contender = build(name, configuration, inputs)
+            return breaks(contender) if name == broken else contender
+
+        monkeypatch.setattr(measuring, "build", stand_in)
+
+    return put
+
+
+@pytest.mark.parametrize("broken", ["frozen", "lora", "fused"])
+def test_what_raises_is_in_its_row_and_the_run_goes_on(run_small, break_contender, broken, capsys):
+    break_contender(broken)
+    status, found, _ = run_small("--tokens", "5", "6")
+    assert status == 1 and len(found["gates"]) == 2
+    for tokens in (5, 6):
+        rows = {(row["contender"], row["mode"]): row for row in found["rows"] if row["tokens"] == tokens}
+        row = rows[broken, "both"]
+        assert row["exception"] == "RuntimeError: unspecified\nlaunch failure"
+        assert row["memory"] is row["launched"] is row["replayed"] is None
+        other = rows["plain", "both"]
+        assert other["exception"] is None and other["launched"]["runs"] == 2
+        assert ("ratio_to_frozen" in other["replayed"]) == (broken != "frozen")
+    printed = capsys.readouterr()
+    line = f"raised: {broken}, 16x20, r = 4, 1 x 6 tokens, bf16, both: RuntimeError: unspecified launch failure"
+    assert line in printed.out and "Traceback" in printed.err
+
+
+def test_a_contender_that_cannot_be_built_has_rows_too(run_small, break_contender):
+    break_contender("plain_randn", at_once=True)
+    status, found, _ = run_small()
+    rows = {row["mode"]: row["exception"] for row in found["rows"] if row["contender"] == "plain_randn"}
+    assert status == 1 and rows == dict.fromkeys(sys.modules["kernel_report"].MODES, "ImportError: no such module")
+
+
+def test_a_contender_that_raises_while_it_is_timed_keeps_its_memory(run_small, plain_for_fused, monkeypatch):
+    plain_for_fused(lambda y: y)
+    measuring = sys.modules["kernel_measure"]
+    build, runs = measuring.build, []
+
+    def stand_in(name, configuration, inputs):
+        contender = build(name, configuration, inputs)
+        if name != "lora":
+            return contender
+
+        def forward():
+            runs.append(name)
+            if len(runs) > 3:
+                raise RuntimeError("late")
+            return contender.forward()
+
+        return contender._replace(forward=forward)
+
+    monkeypatch.setattr(measuring, "build", stand_in)
+    status, found, _ = run_small()
+    first = next(row for row in found["rows"] if row["contender"] == "lora" and row["mode"] == "forward")
+    assert status == 1 and first["exception"] == "RuntimeError: late"
+    assert first["memory"]["peak_allocated"] == 100 and first["launched"] is None
+
+
+def test_what_the_gate_raises_ends_its_configuration_alone(run_small, plain_for_fused, kernels, monkeypatch):
+    plain_for_fused(lambda y: y)
+    gate = kernels.gate
+
+    def first_raises(configuration, device):
+        if configuration.tokens == 5:
+            raise RuntimeError("out of resource: shared memory")
+        return gate(configuration, device)
+
+    monkeypatch.setattr(kernels, "gate", first_raises)
+    status, found, _ = run_small("--tokens", "5", "6")
+    assert status == 1 and {row["tokens"] for row in found["rows"]} == {6}
+    assert [entry["exception"] for entry in found["gates"]] == ["RuntimeError: out of resource: shared memory", None]
+    assert found["gates"][0]["worst"][0] is None and not found["gates"][0]["failures"]
+
+
+def test_a_lost_gpu_ends_the_run(run_small, plain_for_fused, kernels, monkeypatch, capsys):
+    plain_for_fused(lambda y: y)
+    monkeypatch.setattr(kernels, "gate", lambda *_: 1 / 0)
+    monkeypatch.setattr(kernels, "device_works", lambda device: False)
+    status, found, _ = run_small("--tokens", "5", "6", "7")
+    assert status == 1 and len(found["gates"]) == 1
+    assert "context is lost: 2 configurations were not run" in capsys.readouterr().out
+
+
+def test_chosen_contenders_run_beside_the_frozen_linear(run_small, plain_for_fused):
+    plain_for_fused(lambda y: y)
+    _, found, _ = run_small("--contenders", "fused", "lora")
+    assert {row["contender"] for row in found["rows"]} == {"frozen", "lora", "fused"}
+
+
+def test_several_groups_have_rows_of_grouped_products(kernels, run_small, plain_for_fused):
+    """16 bytes are eight numbers: with rank 4 PyTorch's grouped product is not run."""
+    plain_for_fused(lambda y: y)
+    _, found, _ = run_small("--groups", "2", "--shape", "16x24", "--rank", "4", "8")
+    rows = [row for row in found["rows"] if row["contender"] == "grouped_mm"]
+    assert {row["rank"] for row in rows} == {8} and all(row["groups"] == 2 for row in rows)
+    assert all(row["launched"] and not row["replayed"] and row["exception"] is None for row in rows)
+    assert "grouped_mm: torch.nn.functional.grouped_mm: rows of multiples of 16 bytes, not r = 4" in found["notes"]
+    place = "grouped_mm, 16x24, r = 8, 2 groups of 5 tokens, bf16, both"
+    assert any(note.startswith(f"{place}, graph replay: replays of grouped_mm") for note in found["notes"])
+
+
 @pytest.fixture
 def made_up(kernels, tmp_path):
-    """A file of made-up rows: fused takes 1.2 frozen times, plain 6, compiled 1.5; returns its path."""
+    """A file of made-up rows: fused takes 1.3 frozen times; returns its path. `times` are added, None takes away."""
 
-    def write(name: str = "rows.json", posterior: str = "activation", **facts) -> Path:
+    def write(name: str = "rows.json", posterior: str = "activation", times: dict | None = None, **facts) -> Path:
         facts = FACTS | facts
-        times = {"frozen": 1.0, "peft": 1.4, "plain": 6.0, "compiled": 1.5, "fused": 1.2, "fused_library": 1.3}
+        all_times = {"frozen": 1.0, "peft": 9.0, "peft_autocast": 1.4, "lora": 1.25, "plain": 99.0, "plain_randn": 6.5}
+        all_times |= {"compiled": 9.0, "compiled_randn": 1.69, "fused": 1.3} | (times or {})
         rows = []
         for shape in (kernels.LLAMA_Q, kernels.LLAMA_KV):
             for tokens in (128, 1024):
                 columns = kernels.Configuration(posterior, shape, 8, tokens, "bf16").columns
-                for contender, ratio in times.items():
+                for contender, ratio in all_times.items():
+                    if ratio is None:
+                        continue
                     for mode in ("forward", "both"):
                         time = {"median_ms": ratio * tokens / 1e4, "ratio_to_frozen": ratio, "runs": 20}
                         extra = round((ratio - 1) * tokens * 4e3)
                         memory = {"peak_allocated": 10**7 + extra, "extra_peak_allocated": extra}
                         memory |= {"kept": 10**6, "extra_kept": extra}
                         row = {"contender": contender, "mode": mode, "launched": None, "replayed": time}
+                        row["exception"] = None
                         rows.append({**facts, **columns, **row, "memory": memory})
         path = tmp_path / name
         path.write_text(json.dumps({"provenance": facts, "notes": ["a note"], "gates": [], "rows": rows}))
@@ -200,36 +309,79 @@ def made_up(kernels, tmp_path):
     return write
 
 
+def goals_of(text: str) -> dict[str, tuple[str, ...]]:
+    """Limit, replayed and launched of each goal in a report."""
+    table = text.split("## Goals")[1].split("##")[0]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {name: tuple(cells) for name, *cells in lines[2:]}
+
+
 def test_report_says_which_goals_are_reached(kernels, made_up, capsys):
     pytest.importorskip("matplotlib")
     path = made_up()
     assert kernels.main(["--report", str(path)]) == 0
     text = path.with_suffix(".md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
-    goals = {line.split("|")[1].strip(): line.split("|")[3:] for line in text.splitlines() if line.startswith("| ")}
-    assert goals["time, over the frozen linear's"][0].strip() == "1.20 reached"
-    assert goals["time, over the frozen linear's"][2].strip() == "1.30 NOT reached"
-    assert goals["time, over PEFT's LoRA linear's"][0].strip() == "0.86 reached"
-    assert goals["times faster than plain PyTorch"][0].strip() == "5.00 reached"
-    assert goals["times faster than compiled"][0].strip() == "1.25 NOT reached"
-    assert goals["times faster than compiled, torch.randn"][0].strip() == "not measured"
-    assert goals["extra peak memory, MB"][0].strip() == "0.82 reached"
+    goals = goals_of(text)
+    assert goals["time over `frozen`'s"] == ("at most 1.5", "1.30 reached", "not measured")
+    assert goals["time over `frozen`'s (stretch)"] == ("at most 1.25", "1.30 NOT reached", "not measured")
+    assert goals["time over `peft_autocast`'s"] == ("at most 1", "0.93 reached", "not measured")
+    assert goals["times faster than `plain_randn`"] == ("at least 4", "5.00 reached", "not measured")
+    assert goals["times faster than `compiled_randn`"] == ("at least 1.5", "1.30 NOT reached", "not measured")
+    assert not {name for name in goals if "`peft`" in name or "`plain`" in name or "`compiled`" in name}
+    assert goals["extra peak memory, MB"][1] == "1.23 NOT reached"
     assert "c0, clean checkout" in text and "- a note" in text
     figures = [path.with_name(f"rows_{kind}_bf16_r8.png") for kind in ("time", "memory")]
     for figure in figures:
         assert figure.stat().st_size > 10_000 and f"({figure.name})" in text
 
 
+def test_lora_by_hand_is_the_rival_where_peft_is_absent(kernels, made_up, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernel_report"], "figures", lambda rows, stem: "none")
+    goals = goals_of(kernels.report([made_up(times={"peft": None, "peft_autocast": None, "compiled_randn": None})]))
+    assert goals["time over `lora`'s"] == ("at most 1", "1.04 NOT reached", "not measured")
+    assert goals["times faster than `compiled_randn`"] == ("at least 1.5", "not measured", "not measured")
+
+
+def test_report_of_a_run_without_the_fused_code_says_so(kernels, made_up, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernel_report"], "figures", lambda rows, stem: "none")
+    goals = goals_of(kernels.report([made_up(times={"fused": None})]))
+    assert {value for value in goals.values()} == {
+        (limit, "not measured", "not measured")
+        for limit in ("at most 1.5", "at most 1.25", "at most 1", "at least 4", "at least 1.5", "under 1")
+    }
+
+
 def test_report_leaves_the_shared_scratch_out_of_the_weight_posteriors_memory(kernels, made_up, monkeypatch):
     monkeypatch.setattr(sys.modules["kernel_report"], "figures", lambda rows, stem: "none")
-    text = kernels.report([made_up(posterior="weight")])
-    goals = {line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")}
-    assert goals["time, over the frozen linear's"][0].strip() == "at most 2"
-    assert goals["times faster than plain PyTorch"][0].strip() == "at least 5"
+    path = made_up(posterior="weight")
+    scratch = sys.modules["kernel_goals"].scratch_bytes(4096, 4096, torch.bfloat16) / 1e6
+    assert scratch > 10
+    goals = goals_of(kernels.report([path]))
+    assert goals["time over `frozen`'s"][:2] == ("at most 3.5", "1.30 reached")
+    assert goals["times faster than `plain_randn`"][0] == "at least 4"
+    assert goals["times faster than `compiled_randn`"][0] == "at least 1.5"
     (memory,) = [name for name in goals if name.startswith("extra peak memory")]
-    # made-up rows hold 0.82 MB in all, less than the bands of 2,048 rows x 4,096 in fp32 and bf16
-    assert memory == "extra peak memory, MB, apart from 50 MB that all layers share"
-    assert float(goals[memory][1].split()[0]) == pytest.approx(0.82 - 2048 * 4096 * 6 / 1e6, abs=0.01)
+    # made-up rows hold 1.23 MB in all, less than the bands
+    assert memory == f"extra peak memory, MB, apart from {scratch:.0f} MB that all layers share"
+    assert float(goals[memory][1].split()[0]) == pytest.approx(1.23 - scratch, abs=0.01)
+
+
+def test_report_tells_what_raised(kernels, made_up, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernel_report"], "figures", lambda rows, stem: "none")
+    path = made_up()
+    found = json.loads(path.read_text())
+    for row in found["rows"]:
+        if row["contender"] == "lora":
+            row |= {"memory": None, "replayed": None, "exception": "RuntimeError: a\nb"}
+    columns = kernels.Configuration("activation", kernels.LLAMA_Q, 8, 128, "bf16").columns
+    entry = {"configuration": "some", **columns, "worst": [None, ""], "failures": [], "exception": "ValueError: c"}
+    found["gates"] = [entry]
+    path.write_text(json.dumps(found))
+    text = kernels.report([path])
+    assert "- lora, Llama3-8B Q, O, r = 8, 1 x 128 tokens, bf16, both: RuntimeError: a b" in text
+    assert "- some: ValueError: c" in text and "| some | NOT HELD: it raised | NaN |" in text
+    assert text.count("– / – raised") == 2 * 4  # two modes of four configurations
 
 
 def test_report_takes_files_of_one_device_together(kernels, made_up, monkeypatch):
@@ -246,6 +398,8 @@ def test_shapes_are_found_by_size_or_name(kernels):
     assert [shape.name for shape in kernels.find_shapes("qwen2-7b k/v")] == ["Qwen2-7B K/V"]
     with pytest.raises(ValueError, match=r"--shape: 'mistral': must be N x K .* 'Llama3-8B Q, O'"):
         kernels.find_shapes("mistral")
+    with pytest.raises(ValueError, match="--groups: 0: must be at least 1"):
+        kernels.plan(kernels._parser().parse_args(["--groups", "0"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -254,3 +408,18 @@ def test_without_a_gpu_it_says_what_it_needs(kernels, tmp_path, capsys):
         kernels.main([*SMALL, "--output", str(tmp_path / "rows.json")])
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     assert "run on a GPU, or with --parity-only" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_on_a_gpu_every_contender_is_timed(posterior, kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernel_measure"], "SECONDS", 0.01)
+    output = tmp_path / "rows.json"
+    options = ("--posterior", posterior, "--shape", "256x128", "--rank", "8", "--tokens", "64", "--groups", "1", "2")
+    assert kernels.main([*options, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    times = {(row["contender"], row["groups"]): row for row in found["rows"] if row["mode"] == "both"}
+    assert {("frozen", 1), ("lora", 1), ("plain_randn", 1), ("fused", 1), ("grouped_mm", 2), ("fused", 2)} <= set(times)
+    for (name, _), row in times.items():
+        assert row["launched"]["median_ms"] > 0 and (name == "grouped_mm" or row["replayed"]["median_ms"] > 0)
