@@ -6,10 +6,11 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from kernel_cases import ORDER_ONE, TRAINING, Configuration, make_inputs
+from kernel_cases import ORDER_ONE, TRAINING, Configuration, Inputs, make_inputs
 from kernel_contender import Contender
 from kernel_contenders import build, posterior_contender
 from torch import Tensor
@@ -19,6 +20,10 @@ MULTIPLE = 3.0
 # Two right fp32 codes differ by this where one is lucky: half a spacing of a log-variance near -20 is 1e-6, and
 # exp(-log_variance) turns it into as much relative error; the normals of two math libraries differ by about as much.
 FLOOR = 2e-6
+# Beside a 16-bit x, products for the factors' gradients take 16 leading bits of either operand, as the kernels' tests
+# say: errors of at most 2^-16 of an operand, and so less than 2^-17 of a sum whose terms do not cancel; twice that for
+# those that do.
+FACTOR_FLOOR = 2.0**-16
 
 # Eager code may be lucky with a single number. The differences that the KL is made of are in these gradients as well,
 # where they are many: their error counts for the KL too.
@@ -35,10 +40,24 @@ class Gate(NamedTuple):
     failures: list[str]
 
 
-def limit(quantity: str, eager_errors: dict[str, float]) -> float:
-    """The largest error that passes; NaN, which nothing passes, where eager code's own error is NaN."""
+def limit(quantity: str, eager_errors: dict[str, float], narrow: bool = False) -> float:
+    """The largest error that passes, `narrow`: beside a 16-bit x; NaN, which nothing passes, where eager code's own
+    error is NaN.
+    """
     eager_error = max(eager_errors[quantity], eager_errors[GRADIENTS_OF.get(quantity, quantity)])
-    return max(MULTIPLE * eager_error, FLOOR)
+    return max(MULTIPLE * eager_error, FACTOR_FLOOR if narrow and quantity.endswith(FACTORS) else FLOOR)
+
+
+def roundings_of_dy(configuration: Configuration, inputs: Inputs, truth: dict[str, Tensor]) -> dict[str, float]:
+    """What another rounding of dy makes of phi's gradients: the weight posterior rounds dy^T x to bf16 as dy was."""
+    if configuration.posterior != "weight" or inputs.x.dtype != torch.bfloat16:
+        return {}
+    wide = inputs.upcast()
+    generator = torch.Generator(wide.dy.device).manual_seed(6)
+    uniform = 2 * torch.rand(wide.dy.shape, generator=generator, dtype=torch.float64, device=wide.dy.device) - 1
+    wide = replace(wide, dy=wide.dy * (1 + torch.finfo(torch.bfloat16).eps * uniform))
+    found = relative_errors(outcome(posterior_contender(configuration.posterior, wide, "torch")), truth)
+    return {quantity: error for quantity, error in found.items() if quantity.startswith("phi ")}
 
 
 def gate(configuration: Configuration, device: torch.device) -> Gate:
@@ -50,8 +69,9 @@ def gate(configuration: Configuration, device: torch.device) -> Gate:
         found = {"plain": relative_errors(outcome(build("plain", configuration, inputs)), truth)}
         with poisoned():
             found["fused"] = relative_errors(outcome(build("fused", configuration, inputs)), truth)
+        roundings, narrow = roundings_of_dy(configuration, inputs, truth), inputs.x.element_size() == 2
         for quantity, error in found["fused"].items():
-            allowed = limit(quantity, found["plain"])
+            allowed = max(limit(quantity, found["plain"], narrow), MULTIPLE * roundings.get(quantity, 0.0))
             place = f"fused, {regime.name}, {quantity}"
             ratios[place] = error / allowed
             if not error <= allowed:

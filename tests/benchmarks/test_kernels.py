@@ -138,6 +138,29 @@ def test_nothing_passes_beside_eager_code_that_fails(kernels):
     assert math.isnan(limit("y", {"y": math.nan}))
 
 
+def test_factors_gradients_have_a_bound_of_their_own_beside_16_bits(kernels):
+    gate = sys.modules["kernel_gate"]
+    names = ("phi mean a", "theta log-variance b", "dx", "KL")
+    errors = dict.fromkeys((*names, "phi mean b"), 1e-9)
+    assert [gate.limit(name, errors, narrow=True) for name in names] == [2**-16, 2**-16, 2e-6, 2e-6]
+    assert gate.limit("phi mean a", errors) == 2e-6
+    assert math.isnan(gate.limit("phi mean a", errors | {"phi mean a": math.nan}, narrow=True))
+
+
+def test_another_rounding_of_dy_is_a_yardstick_of_the_weight_posteriors_gradients_alone(kernels):
+    """dy^T x is rounded to bf16 there, and nothing else of it."""
+    gate, cases, contenders = (sys.modules[f"kernel_{name}"] for name in ("gate", "cases", "contenders"))
+    found = {}
+    for posterior, dtype in (("weight", "bf16"), ("weight", "fp16"), ("activation", "bf16")):
+        configuration = cases.Configuration(posterior, cases.Shape("small", 16, 24), 4, 6, dtype)
+        inputs = cases.make_inputs(configuration, cases.ORDER_ONE, torch.device("cpu"))
+        truth = gate.outcome(contenders.posterior_contender(posterior, inputs.upcast(), "torch"))
+        found[posterior, dtype] = gate.roundings_of_dy(configuration, inputs, truth)
+    assert found["weight", "fp16"] == found["activation", "bf16"] == {}
+    assert set(found["weight", "bf16"]) == {f"phi {name}" for name in gate.FACTORS}
+    assert all(1e-5 < error < 2**-7 for error in found["weight", "bf16"].values())
+
+
 def test_rows_carry_what_a_measurement_needs(run_small, plain_for_fused):
     plain_for_fused(lambda y: y)
     status, found, timed = run_small("--commit", "abc-dirty")
