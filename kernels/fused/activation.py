@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from abmll.kernels.autocast import without_autocast
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, mask_bytes, number, rows_of, separate
+from abmll.kernels.fused.arguments import factors_of, groups_of, mask_bytes, number, rows_of, separate, shaped
 from abmll.kernels.fused.derivative import check_once, gradients_of_factors, needs
 from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
@@ -55,11 +55,12 @@ def activation_forward(
         y = linear(rows, weight, bias)
     else:  # the sample is added in place
         y = product.reshape(groups, rows.shape[1], outputs).clone(memory_format=torch.contiguous_format)
-    p, tickets = _empty_p(x, factors), launch.new_tickets(groups, x.device)
+    tickets = launch.new_tickets(groups, x.device)
+    p = torch.empty(*rows.shape[:2], len(a.tensors) * a.rank, dtype=torch.float32, device=x.device)
     parts = Rows.of_projections(launch.project(rows, a, tickets), a.rank)
     columns, scalars = Columns.of_activations(b), Scalars(settings, names, layer)
     sums = launch.sample(parts, columns, y, mask_bytes(mask, groups), scalars, tickets, True, with_sums, p)
-    return y.view(*x.shape[:-1], outputs), p, tickets, *separate(sums, p)
+    return shaped(y, x.shape[:-1]), p, tickets, *separate(sums, p)
 
 
 @shapes_of(activation_forward)
@@ -115,12 +116,8 @@ def activation_backward(
     dx, da, db = launch.gradients(dp, rows, read, found.dq if count else None, first, count, need_x)
     if need_x and dz is not None and weight is not None:
         dx.flatten(0, 1).addmm_(dz.flatten(0, 1), weight)
-    empty = p.new_empty(0)
-    return (
-        dx.view(x.shape) if need_x else empty,
-        like_factors(da, factors[0]) if count else empty,
-        like_factors(db, factors[1]) if count else empty,
-    )
+    dx = shaped(dx, x.shape[:-1]) if need_x else p.new_empty(0)
+    return (dx, da, db) if count else (dx, p.new_empty(0), p.new_empty(0))
 
 
 def _side_by_side(pairs: int, rows: Tensor, rank: int) -> Tensor:
@@ -209,9 +206,8 @@ def activation_theta_gradient(
         x.dtype == torch.float32,
     )  # fmt: skip
     _, da, db = launch.gradients(dp, rows, Factors(a.tensors[2:], a.rank), found.dq, 0, 2, False)
-    if groups > 1:
-        da, db = da.sum(dim=1, keepdim=True), db.sum(dim=1, keepdim=True)
-    return da.squeeze(1), db.squeeze(1), *found.sums
+    da, db = (part.sum(dim=1) if part.dim() == 4 else part for part in (da, db))  # over groups
+    return da, db, *found.sums
 
 
 @shapes_of(activation_theta_gradient)

@@ -17,21 +17,26 @@ def groups_of(factors: Sequence[Tensor]) -> int:
 
 def factors_of(factors: Sequence[Tensor]) -> tuple[Factors, Factors, int]:
     """All pairs' a and b, and the number of groups; from mean a, b, log-variance a, b of phi and of theta (or not)."""
-    factors = [factor if factor.is_contiguous() else factor.contiguous() for factor in factors]
-    rank = factors[0].shape[-2]
-    return Factors(factors[0::2], rank), Factors(factors[1::2], rank), groups_of(factors)
+    factors = [factor.contiguous() for factor in factors]
+    first = factors[0]
+    rank = first.shape[-2]
+    return Factors(factors[0::2], rank), Factors(factors[1::2], rank), first.shape[0] if first.dim() == 3 else 1
 
 
 def rows_of(x: Tensor, groups: int) -> Tensor:
     """[G, T, K] of [..., K], rows contiguous."""
-    return rows_contiguous(x.reshape(groups, x.shape[:-1].numel() // groups, x.shape[-1]))
+    if x.dim() != 3 or x.shape[0] != groups:
+        x = x.reshape(groups, x.shape[:-1].numel() // groups, x.shape[-1])
+    return rows_contiguous(x)
 
 
 def mask_bytes(mask: Tensor | None, groups: int) -> Tensor | None:
     """[G, T] as bytes."""
     if mask is None:
         return None
-    return rows_contiguous(mask.reshape(groups, mask.numel() // groups)).view(torch.uint8)
+    if mask.dim() != 2 or mask.shape[0] != groups:
+        mask = mask.reshape(groups, mask.numel() // groups)
+    return rows_contiguous(mask).view(torch.uint8)
 
 
 def separate(sums: Sums | None, near: Tensor) -> Sums:
@@ -39,9 +44,9 @@ def separate(sums: Sums | None, near: Tensor) -> Sums:
     return Sums(*(near.new_empty(0, dtype=torch.float32) for _ in range(2))) if sums is None else sums
 
 
-def like_factors(gradient: Tensor, factor: Tensor) -> Tensor:
-    """[pairs, G, ...] without G where phi's factors have none."""
-    return gradient if factor.dim() == 3 else gradient.view(gradient.shape[0], *factor.shape)
+def shaped(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """[G, T, K] as [*lead, K]."""
+    return rows if rows.shape[:-1] == lead else rows.view(*lead, rows.shape[-1])
 
 
 def number(value: float, near: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def sample_kernel(
     y_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, p_ptr, mask_ptr, names_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr,
     M, N, first_row, y_group, y_stride, p_group, p_theta_group, p_stride, p_pair, parts, part_stride,
     q_group, q_theta_group, q_stride, q_rank, mask_group, chunk_tiles,
-    layer, scaling, offset, prior_shape, prior_rate,
+    layer, scaling, offset, deviation, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     KEEP: tl.constexpr, SUMS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def sample_kernel(
     p_low = _rows_tile(p_1, rows, M, p_stride, parts, part_stride, RANK, R)
     mean_high, mean_rest = split_rows(scaling * p_mean)
     low_high, low_rest = split_rows(scaling * p_low * TO_BITS)
-    offset_bits = offset * TO_BITS
+    inverse_deviation = 1.0 / deviation
     WIDTH: tl.constexpr = PAIRS * RANK
     p_ptr += far_group * M * WIDTH
     keeps = KEEP and chunk == 0
@@ -155,7 +155,7 @@ def sample_kernel(
         mean = packed_dot(mean_high, mean_rest, split_columns(q))
         q = _columns_tile(q_1, columns, N, q_stride, q_rank, EVEN, RANK, R)
         low = packed_dot(low_high, low_rest, split_columns(q))
-        sigma = exp2(low + offset_bits)
+        sigma = exp2(low) * deviation
         y = mean + sigma * normal_tile(first_row + rows, first, N, names_ptr + 3 * group, layer, COLUMNS)
         inside = (rows < M)[:, None]
         if not EVEN:
@@ -168,13 +168,13 @@ def sample_kernel(
             prior_mean = packed_dot(prior_mean_high, prior_mean_rest, split_columns(q))
             q = _columns_tile(q_3, columns, N, q_stride, q_rank, EVEN, RANK, R)
             prior_low = packed_dot(prior_low_high, prior_low_rest, split_columns(q))
-            inverse = exp2(-prior_low - offset_bits)
+            inverse = exp2(-prior_low) * inverse_deviation
             ratio = sigma * inverse
             inverse *= inverse  # theta's precision
             shift = mean - prior_mean
             kl = exponential_excess(prior_low - low, ratio) + shift * shift * inverse
             prior = 0.5 * prior_mean * prior_mean + prior_rate * inverse
-            prior += (prior_low + offset_bits) * FROM_BITS * (prior_shape - 1.0)
+            prior += (prior_low * FROM_BITS + offset) * (prior_shape - 1.0)
             if not EVEN:  # beyond the last column KL is zero, for its factors are
                 prior = tl.where((columns < N)[None, :], prior, 0.0)
             kl_rows += tl.sum(kl, axis=1)
@@ -244,7 +244,7 @@ def adjoint_kernel(
     M, N, G, first_row, dz_group, dz_stride, z_group, z_stride, p_group, p_theta_group, p_stride, p_pair,
     q_group, q_theta_group, q_stride, q_rank, mask_group, slot_rows, chunk_tiles,
     dp_group, dp_pair, dp_stride,
-    layer, scaling, offset, prior_shape, prior_rate,
+    layer, scaling, offset, deviation, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_DZ: tl.constexpr, SAMPLE: tl.constexpr, DIVERGENCE: tl.constexpr, KL: tl.constexpr, PRIOR: tl.constexpr,
     DP_PHI: tl.constexpr, DP_THETA: tl.constexpr, DQ_PHI: tl.constexpr, DQ_THETA: tl.constexpr, SUMS: tl.constexpr,
@@ -283,7 +283,7 @@ def adjoint_kernel(
     dq_theta = dq_phi + 2 * DQ_PHI * pair_stride
     # x alone needs theta's row adjoints, and has no more bits than one part of them
     NEAR: tl.constexpr = DP_THETA and not DQ_THETA and not EXACT
-    offset_bits = offset * TO_BITS
+    inverse_deviation = 1.0 / deviation
     if DIVERGENCE:
         dkl = tl.load(dkl_ptr) if KL else 0.0
         mask_ptr += far_group * mask_group
@@ -327,7 +327,7 @@ def adjoint_kernel(
             columns = first + tl.arange(0, COLUMNS)
             q_low = _columns_tile(q_1, columns, N, q_stride, q_rank, EVEN, RANK, R)
             low = packed_dot(low_high, low_rest, split_columns(q_low))
-            sigma = exp2(low + offset_bits)
+            sigma = exp2(low) * deviation
             if DIVERGENCE or DP_PHI or SAMPLE:
                 q_mean = _columns_tile(q_0, columns, N, q_stride, q_rank, EVEN, RANK, R)
             if DIVERGENCE or SAMPLE:
@@ -337,7 +337,7 @@ def adjoint_kernel(
                 q_prior_low = _columns_tile(q_3, columns, N, q_stride, q_rank, EVEN, RANK, R)
                 prior_mean = packed_dot(prior_mean_high, prior_mean_rest, split_columns(q_prior_mean))
                 prior_low = packed_dot(prior_low_high, prior_low_rest, split_columns(q_prior_low))
-                inverse = exp2(-prior_low - offset_bits)
+                inverse = exp2(-prior_low) * inverse_deviation
                 ratio = sigma * inverse
                 inverse *= inverse  # theta's precision
                 shift = mean - prior_mean
@@ -345,7 +345,7 @@ def adjoint_kernel(
                 if SUMS:
                     kl_rows += tl.sum(tl.where(counted[:, None], excess + shift * shift * inverse, 0.0), axis=1)
                     prior = 0.5 * prior_mean * prior_mean + prior_rate * inverse
-                    prior += (prior_low + offset_bits) * FROM_BITS * (prior_shape - 1.0)
+                    prior += (prior_low * FROM_BITS + offset) * (prior_shape - 1.0)
                     valid = counted[:, None]
                     if not EVEN:
                         valid = valid & (columns < N)[None, :]

@@ -6,6 +6,7 @@ fp32. `Factors` of two pairs are phi's alone. Nothing here builds a graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from abmll.kernels.backends import on_gpu
-from abmll.kernels.fused import configurations
-from abmll.kernels.fused.configurations import blocks, padded, split, split_finely
+from abmll.kernels.fused import plans
+from abmll.kernels.fused.configurations import ADJOINT_SLOTS
 from abmll.kernels.fused.gaussian import adjoint_kernel, sample_kernel
+from abmll.kernels.fused.plans import Wanted
 from abmll.kernels.fused.products import gradient_kernel, project_kernel
 
 _FP32 = torch.float32
@@ -47,6 +49,12 @@ class Scalars(NamedTuple):
     names: Tensor | None = None
     layer: int = 0
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The settings, the offset c as exp(c / 2): added to a log-variance it would cost half of fp32's digits."""
+        scaling, offset, prior_shape, prior_rate = self.settings
+        return scaling, offset, math.exp(0.5 * offset), prior_shape, prior_rate
+
 
 class Sums(NamedTuple):
     """KL and -log prior, two scalars on the device."""
@@ -69,9 +77,8 @@ def _run(kernel, grid: tuple[int, ...], near: Tensor, *arguments, **options) -> 
 
 def new_tickets(groups: int, device: torch.device, cleared: bool = False) -> Tensor:
     """Tickets for one projection's kernels: zero, or to be cleared by `project`."""
-    return (torch.zeros if cleared else torch.empty)(
-        1 + configurations.ADJOINT_SLOTS * groups, dtype=torch.int32, device=device
-    )
+    new = torch.zeros if cleared else torch.empty
+    return new(1 + ADJOINT_SLOTS * groups, dtype=torch.int32, device=device)
 
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,18 +101,15 @@ def rows_contiguous(x: Tensor) -> Tensor:
 def project(x: Tensor, a: Factors, tickets: Tensor) -> Tensor:
     """p = A x of all pairs in parts to be summed, fp32 [parts, G, T, pairs * r]; clears the tickets."""
     groups, tokens, inputs = x.shape
-    width = len(a.tensors) * a.rank
-    launch = configurations.project(padded(width, 16), tokens, groups)
-    row_blocks = blocks(tokens, launch.blocks["ROWS"]) * groups
-    wanted = min(configurations.PROJECTION_PARTS, blocks(configurations.FEWEST_PROGRAMS, max(row_blocks, 1)))
-    parts, part_blocks = split_finely(inputs, launch.blocks["DEPTH"], wanted)
-    p = torch.empty(parts, groups, tokens, width, dtype=_FP32, device=x.device)
+    pairs = len(a.tensors)
+    grid, parts, part_depth, options = plans.project(a.rank, pairs, groups, tokens, inputs)
+    p = torch.empty(parts, groups, tokens, pairs * a.rank, dtype=_FP32, device=x.device)
     if tokens:
+        x_group, x_row, _ = x.stride()
         _run(
-            project_kernel, (row_blocks // groups, parts, groups), x,
-            x, *a.pointers, p, tickets, tokens, inputs, groups, x.stride(0), x.stride(1),
-            part_blocks * launch.blocks["DEPTH"], tickets.shape[0],
-            PAIRS=len(a.tensors), RANK=a.rank, W=padded(width, 16), **launch.options,
+            project_kernel, grid, x,
+            x, *a.pointers, p, tickets, tokens, inputs, groups, x_group, x_row, part_depth, tickets.shape[0],
+            **options,
         )  # fmt: skip
     return p
 
@@ -162,27 +166,22 @@ def sample(
     factors' sums over their parts.
     """
     groups, size, width = y.shape
-    factors, rank = columns.factors, columns.factors.rank
-    launch = configurations.elementwise(rank, size, width, groups)
-    row_blocks = blocks(size, launch.blocks["ROWS"])
-    most = configurations.SAMPLE_PROGRAMS // max(row_blocks * groups, 1)
-    chunks, chunk_tiles = split(width, launch.blocks["COLUMNS"], most)
-    sums, partial = None, y
-    if with_sums:
-        sums, partial = _sums(y, row_blocks * chunks * groups)
+    factors = columns.factors
+    masked, kept = mask is not None, keep is not None
+    grid, programs, chunk_tiles, options = plans.sample(
+        factors.rank, len(factors.tensors), groups, size, width, add, kept, with_sums, masked
+    )
+    sums, partial = _sums(y, programs) if with_sums else (None, y)
     if size:
-        padded_rank = padded(rank, 8)
         kl, prior = sums or (y, y)
-        part, group, shared, row, pair = rows.strides
+        (part, group, shared, row, pair), (y_group, y_row, _) = rows.strides, y.stride()
         _run(
-            sample_kernel, (row_blocks, chunks, groups), y,
-            y, *rows.pointers, *factors.pointers, y if keep is None else keep, y if mask is None else mask,
+            sample_kernel, grid, y,
+            y, *rows.pointers, *factors.pointers, keep if kept else y, mask if masked else y,
             scalars.names, partial, kl, prior, tickets,
-            size, width, first_row, y.stride(0), y.stride(1), group, shared, row, pair, rows.parts, part,
-            *columns.strides, 0 if mask is None else mask.stride(0), chunk_tiles, scalars.layer, *scalars.settings,
-            RANK=rank, R=padded_rank, PAIRS=len(factors.tensors), ADD=add, KEEP=keep is not None, SUMS=with_sums,
-            EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, HAS_MASK=mask is not None,
-            **launch.options,
+            size, width, first_row, y_group, y_row, group, shared, row, pair, rows.parts, part,
+            *columns.strides, mask.stride(0) if masked else 0, chunk_tiles, scalars.layer, *scalars.numbers,
+            **options,
         )  # fmt: skip
     return sums
 
@@ -194,18 +193,10 @@ def _sums(near: Tensor, programs: int) -> tuple[Sums, Tensor]:
     return Sums(kl, prior), torch.empty(2, programs, dtype=_FP32, device=near.device)
 
 
-class Wanted(NamedTuple):
-    """Which adjoints: of phi's and theta's row factors (dp) and column factors (dq), and the sums of KL and prior."""
-
-    dp_phi: bool
-    dp_theta: bool
-    dq_phi: bool
-    dq_theta: bool
-    sums: bool = False
-
-
 class Adjoints(NamedTuple):
-    """dq [slots, pairs, G, long axis and rank as in the factors]: to be summed over the slots."""
+    """dq [slots, pairs, G, long axis and rank as in the factors]: to be summed over the slots. Without a G where phi's
+    factors have none.
+    """
 
     dq: Tensor
     sums: Sums | None
@@ -233,7 +224,7 @@ def adjoint(
     along the rank, takes the row factors' adjoints; without pairs its shape counts. With `sample_to` [G, M, N] (and dz)
     the sample is drawn again beside: one generation of the noise serves both. `exact`: see the kernel.
     """
-    if dz is not None and wanted.dq_theta:
+    if wanted.dq_theta and dz is not None:
         # theta's adjoints do not depend on dz, and all four pairs' at once would not fit the registers
         first = 2 * wanted.dp_phi
         arguments = (dkl, dprior, mask, scalars, tickets)
@@ -245,53 +236,32 @@ def adjoint(
         phi = adjoint(rows, columns, width, dz, *arguments, own, dp[:first], exact, sample_to, first_row)
         slots = [found.dq.sum(dim=0, keepdim=True) for found in (phi, theta)]
         return Adjoints(torch.cat(slots, dim=1), theta.sums)
-    groups, size = dp.shape[1:3]
-    rank, padded_rank = columns.factors.rank, padded(columns.factors.rank, 8)
-    launch = configurations.elementwise(rank, size, width, groups)
-    (slots, slot_blocks), (chunks, chunk_tiles) = _adjoint_grid((groups, size, width), launch, rank, wanted)
-    pairs = 2 * wanted.dq_phi + 2 * wanted.dq_theta
-    some, device = columns.factors.tensors[0], dp.device
-    dq = torch.empty(slots, pairs, groups, *some.shape[-2:], dtype=_FP32, device=device)
-    partial = torch.empty(chunks, groups, size, dp.shape[0] * rank, dtype=_FP32, device=device)
-    sums, parts_of_sums = None, some
-    if wanted.sums:
-        sums, parts_of_sums = _sums(some, slots * chunks * groups)
+    _, groups, size, rank = dp.shape
+    grid, slot_rows, chunk_tiles, options = plans.adjoint(
+        rank, groups, size, width, wanted, exact, mask is not None, dz is not None, sample_to is not None,
+        dkl is not None, dprior is not None,
+    )  # fmt: skip
+    slots, chunks, _ = grid
+    some = columns.factors.tensors[0]
+    shape = _of_groups(some, groups)
+    dq = torch.empty(slots, wanted.column_pairs, *shape, dtype=_FP32, device=dp.device)
+    partial = torch.empty(chunks, groups, size, wanted.row_pairs * rank, dtype=_FP32, device=dp.device)
+    sums, parts_of_sums = _sums(some, slots * chunks * groups) if wanted.sums else (None, some)
     if size:
         kl, prior = sums or (some, some)
-        _, group, shared, row, pair = rows.strides
-        dp_pair, dp_group, dp_row, _ = dp.stride()
+        (_, group, shared, row, pair), (dp_pair, dp_group, dp_row, _) = rows.strides, dp.stride()
         _run(
-            adjoint_kernel, (slots, chunks, groups), some,
+            adjoint_kernel, grid, some,
             some if dz is None else dz, some if sample_to is None else sample_to, *rows.pointers,
             *columns.factors.pointers, some if mask is None else mask,
             some if scalars.names is None else scalars.names, some if dkl is None else dkl,
             some if dprior is None else dprior, partial, dp, dq, parts_of_sums, kl, prior, tickets,
             size, width, groups, first_row, *_row_strides(dz), *_row_strides(sample_to), group, shared, row, pair,
-            *columns.strides, 0 if mask is None else mask.stride(0), slot_blocks * launch.blocks["ROWS"], chunk_tiles,
-            dp_group, dp_pair, dp_row, scalars.layer, *scalars.settings,
-            RANK=rank, R=padded_rank, EVEN=width % launch.blocks["COLUMNS"] == 0 and rank == padded_rank, EXACT=exact,
-            HAS_MASK=mask is not None, HAS_DZ=dz is not None, SAMPLE=sample_to is not None,
-            DIVERGENCE=dkl is not None or dprior is not None, KL=dkl is not None, PRIOR=dprior is not None,
-            DP_PHI=wanted.dp_phi, DP_THETA=wanted.dp_theta, DQ_PHI=wanted.dq_phi, DQ_THETA=wanted.dq_theta,
-            SUMS=wanted.sums, **launch.options,
+            *columns.strides, 0 if mask is None else mask.stride(0), slot_rows, chunk_tiles,
+            dp_group, dp_pair, dp_row, scalars.layer, *scalars.numbers,
+            **options,
         )  # fmt: skip
     return Adjoints(dq, sums)
-
-
-def _adjoint_grid(
-    shape: tuple[int, int, int], launch: configurations.Launch, rank: int, wanted: Wanted
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Slots of rows and chunks of columns, each with the blocks in it: enough programs, and partial results of either
-    that take at most half of what dz does in 16 bits (or a few MB).
-    """
-    groups, rows, columns = shape
-    limit = max(groups * rows * columns, configurations.SMALL_PARTIAL)
-    row_pairs = 2 * wanted.dp_phi + 2 * wanted.dp_theta
-    pairs = 2 * wanted.dq_phi + 2 * wanted.dq_theta
-    of_columns, of_rows = (4 * rank * groups * max(n, 1) for n in (pairs * columns, row_pairs * rows))
-    slots = split(rows, launch.blocks["ROWS"], min(configurations.ADJOINT_SLOTS, limit // of_columns))
-    most = min(configurations.ADJOINT_PROGRAMS // max(slots[0] * groups, 1), limit // of_rows)
-    return slots, split(columns, launch.blocks["COLUMNS"], most)
 
 
 def gradients(
@@ -300,28 +270,31 @@ def gradients(
     """(dx without the base product's part, dA of `count` pairs from the `first` on, dB = the sum of dq's slots).
 
     dp [pairs, G, T, r] of as many pairs as `a` has, side by side in memory ([G, T, pairs * r]); dx [G, T, K] in x's
-    dtype; dA [count, G, r, K].
+    dtype; dA [count, G, r, K], without a G as dq.
     """
     groups, tokens, inputs = x.shape
-    width = len(a.tensors) * a.rank
-    launch = configurations.gradient(padded(width, 16))
-    da = torch.empty(count, groups, a.rank, inputs, dtype=_FP32, device=x.device)
+    da = torch.empty(count, *_of_groups(a.tensors[0], groups), dtype=_FP32, device=x.device)
     dx = torch.empty(groups, tokens, inputs, dtype=x.dtype, device=x.device) if need_x else None
-    summed = dq is not None and dq.shape[0] != 1
-    db = da if dq is None else torch.empty(dq.shape[1:], dtype=_FP32, device=x.device) if summed else dq[0]
-    size = db.numel() if summed else 0
-    column_blocks = blocks(inputs, launch.blocks["COLUMNS"]) if need_x or count else 0
-    behind = blocks(blocks(size, launch.blocks["SUMMED"]), groups)
-    if column_blocks + behind:
+    slots, size, db = 0, 0, da
+    if dq is not None:
+        slots = dq.shape[0]
+        db = dq[0] if slots == 1 else torch.empty(dq.shape[1:], dtype=_FP32, device=x.device)
+        size = 0 if slots == 1 else db.numel()
+    grid, column_blocks, options = plans.gradient(a.rank, len(a.tensors), groups, inputs, first, count, need_x, size)
+    if grid[0]:
+        x_group, x_row, _ = x.stride()
         _run(
-            gradient_kernel, (column_blocks + behind, groups), x,
-            dp, x, *a.pointers, x if dx is None else dx, da, dq if summed else da, db,
-            tokens, inputs, groups, x.stride(0), x.stride(1), a.strides(-1)[0], column_blocks, size,
-            dq.shape[0] if summed else 0,
-            PAIRS=len(a.tensors), FIRST=first, COUNT=count, RANK=a.rank, W=padded(width, 16),
-            OWN=padded(max(count, 1) * a.rank, 16), DX=need_x, **launch.options,
+            gradient_kernel, grid, x,
+            dp, x, *a.pointers, x if dx is None else dx, da, dq if size else da, db,
+            tokens, inputs, groups, x_group, x_row, a.strides(-1)[0], column_blocks, size, slots,
+            **options,
         )  # fmt: skip
     return dx, da, db
+
+
+def _of_groups(factor: Tensor, groups: int) -> Sequence[int]:
+    """The shape of a factor's gradients: one for each group, also where the groups share the factor."""
+    return factor.shape if factor.dim() == 3 or groups == 1 else (groups, *factor.shape)
 
 
 def _row_strides(matrix: Tensor | None) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
 
 from abmll.kernels import NoiseKey
-from abmll.kernels.fused import activation, configurations, instructions, launch
+from abmll.kernels.fused import activation, configurations, instructions, launch, plans
 from abmll.kernels.fused import weight as weight_operators
 from abmll.kernels.fused.chips import CHIPS, WARP, warps_held
 from abmll.kernels.fused.resource_page import markdown
@@ -104,10 +104,12 @@ class _Recorder:
 def as_if_programs(fewest: int) -> Iterator[None]:
     """Small tensors stand for large ones: so many programs are enough, or are not."""
     shipped, configurations.FEWEST_PROGRAMS = configurations.FEWEST_PROGRAMS, fewest
+    plans.forget()
     try:
         yield
     finally:
         configurations.FEWEST_PROGRAMS = shipped
+        plans.forget()
 
 
 @contextmanager

@@ -208,8 +208,8 @@ def split16(x):
         )
 
 
-# Log-variances are held as log2 of the standard deviation (without the offset's part), which the hardware's exponential
-# takes as it is: l = 2 ln(2) bits.
+# Log-variances are held as log2 of the standard deviation, which the hardware's exponential takes as it is, and without
+# the offset c: l = 2 ln(2) bits + c.
 TO_BITS = tl.constexpr(0.7213475204444817)  # 1 / (2 ln 2)
 FROM_BITS = tl.constexpr(1.3862943611198906)  # 2 ln 2
 

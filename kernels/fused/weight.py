@@ -29,7 +29,7 @@ from torch import Tensor
 from abmll.kernels.autocast import without_autocast
 from abmll.kernels.bands import bands
 from abmll.kernels.fused import launch
-from abmll.kernels.fused.arguments import factors_of, groups_of, like_factors, number, rows_of, separate
+from abmll.kernels.fused.arguments import factors_of, groups_of, number, rows_of, separate
 from abmll.kernels.fused.derivative import check_once, gradients_of_factors, needs
 from abmll.kernels.fused.launch import Columns, Factors, Rows, Scalars, Sums, Wanted
 from abmll.kernels.fused.operators import below_autograd, differentiate, operator, shapes_of
@@ -154,13 +154,13 @@ def weight_backward(
         das.append(da)
     dx = da = factors[0].new_empty(0)
     if need_x:
-        dx = _joined(dxs, dim=0)
+        dx = dxs[0].unsqueeze(0) if groups == 1 else torch.stack(dxs)
         if weight is not None:
             _add_base_product(dx, dz, weight)
         dx = dx.view(x.shape)
     if count:
-        da = like_factors(_joined(das, dim=1), factors[0])
-    return dx, da, like_factors(db, factors[1])
+        da = torch.stack(das, dim=1) if factors[0].dim() == 3 else das[0]
+    return dx, da, db if factors[0].dim() == 3 else db.squeeze(1)
 
 
 def _backward(
@@ -172,7 +172,7 @@ def _backward(
     needs: tuple[bool, bool, bool],
     db: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dy D [1, T, K], da [pairs, 1, r, K]) of one group's x [T, K], and db [pairs, 1, N, r] written."""
+    """(dy D [T, K], da [pairs, r, K]) of one group's x [T, K], and db [pairs, 1, N, r] written."""
     (dy, dkl, dprior), (need_x, need_phi, need_theta) = upstream, needs
     a, b, _ = factors_of(factors)
     outputs, inputs, dtype = db.shape[-2], x.shape[-1], _scratch_dtype(x.dtype)
@@ -198,16 +198,12 @@ def _backward(
             _write_product(dx, dy, change[0])
         elif need_x:  # in fp32: rounded once and not once a band
             dx = launch.wide_product(dy[:, band], change[0], dx)
-    return None if dx is None else dx.to(x.dtype).unsqueeze(0), da
+    return None if dx is None else dx.to(x.dtype), da
 
 
 def _change_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T x [n, K] of dy [T, n] and x [T, K]."""
     return dy.mT @ x if dtype == x.dtype else launch.wide_product(dy.mT, x)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 @shapes_of(weight_backward)
@@ -272,7 +268,8 @@ def weight_theta_gradient(
     weights = number(kl_weight, factors[0]), number(prior_weight, factors[0])
     rows, columns = Rows.of_weights(b), Columns.of_weights(a)
     found = launch.adjoint(rows, columns, inputs, None, *weights, None, Scalars(settings), tickets, wanted, db, True)
-    return found.dq.sum(dim=(0, 2)), db.squeeze(1) if groups == 1 else db.sum(dim=1), *found.sums
+    da = found.dq.sum(dim=0 if factors[0].dim() == 2 else (0, 2))  # over slots and groups
+    return da, db.squeeze(1) if groups == 1 else db.sum(dim=1), *found.sums
 
 
 @shapes_of(weight_theta_gradient)

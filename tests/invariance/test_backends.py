@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from abmll.kernels.backends import interpreted
-from abmll.kernels.fused import configurations
+from abmll.kernels.fused import configurations, plans
 from abmll.kernels.fused.configurations import Launch
 
 # AdamW divides by the gradient's own size, which magnifies rounding where that is near its eps. An eps above all
@@ -24,6 +24,7 @@ BOUND = (150 + 128) * 2 * 2 * 3 * 2.0**-24
 def large_blocks(monkeypatch):
     """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
     if not interpreted():
+        yield
         return
     tile = {"ROWS": 256, "COLUMNS": 64}
     for name, blocks in {
@@ -33,6 +34,9 @@ def large_blocks(monkeypatch):
     }.items():
         launch = Launch(blocks, warps=4, stages=1)
         monkeypatch.setattr(configurations, name, lambda *_, launch=launch: launch)
+    plans.forget()
+    yield
+    plans.forget()
 
 
 def trained(

@@ -26,6 +26,7 @@ from abmll.kernels import (
     theta_gradient,
 )
 from abmll.kernels.backends import interpreted
+from abmll.kernels.fused import plans
 from abmll.kernels.noise import LANES, WORD, philox
 
 SETTINGS = PosteriorSettings(scaling=2.0, log_variance_offset=-1.0, prior_shape=1.5, prior_rate=0.3)
@@ -282,6 +283,14 @@ def harness(request, device) -> Harness:
 def activation(device) -> Harness:
     """Of the activation posterior, for what is its own."""
     return Harness("activation", device)
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Of configurations that a test changes nothing is remembered."""
+    plans.forget()
+    yield
+    plans.forget()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
