@@ -55,20 +55,9 @@ def _of_band(b: Factors, band: slice, outputs: int) -> Factors:
     return b if band == slice(0, outputs) else Factors([factor[band] for factor in b.tensors], b.rank)
 
 
-def _write_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y [T, N] = a b; b may be wider than y and a."""
-    if b.dtype == y.dtype:
-        torch.mm(a, b, out=y)
-    else:
-        y.copy_(a.to(b.dtype) @ b)
-
-
-def _add_base_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y [G, T, N] += a [G, T, K] b [K, N] in place, accumulated in fp32.
-
-    Last, onto the change's part: what is small is rounded at its own size, and the sum once.
-    """
-    y.flatten(0, 1).addmm_(a.flatten(0, 1), b)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [T, K] b [K, N] in a's dtype; b may be wider."""
+    return a @ b if a.dtype == b.dtype else (a.to(b.dtype) @ b).to(a.dtype)
 
 
 @operator
@@ -84,30 +73,41 @@ def weight_forward(
     with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y [..., N], tickets, KL, -log prior) of x [..., K]; product [..., N] and the rest as in `activation_forward`."""
-    groups, outputs, inputs = groups_of(factors), factors[1].shape[-2], x.shape[-1]
-    rows = rows_of(x, groups)
-    y = x.new_empty(*rows.shape[:-1], outputs)
-    tickets = launch.new_tickets(groups, x.device, cleared=True)
-    dtype = _scratch_dtype(x.dtype)
-    sums = []
+    groups = groups_of(factors)
+    grouped, outputs = rows_of(x, groups), factors[1].shape[-2]
+    rows, tickets = grouped.flatten(0, 1), launch.new_tickets(groups, x.device, cleared=True)
+    ys, sums = [], []
     for group in range(groups):
-        a, b, _ = factors_of(_of_group(factors, group))
-        scalars = Scalars(settings, names[group : group + 1], layer)
-        for band in bands(outputs, inputs, dtype.itemsize):
-            change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
-            of_band = Rows.of_weights(_of_band(b, band, outputs))
-            columns = Columns.of_weights(a)
-            sums.append(
-                launch.sample(of_band, columns, change, None, scalars, tickets, False, with_sums, None, band.start)
-            )
-            _write_product(y[group, :, band], rows[group], change[0].mT)
+        own = rows if groups == 1 else grouped[group]
+        scalars = Scalars(settings, names if groups == 1 else names[group : group + 1], layer)
+        y, of_group = _forward(own, _of_group(factors, group), scalars, tickets, with_sums)
+        ys.append(y)
+        sums += of_group
+    y = _joined(ys)
     if bias is not None:
         y += bias
     if weight is None:
         y += product.reshape(y.shape)
     else:
-        _add_base_product(y, rows, weight.mT)
+        # last, onto the change's part: what is small is rounded at its own size, and the sum once
+        y.addmm_(rows, weight.mT)
     return y.view(*x.shape[:-1], outputs), tickets, *separate(_total(sums), x)
+
+
+def _forward(
+    x: Tensor, factors: Sequence[Tensor], scalars: Scalars, tickets: Tensor, with_sums: bool
+) -> tuple[Tensor, list[Sums | None]]:
+    """(D x [T, N], the sums of each band) of one group's x [T, K]."""
+    a, b, _ = factors_of(factors)
+    columns, outputs, inputs = Columns.of_weights(a), factors[1].shape[-2], x.shape[-1]
+    dtype = _scratch_dtype(x.dtype)
+    ys, sums = [], []
+    for band in bands(outputs, inputs, dtype.itemsize):
+        change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
+        of_band = Rows.of_weights(_of_band(b, band, outputs))
+        sums.append(launch.sample(of_band, columns, change, None, scalars, tickets, False, with_sums, None, band.start))
+        ys.append(_product(x, change.squeeze(0).mT))
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), sums
 
 
 def _total(sums: list[Sums | None]) -> Sums | None:
@@ -139,24 +139,25 @@ def weight_backward(
     need_theta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da, db) as `activation_backward` gives them."""
-    groups = groups_of(factors)
-    rows, dz = rows_of(x, groups), None if dy is None else rows_of(dy, groups)
-    count = 2 * need_phi + 2 * need_theta
-    new = {"dtype": torch.float32, "device": x.device}
-    db = torch.empty(count, groups, *factors[1].shape[-2:], **new)
+    groups, count = groups_of(factors), 2 * need_phi + 2 * need_theta
+    grouped, grouped_dz = rows_of(x, groups), None if dy is None else rows_of(dy, groups)
+    rows, dz = grouped.flatten(0, 1), None if dy is None else grouped_dz.flatten(0, 1)
+    db = torch.empty(count, groups, *factors[1].shape[-2:], dtype=torch.float32, device=x.device)
     dxs, das = [], []
     for group in range(groups):
-        own, scalars = _of_group(factors, group), Scalars(settings, names[group : group + 1], layer)
-        dz_own, db_own = None if dz is None else dz[group], db[:, group : group + 1]
-        upstream = (dz_own, dkl, dprior)
-        dx, da = _backward(rows[group], own, upstream, scalars, tickets, (need_x, need_phi, need_theta), db_own)
+        own = rows if groups == 1 else grouped[group]
+        scalars = Scalars(settings, names if groups == 1 else names[group : group + 1], layer)
+        upstream = (dz if dz is None or groups == 1 else grouped_dz[group], dkl, dprior)
+        needs = (need_x, need_phi, need_theta)
+        of_group = db if groups == 1 else db[:, group : group + 1]
+        dx, da = _backward(own, _of_group(factors, group), upstream, scalars, tickets, needs, of_group)
         dxs.append(dx)
         das.append(da)
-    dx = da = factors[0].new_empty(0)
+    dx = da = factors[0].new_empty(0) if not (need_x and count) else None
     if need_x:
-        dx = dxs[0].unsqueeze(0) if groups == 1 else torch.stack(dxs)
+        dx = _joined(dxs)
         if weight is not None:
-            _add_base_product(dx, dz, weight)
+            dx.addmm_(dz, weight)
         dx = dx.view(x.shape)
     if count:
         da = torch.stack(das, dim=1) if factors[0].dim() == 3 else das[0]
@@ -177,28 +178,33 @@ def _backward(
     a, b, _ = factors_of(factors)
     outputs, inputs, dtype = db.shape[-2], x.shape[-1], _scratch_dtype(x.dtype)
     columns, wanted = Columns.of_weights(a), Wanted(need_phi, need_theta, need_phi, need_theta)
-    parts = list(bands(outputs, inputs, dtype.itemsize))
     dx = da = None
-    for band in parts:
+    for band in bands(outputs, inputs, dtype.itemsize):
+        whole = band == slice(0, outputs)
         rows, change = Rows.of_weights(_of_band(b, band, outputs)), None
+        dy_band = dy if whole or dy is None else dy[:, band]
         if need_x:
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
         if need_phi or need_theta:
-            of_change = None if dy is None else _change_gradient(dy[:, band], x, dtype).unsqueeze(0)
+            of_change = None if dy is None else _change_gradient(dy_band, x, dtype).unsqueeze(0)
             found = launch.adjoint(
-                rows, columns, inputs, of_change, dkl, dprior, None, scalars, tickets, wanted, db[:, :, band],
-                x.dtype == torch.float32, change, band.start,
+                rows, columns, inputs, of_change, dkl, dprior, None, scalars, tickets, wanted,
+                db if whole else db[:, :, band], x.dtype == torch.float32, change, band.start,
             )  # fmt: skip
-            part = found.dq[0] if len(found.dq) == 1 else found.dq.sum(dim=0)
+            part = found.dq.squeeze(0) if len(found.dq) == 1 else found.dq.sum(dim=0)
             da = part if da is None else da.add_(part)
         else:
             launch.sample(rows, columns, change, None, scalars, tickets, False, False, None, band.start)
-        if need_x and len(parts) == 1:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            _write_product(dx, dy, change[0])
+        if need_x and whole:
+            dx = _product(dy, change.squeeze(0))
         elif need_x:  # in fp32: rounded once and not once a band
-            dx = launch.wide_product(dy[:, band], change[0], dx)
+            dx = launch.wide_product(dy_band, change.squeeze(0), dx)
     return None if dx is None else dx.to(x.dtype), da
+
+
+def _joined(groups: list[Tensor]) -> Tensor:
+    """[G * T, N]."""
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
 def _change_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
