@@ -252,16 +252,39 @@ def shaken(tensor: Tensor, size: float, generator: torch.Generator | None = None
 
 def exact_normal(rows, columns, key, layer, group=0, device="cpu", first_row=0) -> Tensor:
     """`standard_normal` in float64 (the plain version's noise has an error of its own), from a row on."""
+    lanes = []
+    for radius, angle in _polar(rows, columns, key, layer, group, device, first_row):
+        lanes += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(lanes, dim=-1).view(rows, -1)[:, :columns]
+
+
+def noise_bound(rows, columns, key, layer, group=0, device="cpu", first_row=0) -> Tensor:
+    """Largest error of each of the kernels' normals. A GPU's own functions are rough by the PTX manual: sine and cosine
+    2^-20.5, the logarithm 2^-22, near 1 beside results near zero, of which the root makes more.
+    """
+    if interpreted():
+        return torch.full((rows, columns), 2e-6, dtype=torch.float64)
+    bounds = []
+    for radius, _ in _polar(rows, columns, key, layer, group, device, first_row):
+        of_square = 2.0**-22 * (2 * math.log(2) + radius.square()) + 2.0**-23 * radius.square()
+        of_radius = torch.minimum(of_square.sqrt(), of_square / radius.clamp_min(1e-30))
+        bounds += [of_radius + radius * (2.0**-20.5 + 2.0**-21)] * 2  # the angle's own rounding: 2^-22 near pi
+    return torch.stack(bounds, dim=-1).view(rows, -1)[:, :columns] + 1e-7
+
+
+def _polar(rows, columns, key, layer, group, device, first_row) -> list[tuple[Tensor, Tensor]]:
+    """Radius and angle of both pairs of lanes, [rows x quads] each."""
     quads = -(-columns // LANES)
     quad = torch.arange(first_row * quads, (first_row + rows) * quads, device=device)
     seed, step, group = key[group].tolist() if isinstance(key, Tensor) else (key.seed, key.step, group)
     words = philox((quad, group, step, layer), (seed & WORD, seed >> 32 & WORD))
-    lanes = []
-    for radius_word, angle_word in (words[:2], words[2:]):
-        radius = (-2 * (((radius_word >> 8) + 1).double() / 2**24).log()).sqrt()
-        angle = (angle_word >> 8).double() * (2 * math.pi / 2**24)
-        lanes += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(lanes, dim=-1).view(rows, quads * LANES)[:, :columns]
+    return [
+        (
+            (-2 * (((radius_word >> 8) + 1).double() / 2**24).log()).sqrt(),
+            (angle_word >> 8).double() * (2 * math.pi / 2**24),
+        )
+        for radius_word, angle_word in (words[:2], words[2:])
+    ]
 
 
 @pytest.fixture(name="exact_normal", scope="session")

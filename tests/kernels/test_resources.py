@@ -96,10 +96,9 @@ def test_classes_add_up_to_the_instructions(committed):
         assert sum(by_class) == pytest.approx(made["total"], abs=0.0005 * (len(by_class) + 1))
 
 
-def test_every_goal_names_a_variant(committed):
+def test_both_compilers_reach_the_goals(committed):
     for table in committed:
-        for goal in goals.GOALS:
-            assert goals.found(table["rows"], goal) is not None, (table["triton"], goal)
+        assert not goals.missed(table["rows"]), table["triton"]
 
 
 def rows_at_goals(instructions: float = 0.0, stack: int = 0) -> list[dict]:
