@@ -81,16 +81,16 @@ def new_tickets(groups: int, device: torch.device, cleared: bool = False) -> Ten
     return new(1 + ADJOINT_SLOTS * groups, dtype=torch.int32, device=device)
 
 
-def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [M, K] b [K, N] in fp32, whatever the operands' dtype, added to `out` in place: a library call."""
+def wide_product(a: Tensor, b: Tensor, before: Tensor | None = None) -> Tensor:
+    """`before` + a [M, K] b [K, N] in fp32, whatever the operands' dtype: a library call."""
     if not on_gpu(a) or _FP32 in (a.dtype, b.dtype):
         product = a.float() @ b.float()
-        return product if out is None else out.add_(product)
+        return product if before is None else before.add_(product)
     if dry:  # there is no such product on a CPU
-        return a.new_empty(a.shape[0], b.shape[1], dtype=_FP32) if out is None else out
-    if out is None:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=_FP32)
+    if before is None:
         return torch.mm(a, b, out_dtype=_FP32)
-    return torch.addmm(out, a, b, out_dtype=_FP32, out=out)
+    return torch.addmm(before, a, b, out_dtype=_FP32)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
