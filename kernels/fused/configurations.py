@@ -79,5 +79,5 @@ def project(width: int, tokens: int, groups: int) -> Launch:
 
 
 def gradient(width: int) -> Launch:
-    rows = 128 if width <= 32 else 64 if width <= 64 else 32
+    rows = {16: 128, 32: 128, 64: 64, 128: 32, 256: 16}[width]
     return Launch({"ROWS": rows, "COLUMNS": 32, "SUMMED": 1024}, warps=4, stages=2)

@@ -224,7 +224,8 @@ class Harness:
     def compare(self, fused: Outcome, plain: Outcome, exact: Outcome, *shaken: Outcome, dtype=None) -> None:
         """Shapes and dtypes as the plain version's, and errors against float64 as small; `dtype`: x's, without y."""
         assert fused.keys() == plain.keys() == exact.keys()
-        narrow = (plain["y"].dtype if "y" in plain else dtype).itemsize == 2
+        dtype = plain["y"].dtype if "y" in plain else dtype
+        narrow = dtype is not None and dtype.itemsize == 2
         for name, value in fused.items():
             assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
             if not exact[name].any():
@@ -255,7 +256,7 @@ def exact_normal(rows, columns, key, layer, group=0, device="cpu", first_row=0) 
     lanes = []
     for radius, angle in _polar(rows, columns, key, layer, group, device, first_row):
         lanes += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(lanes, dim=-1).view(rows, -1)[:, :columns]
+    return torch.stack(lanes, dim=-1).view(rows, -(-columns // LANES) * LANES)[:, :columns]
 
 
 def noise_bound(rows, columns, key, layer, group=0, device="cpu", first_row=0) -> Tensor:
@@ -269,7 +270,7 @@ def noise_bound(rows, columns, key, layer, group=0, device="cpu", first_row=0) -
         of_square = 2.0**-22 * (2 * math.log(2) + radius.square()) + 2.0**-23 * radius.square()
         of_radius = torch.minimum(of_square.sqrt(), of_square / radius.clamp_min(1e-30))
         bounds += [of_radius + radius * (2.0**-20.5 + 2.0**-21)] * 2  # the angle's own rounding: 2^-22 near pi
-    return torch.stack(bounds, dim=-1).view(rows, -1)[:, :columns] + 1e-7
+    return torch.stack(bounds, dim=-1).view(rows, -(-columns // LANES) * LANES)[:, :columns] + 1e-7
 
 
 def _polar(rows, columns, key, layer, group, device, first_row) -> list[tuple[Tensor, Tensor]]:
