@@ -101,9 +101,8 @@ def draw(
             by_phi = (found.by_mean_q, found.by_log_variance_q)
             _add_adjoint(Products(weighed, phi.right), rows, by_phi, gradient)
             if theta_left:
-                for place, by in enumerate((found.by_mean_p, found.by_log_variance_p)):
-                    right = theta.right[place * rank : (place + 1) * rank]
-                    gradient.left[rows, (place + 2) * rank : (place + 3) * rank] = by @ right.mT
+                gradient.left[rows, 2 * rank : 3 * rank] = found.by_mean_p @ theta.right[:rank].mT
+                gradient.left[rows, 3 * rank :] = found.by_log_variance_p @ theta.right[rank:].mT
     if gradient is not None and counted is not None:
         gradient.left.mul_(counted.unsqueeze(-1))
     return Drawn(*(torch.stack(sums).sum(dim=0).unbind() if sums else (None, None)), gradient)
@@ -228,7 +227,7 @@ class _Activation(Function):
 def _prior_by_inputs(
     inputs: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, settings: PosteriorSettings, weight: Tensor
 ) -> Tensor:
-    """Gradient of weight * (-log prior) in the activation posterior's inputs. The trainer never asks for it: autograd."""
+    """Gradient of weight * (-log prior) in the activation posterior's inputs. Autograd's: the trainer never asks."""
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         statistics = _statistics(Products(settings.scaling * (leaf @ a.mT), b), slice(None), settings)
@@ -250,10 +249,8 @@ class _Weight(Function):
             change[rows] = drawn
 
         drawn = draw(phi, theta, settings, noise, None, deliver, training)
-        if narrow == y0.dtype:
-            y = torch.addmm(y0, x, change.mT)  # added in the product's fp32 accumulator
-        else:
-            y = add_change(y0, x.to(narrow) @ change.mT)
+        fits = narrow == y0.dtype  # then y0 is added in the product's accumulator
+        y = torch.addmm(y0, x, change.mT) if fits else add_change(y0, x.to(narrow) @ change.mT)
         if training:
             ctx.set_materialize_grads(False)
             ctx.settings = settings
