@@ -158,7 +158,7 @@ def activation_projection(
 ) -> Projection:
     """y0 [T, N] and what `reference.activation_sample` adds to x [T, K]. `noise` [T, N] is written over."""
     factors = (*_stacked(phi), *(() if theta is None else _stacked(theta)))
-    return Projection(*_Activation.apply(x, y0, mask, noise, settings, _training(x, *factors), *factors))
+    return Projection(*_Activation.apply(x, y0, mask, noise, settings, _training(x, y0, *factors), *factors))
 
 
 def weight_projection(
@@ -174,7 +174,7 @@ def weight_projection(
     Beside a bf16 model the products with x and y's gradient are bf16's, of the drawn change rounded to it.
     """
     factors = (*_stacked(phi), *(() if theta is None else _stacked(theta)))
-    return Projection(*_Weight.apply(x, y0, noise, settings, _training(x, *factors), *factors))
+    return Projection(*_Weight.apply(x, y0, noise, settings, _training(x, y0, *factors), *factors))
 
 
 def _stacked(factors: GaussianFactors) -> tuple[Tensor, Tensor]:
