@@ -3,7 +3,8 @@
 `reference` keeps some eight tensors of the output's (or the weight's) size for each projection. On a GPU the backward
 pass makes them again from x and the factors, the noise included, which is a function of integers, and a projection
 keeps x in its own dtype and numbers of the rank's size; the base product W0 x, which costs more than all the rest, is
-made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows.
+made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows. On a
+CPU, where the noise alone costs more than the base product, `closed_form` keeps one dense tensor and no graph.
 
 Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
 """
@@ -40,8 +41,8 @@ BAND_BYTES = 4 * torch.float32.itemsize
 def _recomputed(function: Callable, x: Tensor, *arguments):
     """function(x, *arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
 
-    Not on a CPU, where memory is plenty and the noise alone costs more than the base product. Nothing in it draws from
-    a generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
+    Not on a CPU, which is here where theta asks for a gradient, or under torch.compile. Nothing in it draws from a
+    generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
     """
     arguments = (x, *arguments)
     if not on_gpu(x):

@@ -55,7 +55,7 @@ def close(found: dict, right: dict) -> None:
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("outputs", [("y",), ("kl",), ("y", "kl"), ("y", "kl", "prior")], ids=str)
 def test_values_and_gradients_are_the_contracts(pair, outputs, groups, mask, chunked):
-    harness, contract = pair
+    harness, _ = pair
     inputs = harness.inputs(tokens=10, inputs=20, outputs=20, dtype=FP64, groups=groups)
     given = {"mask": harness.mask(inputs, mask), "upstream": harness.upstream(inputs, outputs), "wanted": INNER}
     found, right = (one.run(inputs, "torch", **given) for one in pair)
@@ -175,7 +175,7 @@ def test_theta_that_asks_is_left_to_autograd(pair, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(520, 576), (4096, 4096), (5, 7), (0, 8), (3, 2**20)])
-def test_chunks_cover_the_rows_whatever_the_threads(rows, columns):
+def test_chunks_cover_the_rows(rows, columns):
     found = list(closed_form.chunks(rows, columns))
     assert [row for chunk in found for row in range(chunk.start, chunk.stop)] == list(range(rows))
     assert all((chunk.stop - chunk.start) * columns <= max(closed_form.LARGEST_CHUNK, columns) for chunk in found)
