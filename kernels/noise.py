@@ -72,7 +72,11 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
         # int64 products wrap: their low 64 bits are exact. Words 1 and 3 may carry bits above the 32nd until the end,
         # because they meet words 0 and 2 in an xor that is masked.
         product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        c0, c2 = ((product_1 >> 32) ^ (c1 ^ k0)) & WORD, ((product_0 >> 32) ^ (c3 ^ k1)) & WORD
+        c0, c2 = (product_1 >> 32) ^ c1, (product_0 >> 32) ^ c3
+        c0 ^= k0  # new tensors by now, so in place: half the memory that is walked through
+        c2 ^= k1
+        c0 &= WORD
+        c2 &= WORD
         c1, c3 = product_1, product_0
         k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
     return c0, c1 & WORD, c2, c3 & WORD
@@ -80,9 +84,9 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
 
 def box_muller(word_0: torch.Tensor, word_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two words to two fp32 normals. 24 bits of each word are used, so that the uniforms are exact in fp32."""
-    radius = ((word_0 >> 8) + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()  # uniform in (0, 1]
+    radius = (word_0 >> 8).float().add_(1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()  # of a uniform in (0, 1]
     angle = (word_1 >> 8).float().mul_(2.0**-24 * 6.283185307179586)
-    return radius * angle.cos(), radius * angle.sin()
+    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
 def check_noise_size(rows: int, columns: int) -> None:

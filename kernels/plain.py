@@ -3,7 +3,8 @@
 `reference` keeps some eight tensors of the output's (or the weight's) size for each projection. On a GPU the backward
 pass makes them again from x and the factors, the noise included, which is a function of integers, and a projection
 keeps x in its own dtype and numbers of the rank's size; the base product W0 x, which costs more than all the rest, is
-made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows.
+made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows. On a
+CPU, where the noise alone costs more than the base product, `closed_form` keeps one dense tensor and no graph.
 
 Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from abmll.kernels import reference
+from abmll.kernels import closed_form, reference
 from abmll.kernels.backends import on_gpu
 from abmll.kernels.bands import bands
 from abmll.kernels.noise import NoiseKey, standard_normal
@@ -40,8 +41,8 @@ BAND_BYTES = 4 * torch.float32.itemsize
 def _recomputed(function: Callable, x: Tensor, *arguments):
     """function(x, *arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
 
-    Not on a CPU, where memory is plenty and the noise alone costs more than the base product. Nothing in it draws from
-    a generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
+    Not on a CPU, which is here where theta asks for a gradient, or under torch.compile. Nothing in it draws from a
+    generator. Tensors must be arguments of their own, where an outer checkpoint finds them.
     """
     arguments = (x, *arguments)
     if not on_gpu(x):
@@ -72,8 +73,18 @@ def activation_projection(
 ) -> Projection:
     """`reference.activation_linear` with the noise named by (key, layer), bit for bit where one band holds all tokens.
 
-    On a GPU a band of tokens at a time; the sums of KL and -log prior are then taken band by band.
+    On a GPU a band of tokens at a time; the sums of KL and -log prior are then taken band by band. On a CPU with
+    `closed_form`, which rounds elsewhere.
     """
+    if _in_closed_form(x, theta):
+        masks = [None] * len(x) if mask is None else mask.unbind()
+        found = []
+        for group, (own_x, own_y0, counted) in enumerate(zip(_unbound(x), _unbound(y0), masks, strict=True)):
+            own = _own(phi, group)
+            noise = standard_normal(len(own_x), own.mean.b.shape[0], key, layer, group, x.device)
+            arguments = (own_x, own_y0, own, theta, settings, noise, counted)
+            found.append(closed_form.activation_projection(*arguments))
+        return _together([one._replace(y=one.y.unsqueeze(0)) for one in found], dim=0)
     sizes = _token_bands(x, phi.mean.b.shape[-2]) if on_gpu(x) else [x.shape[1]]
     masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
     found, first_row = [], 0
@@ -83,10 +94,27 @@ def activation_projection(
         change, *terms = _recomputed(_activation_change, part, counted, names, *_flat(phi), *_flat(theta))
         found.append(Projection(add_change(base, change), *terms))
         first_row += part.shape[1]
-    if len(found) == 1:
-        return found[0]
-    sums = [None, None] if theta is None else [torch.stack([one[term] for one in found]).sum() for term in (1, 2)]
-    return Projection(torch.cat([one.y for one in found], dim=1), *sums)
+    return _together(found, dim=1)
+
+
+def _in_closed_form(x: Tensor, theta: GaussianFactors | None) -> bool:
+    """On a CPU, unless theta is to get a gradient or torch.compile, which fuses the contract itself, is looking."""
+    if on_gpu(x) or torch.compiler.is_compiling():
+        return False
+    return theta is None or not (torch.is_grad_enabled() and any(factor.requires_grad for factor in _flat(theta)))
+
+
+def _unbound(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor for each group; of one group a view whose derivative is a view as well."""
+    return (tensor.squeeze(0),) if len(tensor) == 1 else tensor.unbind()
+
+
+def _together(parts: list[Projection], dim: int) -> Projection:
+    """One projection of several, whose y stand side by side in `dim`."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = [None, None] if parts[0].kl is None else [torch.stack([one[term] for one in parts]).sum() for term in (1, 2)]
+    return Projection(torch.cat([one.y for one in parts], dim), *sums)
 
 
 def _token_bands(x: Tensor, outputs: int) -> list[int]:
@@ -120,7 +148,18 @@ def weight_projection(
     """`reference.weight_linear` with the noise named by (key, layer), a band of rows of the change at a time.
 
     One group after the other. The sums of KL and -log prior are taken band by band: another order than the reference's.
+    On a CPU with `closed_form`.
     """
+    if _in_closed_form(x, theta):
+        found = []
+        for group, (own_x, own_y0) in enumerate(zip(_unbound(x), _unbound(y0), strict=True)):
+            of_bands = []
+            for band, own, other in _row_bands(phi, theta, group):
+                noise = standard_normal(len(own.mean.b), x.shape[-1], key, layer, group, x.device, band.start)
+                base = own_y0 if len(own.mean.b) == own_y0.shape[-1] else own_y0[:, band]
+                of_bands.append(closed_form.weight_projection(own_x, base, own, other, settings, noise))
+            found.append(_together(of_bands, dim=-1))
+        return _together([one._replace(y=one.y.unsqueeze(0)) for one in found], dim=0)
     changes, sums = [], []
     for group in range(x.shape[0]):
         found = []
@@ -195,9 +234,13 @@ def _row_bands(
     phi: GaussianFactors, theta: GaussianFactors | None, group: int
 ) -> Iterator[tuple[slice, GaussianFactors, GaussianFactors | None]]:
     """Bands of output units, with one group's factors of phi and theta's."""
-    own = phi.of_group(group) if phi.mean.a.dim() == 3 else phi
+    own = _own(phi, group)
     for band in bands(own.mean.b.shape[0], own.mean.a.shape[1], BAND_BYTES):
         yield band, own.of_rows(band), None if theta is None else theta.of_rows(band)
+
+
+def _own(phi: GaussianFactors, group: int) -> GaussianFactors:
+    return phi.of_group(group) if phi.mean.a.dim() == 3 else phi
 
 
 def _flat(factors: GaussianFactors | None) -> list[Tensor]:

@@ -84,24 +84,60 @@ def add_change(base: Tensor, change: Tensor) -> Tensor:
 
 def low_rank_product(x: Tensor, pair: LowRank, scaling: float) -> Tensor:
     """s * B (A x): x [..., T, K] -> [..., T, N]."""
-    return scaling * ((x @ pair.a.mT) @ pair.b.mT)
+    return (scaling * (x @ pair.a.mT)) @ pair.b.mT
 
 
 def low_rank_matrix(pair: LowRank, scaling: float) -> Tensor:
     """s * B A: [..., N, K]."""
-    return scaling * (pair.b @ pair.a)
+    return (scaling * pair.b) @ pair.a
+
+
+def noise_change(log_variance: Tensor, noise: Tensor) -> Tensor:
+    """What noise adds to the mean, exp(log_variance / 2) * noise; half of it is its derivative by log_variance."""
+    return (0.5 * log_variance).exp() * noise
+
+
+class Divergence(NamedTuple):
+    """KL(q || p) of two normals, elementwise in nats, its derivatives, and p's precision."""
+
+    kl: Tensor
+    by_mean_q: Tensor
+    by_log_variance_q: Tensor
+    square: Tensor  # half the means' squared distance, in units of p's variance
+    precision_p: Tensor
+
+    @property
+    def by_mean_p(self) -> Tensor:
+        return -self.by_mean_q
+
+    @property
+    def by_log_variance_p(self) -> Tensor:
+        return -(self.by_log_variance_q + self.square)
+
+
+def divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Divergence:
+    """KL( N(mean_q, exp log_variance_q) || N(mean_p, exp log_variance_p) ), with its derivatives in closed form."""
+    shift, gap = mean_q - mean_p, log_variance_q - log_variance_p
+    precision = (-log_variance_p).exp()
+    by_mean = shift * precision
+    by_log_variance = 0.5 * (gap.exp() - 1.0)
+    square = 0.5 * shift * by_mean
+    return Divergence(by_log_variance + square - 0.5 * gap, by_mean, by_log_variance, square, precision)
 
 
 def kl_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
     """KL( N(mean_q, exp log_variance_q) || N(mean_p, exp log_variance_p) ), elementwise, in nats."""
-    ratio = (log_variance_q - log_variance_p).exp()
-    shift = (mean_q - mean_p).square() * (-log_variance_p).exp()
-    return 0.5 * (log_variance_p - log_variance_q + ratio + shift - 1.0)
+    return divergence(mean_q, log_variance_q, mean_p, log_variance_p).kl
 
 
-def negative_log_prior(mean: Tensor, log_variance: Tensor, settings: PosteriorSettings) -> Tensor:
-    """-log[ N(mean; 0, 1) Gamma(exp(-log_variance); shape, rate) ] without its constants, elementwise, in nats."""
-    precision = (-log_variance).exp()
+def negative_log_prior(
+    mean: Tensor, log_variance: Tensor, settings: PosteriorSettings, precision: Tensor | None = None
+) -> Tensor:
+    """-log[ N(mean; 0, 1) Gamma(exp(-log_variance); shape, rate) ] without its constants, elementwise, in nats.
+
+    precision: exp(-log_variance), where it is there already.
+    """
+    precision = (-log_variance).exp() if precision is None else precision
     return 0.5 * mean.square() + (settings.prior_shape - 1.0) * log_variance + settings.prior_rate * precision
 
 
@@ -141,12 +177,12 @@ def activation_sample(
     """m_phi(x) + exp(l_phi(x) / 2) * noise, the KL to theta's, theta's prior: see `activation_linear`."""
     inputs = x.to(compute_dtype(x))
     mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
-    change = mean_phi + (0.5 * log_variance_phi).exp() * noise.to(inputs.dtype)
+    change = mean_phi + noise_change(log_variance_phi, noise.to(inputs.dtype))
     if theta is None:
         return Sample(change, None, None)
     mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
-    prior = negative_log_prior(mean_theta, log_variance_theta, settings)
+    kl, *_, precision = divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision)
     if token_mask is not None:
         kl, prior = kl * token_mask.unsqueeze(-1), prior * token_mask.unsqueeze(-1)
     return Sample(change, kl.sum(), prior.sum())
@@ -158,12 +194,12 @@ def weight_sample(
     """(M_phi + exp(L_phi / 2) * noise) x, the KL to theta's, theta's prior: see `weight_linear`."""
     dtype = compute_dtype(x)
     mean_phi, log_variance_phi = _weight_statistics(phi, settings)
-    change = x.to(dtype) @ (mean_phi + (0.5 * log_variance_phi).exp() * noise.to(dtype)).mT
+    change = x.to(dtype) @ (mean_phi + noise_change(log_variance_phi, noise.to(dtype))).mT
     if theta is None:
         return Sample(change, None, None)
     mean_theta, log_variance_theta = _weight_statistics(theta, settings)
-    kl = kl_divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
-    prior = negative_log_prior(mean_theta, log_variance_theta, settings).expand_as(kl)
+    kl, *_, precision = divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
+    prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision).expand_as(kl)
     return Sample(change, kl.sum(), prior.sum())
 
 
@@ -279,14 +315,12 @@ def _elementwise_theta_gradient(
     mask: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by theta's means and log-variances, and the masked sums of KL and -log prior."""
-    precision = (-log_variance).exp()
-    shift = mean - mean_phi
-    expected_square = log_variance_phi.exp() + shift.square()
-    by_mean = kl_weight * shift * precision + prior_weight * mean
-    by_log_variance = 0.5 * kl_weight * (1.0 - expected_square * precision)
-    by_log_variance = by_log_variance + prior_weight * (settings.prior_shape - 1.0 - settings.prior_rate * precision)
-    kl = (kl_divergence(mean_phi, log_variance_phi, mean, log_variance) * mask).sum()
-    prior = (negative_log_prior(mean, log_variance, settings) * mask).expand_as(shift).sum()
+    found = divergence(mean_phi, log_variance_phi, mean, log_variance)
+    by_mean = kl_weight * found.by_mean_p + prior_weight * mean
+    by_log_variance = settings.prior_shape - 1.0 - settings.prior_rate * found.precision_p
+    by_log_variance = kl_weight * found.by_log_variance_p + prior_weight * by_log_variance
+    kl = (found.kl * mask).sum()
+    prior = (negative_log_prior(mean, log_variance, settings, found.precision_p) * mask).expand_as(found.kl).sum()
     return by_mean * mask, by_log_variance * mask, kl, prior
 
 
