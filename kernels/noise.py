@@ -4,8 +4,8 @@ The same (seed, layer, step, group, row, column) gives the same normal in the fo
 activation checkpointing, on every device and for every block size. Nothing is stored and nothing is advanced.
 
 Source of the generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. With seven rounds it
-passes TestU01's BigCrush (their table 2); ten, the usual number, are a margin, at three more instructions a normal where
-the kernels make one of sixteen.
+passes TestU01's BigCrush (their table 2); ten, the usual number, are a margin, at three more instructions a normal that
+the kernels make with sixteen.
 """
 
 from __future__ import annotations
