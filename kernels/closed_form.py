@@ -84,7 +84,7 @@ def draw(
         left = phi.left.new_empty(len(noise), (4 if theta_left else 2) * rank)
         gradient = Products(left, torch.zeros_like(phi.right))
         weighed = phi.left if counted is None else phi.left * counted.unsqueeze(-1)
-    sums = []
+    sums = [] if theta is None else [noise.new_zeros(2)]  # also of no rows at all
     for rows in chunks(*noise.shape):
         mean, log_variance = _statistics(phi, rows, settings)
         change = noise_change(log_variance, noise[rows])

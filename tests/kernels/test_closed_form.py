@@ -147,6 +147,13 @@ def test_what_is_kept(pair):
         assert dense < living.bytes < dense + 4 * 16 * (64 + 80 + 96)
 
 
+def test_no_tokens(pair):
+    harness, _ = pair
+    inputs = harness.inputs(tokens=0, inputs=8, outputs=8)
+    found, right = (one.run(inputs, "torch", None, harness.upstream(inputs), INNER) for one in pair)
+    torch.testing.assert_close(found, right)
+
+
 def test_no_second_derivative(pair):
     harness, _ = pair
     inputs = harness.inputs(tokens=5, inputs=8, outputs=8)
