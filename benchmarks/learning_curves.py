@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for posterior in arguments.posterior for row in compare(config, posterior, arguments.episodes)]
     print(table(rows))
     if arguments.output:
-        facts = {**provenance(), "interpreter": interpreted(), "config": arguments.config or TINY, "rows": rows}
+        made_of = arguments.config or TINY.replace(f"{ROOT}/", "")  # rows name no folder of a machine
+        facts = {**provenance(), "interpreter": interpreted(), "config": made_of, "rows": rows}
         arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 
