@@ -101,13 +101,17 @@ def _forward(
     a, b, _ = factors_of(factors)
     columns, outputs, inputs = Columns.of_weights(a), factors[1].shape[-2], x.shape[-1]
     dtype = _scratch_dtype(x.dtype)
-    ys, sums = [], []
+    y, sums = None, []
     for band in bands(outputs, inputs, dtype.itemsize):
         change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
         of_band = Rows.of_weights(_of_band(b, band, outputs))
         sums.append(launch.sample(of_band, columns, change, None, scalars, tickets, False, with_sums, None, band.start))
-        ys.append(_product(x, change.squeeze(0).mT))
-    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), sums
+        if band == slice(0, outputs):
+            return _product(x, change.squeeze(0).mT), sums
+        if y is None:
+            y = x.new_empty(x.shape[0], outputs)
+        y[:, band] = _product(x, change.squeeze(0).mT)
+    return y, sums
 
 
 def _total(sums: list[Sums | None]) -> Sums | None:
@@ -181,12 +185,14 @@ def _backward(
     dx = da = None
     for band in bands(outputs, inputs, dtype.itemsize):
         whole = band == slice(0, outputs)
-        rows, change = Rows.of_weights(_of_band(b, band, outputs)), None
+        change = of_change = None  # the band before is freed first: `scratch_bytes` is what two tensors take
+        rows = Rows.of_weights(_of_band(b, band, outputs))
         dy_band = dy if whole or dy is None else dy[:, band]
         if need_x:
             change = torch.empty(1, band.stop - band.start, inputs, dtype=dtype, device=x.device)
         if need_phi or need_theta:
-            of_change = None if dy is None else _change_gradient(dy_band, x, dtype).unsqueeze(0)
+            if dy is not None:
+                of_change = _change_gradient(dy_band, x, dtype).unsqueeze(0)
             found = launch.adjoint(
                 rows, columns, inputs, of_change, dkl, dprior, None, scalars, tickets, wanted,
                 db if whole else db[:, :, band], x.dtype == torch.float32, change, band.start,
