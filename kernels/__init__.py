@@ -4,6 +4,7 @@ Imports torch (and triton) only; knows nothing of the rest of `abmll`.
 """
 
 from abmll.kernels.backends import Backend, Posterior, assume_gpu, on_gpu, resolve
+from abmll.kernels.groups import Groups
 from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
 from abmll.kernels.projection import mean_linear, posterior_projection, theta_gradient
 from abmll.kernels.reference import (
@@ -19,6 +20,7 @@ __all__ = [
     "Backend",
     "FrozenLinear",
     "GaussianFactors",
+    "Groups",
     "LowRank",
     "NoiseKey",
     "Posterior",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from abmll.kernels.backends import Posterior
+from abmll.kernels.groups import Groups
 from abmll.kernels.noise import check_noise_size
 from abmll.kernels.reference import GaussianFactors
 
@@ -46,16 +47,38 @@ def check_projection(
     mask: Tensor | None,
     names: Tensor | None,
     factors: tuple[Tensor, ...],
+    ragged: bool = False,
 ) -> None:
-    """ValueError where the arguments of a projection do not fit. `names`: rows of noise keys, if they are given."""
-    _once(_check_projection, posterior, terms, x, weight, bias, product, mask, names, *factors)
+    """ValueError where the arguments of a projection do not fit. `names`: rows of noise keys, if they are given.
+
+    `ragged`: the groups' rows are told apart by `Groups`, and not by x's first dimension.
+    """
+    _once(_check_projection, posterior, (terms, ragged), x, weight, bias, product, mask, names, *factors)
+
+
+def check_groups(groups: Groups | None, x: Tensor, factors: tuple[Tensor, ...]) -> None:
+    """ValueError where groups do not fit x [..., K] and the first of phi's factors. Not remembered: sizes vary."""
+    if groups is None:
+        return
+    number = factors[0].shape[0] if factors[0].dim() == 3 else 1
+    rows = x.shape[:-1].numel()
+    if len(groups) != number or groups.total != rows:
+        raise ValueError(
+            f"groups: {len(groups)} of {groups.total} rows: x has {rows} rows and phi's factors {number} groups; make "
+            "them by Groups.of"
+        )
 
 
 def check_theta_gradient(
-    posterior: Posterior, x: Tensor | None, mask: Tensor | None, dtype: torch.dtype, factors: tuple[Tensor, ...]
+    posterior: Posterior,
+    x: Tensor | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    factors: tuple[Tensor, ...],
+    ragged: bool = False,
 ) -> None:
     """ValueError where the arguments of theta's gradient do not fit; the factors must be in `dtype`."""
-    _once(_check_theta_gradient, posterior, dtype, x, mask, *factors)
+    _once(_check_theta_gradient, posterior, (dtype, ragged), x, mask, *factors)
 
 
 def factors_of(phi: GaussianFactors, theta: GaussianFactors) -> tuple[Tensor, ...]:
@@ -81,14 +104,15 @@ def _named(kinds: tuple) -> list[Kind | None]:
     return [None if kind is None else Kind(*kind) for kind in kinds]
 
 
-def _check_projection(posterior: Posterior, terms: Terms, kinds: tuple) -> None:
+def _check_projection(posterior: Posterior, how: tuple[Terms, bool], kinds: tuple) -> None:
+    terms, ragged = how
     x, weight, bias, product, mask, names, *factors = _named(kinds)
     _check_choice("posterior", posterior, Posterior)
     _check_choice("terms", terms, Terms)
     rows, columns = (factors[1].shape[-2], factors[0].shape[-1]) if weight is None else weight.shape
     if weight is None:
         _check_product(x, product, rows)
-    _check_input(x, columns, factors, mask)
+    _check_input(x, columns, factors, mask, ragged)
     if weight is not None:
         _check_layer(x, weight, bias)
     _check_factors(factors, rows, columns, torch.promote_types(x.dtype, torch.float32))
@@ -98,12 +122,13 @@ def _check_projection(posterior: Posterior, terms: Terms, kinds: tuple) -> None:
     check_noise_size(*((x.shape[:-1].numel() // groups, rows) if posterior == "activation" else (rows, columns)))
 
 
-def _check_theta_gradient(posterior: Posterior, dtype: torch.dtype, kinds: tuple) -> None:
+def _check_theta_gradient(posterior: Posterior, how: tuple[torch.dtype, bool], kinds: tuple) -> None:
+    dtype, ragged = how
     x, mask, *factors = _named(kinds)
     _check_choice("posterior", posterior, Posterior)
     rows, columns = factors[1].shape[-2], factors[0].shape[-1]
     if posterior == "activation":
-        _check_input(x, columns, factors, mask)
+        _check_input(x, columns, factors, mask, ragged)
     _check_factors(factors, rows, columns, dtype)
 
 
@@ -131,14 +156,17 @@ def _check_layer(x: Kind, weight: Kind, bias: Kind | None) -> None:
         raise ValueError(f"bias: {bias.dtype} {tuple(bias.shape)}: must be {expected}, as the weight is")
 
 
-def _check_input(x: Kind | None, columns: int, factors: list[Kind], mask: Kind | None) -> None:
+def _check_input(x: Kind | None, columns: int, factors: list[Kind], mask: Kind | None, ragged: bool) -> None:
     if x is None:
         raise ValueError("x: None: the activation posterior's divergence depends on the layer's input")
     if len(x.shape) < 2 or x.shape[-1] != columns:
         raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
     groups = factors[0].shape[:-2]
-    if groups and (len(groups) > 1 or len(x.shape) < 3 or x.shape[0] != groups[0]):
-        raise ValueError(f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups")
+    if groups and not ragged and (len(groups) > 1 or len(x.shape) < 3 or x.shape[0] != groups[0]):
+        raise ValueError(
+            f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups; or say "
+            "by `groups` which rows are whose"
+        )
     if 0 in groups or columns == 0:
         raise ValueError(f"x: shape {tuple(x.shape)}: at least one group and one column")
     if mask is not None and mask.shape != x.shape[:-1]:

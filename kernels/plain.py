@@ -6,12 +6,13 @@ keeps x in its own dtype and numbers of the rank's size; the base product W0 x, 
 made outside and never again. What is dense is made a band at a time: of tokens, or of the weight matrix's rows. On a
 CPU, where the noise alone costs more than the base product, `closed_form` keeps one dense tensor and no graph.
 
-Shapes as in `reference`, with a group dimension throughout: x [G, T, K], y0 [G, T, N], mask [G, T].
+Shapes as in `reference`, x [T, K], y0 [T, N], mask [T]: the rows of phi's groups one after another, `sizes` of each,
+and each group calculated on its own. Phi without a group dimension is one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,14 +51,25 @@ def _recomputed(function: Callable, x: Tensor, *arguments):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def mean_projection(x: Tensor, y0: Tensor, mean: LowRank, scaling: float) -> Tensor:
+def mean_projection(x: Tensor, y0: Tensor, mean: LowRank, scaling: float, sizes: Sequence[int]) -> Tensor:
     """y0 + s B A x in x's dtype: `reference.mean_linear`, bit for bit."""
+    own = [mean] if mean.a.dim() == 2 else [LowRank(*pair) for pair in zip(*(_each(f) for f in mean), strict=True)]
+    changes = [_mean_change(part, pair, scaling) for part, pair in zip(_split(x, sizes), own, strict=True)]
+    return add_change(y0, changes[0] if len(changes) == 1 else torch.cat(changes))
+
+
+def _each(factor: Tensor) -> Sequence[Tensor]:
+    """Each group's factor; of one group a view whose derivative is a view as well."""
+    return [factor.squeeze(0)] if len(factor) == 1 else factor.unbind()
+
+
+def _mean_change(x: Tensor, mean: LowRank, scaling: float) -> Tensor:
     if x.dtype == compute_dtype(x):  # x is kept as it is
-        return add_change(y0, low_rank_product(x, mean, scaling))
-    return add_change(y0, _recomputed(_mean_change, x, *mean, scaling))
+        return low_rank_product(x, mean, scaling)
+    return _recomputed(_wide_mean_change, x, *mean, scaling)
 
 
-def _mean_change(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _wide_mean_change(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return low_rank_product(x.to(compute_dtype(x)), LowRank(a, b), scaling)
 
 
@@ -70,31 +82,43 @@ def activation_projection(
     key: NoiseKey | Tensor,
     layer: int,
     mask: Tensor | None,
+    sizes: Sequence[int],
 ) -> Projection:
-    """`reference.activation_linear` with the noise named by (key, layer), bit for bit where one band holds all tokens.
+    """`reference.activation_linear` with the noise named by (key, layer), bit for bit where one band holds a group's
+    tokens.
 
     On a GPU a band of tokens at a time; the sums of KL and -log prior are then taken band by band. On a CPU with
     `closed_form`, which rounds elsewhere.
     """
-    if _in_closed_form(x, theta):
-        masks = [None] * len(x) if mask is None else mask.unbind()
-        found = []
-        for group, (own_x, own_y0, counted) in enumerate(zip(_unbound(x), _unbound(y0), masks, strict=True)):
-            own = _own(phi, group)
+    on_cpu, found = _in_closed_form(x, theta), []
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes)
+    of_groups = zip(_split(x, sizes), _split(y0, sizes), phi.of_groups(), masks, strict=True)
+    for group, (own_x, own_y0, own, counted) in enumerate(of_groups):
+        if on_cpu:
             noise = standard_normal(len(own_x), own.mean.b.shape[0], key, layer, group, x.device)
-            arguments = (own_x, own_y0, own, theta, settings, noise, counted)
-            found.append(closed_form.activation_projection(*arguments))
-        return _together([one._replace(y=one.y.unsqueeze(0)) for one in found], dim=0)
-    sizes = _token_bands(x, phi.mean.b.shape[-2]) if on_gpu(x) else [x.shape[1]]
-    masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
+            found.append(closed_form.activation_projection(own_x, own_y0, own, theta, settings, noise, counted))
+        else:
+            found.append(_in_bands(own_x, own_y0, own, theta, (settings, key, layer, group), counted))
+    return _side_by_side(found, phi)
+
+
+def _in_bands(
+    x: Tensor,
+    y0: Tensor,
+    phi: GaussianFactors,
+    theta: GaussianFactors | None,
+    names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int],
+    mask: Tensor | None,
+) -> Projection:
+    """One group's projection, a band of tokens at a time."""
+    sizes = _token_bands(x, phi.mean.b.shape[0]) if on_gpu(x) else [len(x)]
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes)
     found, first_row = [], 0
-    # split and not sliced: a slice's derivative would be a tensor of the whole size for each band
     for part, base, counted in zip(_split(x, sizes), _split(y0, sizes), masks, strict=True):
-        names = (settings, key, layer, first_row)
-        change, *terms = _recomputed(_activation_change, part, counted, names, *_flat(phi), *_flat(theta))
+        change, *terms = _recomputed(_activation_change, part, counted, (*names, first_row), *_flat(phi), *_flat(theta))
         found.append(Projection(add_change(base, change), *terms))
-        first_row += part.shape[1]
-    return _together(found, dim=1)
+        first_row += len(part)
+    return _together(found, dim=0)
 
 
 def _in_closed_form(x: Tensor, theta: GaussianFactors | None) -> bool:
@@ -104,13 +128,16 @@ def _in_closed_form(x: Tensor, theta: GaussianFactors | None) -> bool:
     return theta is None or not (torch.is_grad_enabled() and any(factor.requires_grad for factor in _flat(theta)))
 
 
-def _unbound(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A tensor for each group; of one group a view whose derivative is a view as well."""
-    return (tensor.squeeze(0),) if len(tensor) == 1 else tensor.unbind()
+def _side_by_side(groups: list[Projection], phi: GaussianFactors) -> Projection:
+    """The projection of all groups, y's one below the other, with a KL and a -log prior of each."""
+    if not phi.grouped():
+        return groups[0]
+    sums = [None if groups[0].kl is None else torch.stack([own[term] for own in groups]) for term in (1, 2)]
+    return Projection(groups[0].y if len(groups) == 1 else torch.cat([own.y for own in groups]), *sums)
 
 
 def _together(parts: list[Projection], dim: int) -> Projection:
-    """One projection of several, whose y stand side by side in `dim`."""
+    """One group's projection of several parts, whose y stand side by side in `dim`."""
     if len(parts) == 1:
         return parts[0]
     sums = [None, None] if parts[0].kl is None else [torch.stack([one[term] for one in parts]).sum() for term in (1, 2)]
@@ -118,21 +145,20 @@ def _together(parts: list[Projection], dim: int) -> Projection:
 
 
 def _token_bands(x: Tensor, outputs: int) -> list[int]:
-    """Sizes of bands of x's tokens [G, T, K] whose change [G, band, N] fits the scratch memory."""
-    return [band.stop - band.start for band in bands(x.shape[1], x.shape[0] * outputs, BAND_BYTES)] or [0]
+    """Sizes of bands of x's tokens [T, K] whose change [band, N] fits the scratch memory."""
+    return [band.stop - band.start for band in bands(len(x), outputs, BAND_BYTES)] or [0]
 
 
-def _split(tensor: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return (tensor,) if len(sizes) == 1 else tensor.split(sizes, dim=1)
+def _split(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Stretches of rows. Split and not sliced: a slice's derivative would be a tensor of the whole size for each."""
+    return (tensor,) if len(sizes) == 1 else tensor.split(list(sizes))
 
 
 def _activation_change(
-    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int], *factors: Tensor
+    x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int, int], *factors: Tensor
 ) -> Sample:
-    (settings, key, layer, first_row), (phi, theta) = names, _paired(factors)
-    size = (x.shape[1], phi.mean.b.shape[-2])
-    noise = [standard_normal(*size, key, layer, group, x.device, first_row) for group in range(x.shape[0])]
-    noise = noise[0].unsqueeze(0) if len(noise) == 1 else torch.stack(noise)
+    (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
+    noise = standard_normal(len(x), phi.mean.b.shape[0], key, layer, group, x.device, first_row)
     return reference.activation_sample(x, phi, theta, settings, noise, mask)
 
 
@@ -144,39 +170,37 @@ def weight_projection(
     settings: PosteriorSettings,
     key: NoiseKey | Tensor,
     layer: int,
+    sizes: Sequence[int],
 ) -> Projection:
     """`reference.weight_linear` with the noise named by (key, layer), a band of rows of the change at a time.
 
-    One group after the other. The sums of KL and -log prior are taken band by band: another order than the reference's.
-    On a CPU with `closed_form`.
+    The sums of KL and -log prior are taken band by band: another order than the reference's. On a CPU with
+    `closed_form`.
     """
-    if _in_closed_form(x, theta):
-        found = []
-        for group, (own_x, own_y0) in enumerate(zip(_unbound(x), _unbound(y0), strict=True)):
-            of_bands = []
-            for band, own, other in _row_bands(phi, theta, group):
-                noise = standard_normal(len(own.mean.b), x.shape[-1], key, layer, group, x.device, band.start)
-                base = own_y0 if len(own.mean.b) == own_y0.shape[-1] else own_y0[:, band]
-                of_bands.append(closed_form.weight_projection(own_x, base, own, other, settings, noise))
-            found.append(_together(of_bands, dim=-1))
-        return _together([one._replace(y=one.y.unsqueeze(0)) for one in found], dim=0)
-    changes, sums = [], []
-    for group in range(x.shape[0]):
-        found = []
-        for band, own, other in _row_bands(phi, theta, group):
-            names = (settings, key, layer, group, band.start)
-            found.append(_recomputed(_weight_change, x[group], names, *_flat(own), *_flat(other)))
-        changes.append(torch.cat([sample.change for sample in found], dim=-1))
-        sums += [torch.stack(sample[1:]) for sample in found if sample.kl is not None]
-    y = add_change(y0, torch.stack(changes))
-    return Projection(y, *(torch.stack(sums).sum(dim=0).unbind() if sums else (None, None)))
+    on_cpu, found = _in_closed_form(x, theta), []
+    for group, (own_x, own_y0, own) in enumerate(
+        zip(_split(x, sizes), _split(y0, sizes), phi.of_groups(), strict=True)
+    ):
+        of_bands = []
+        for band, rows, other in _row_bands(own, theta):
+            size = len(rows.mean.b)
+            if on_cpu:
+                noise = standard_normal(size, x.shape[-1], key, layer, group, x.device, band.start)
+                base = own_y0 if size == y0.shape[-1] else own_y0[:, band]
+                of_bands.append(closed_form.weight_projection(own_x, base, rows, other, settings, noise))
+            else:
+                names = (settings, key, layer, group, band.start)
+                of_bands.append(Projection(*_recomputed(_weight_change, own_x, names, *_flat(rows), *_flat(other))))
+        projection = _together(of_bands, dim=-1)
+        found.append(projection if on_cpu else projection._replace(y=add_change(own_y0, projection.y)))
+    return _side_by_side(found, phi)
 
 
 def _weight_change(
     x: Tensor, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int, int], *factors: Tensor
 ) -> Sample:
     (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
-    noise = standard_normal(phi.mean.b.shape[-2], x.shape[-1], key, layer, group, x.device, first_row)
+    noise = standard_normal(phi.mean.b.shape[0], x.shape[-1], key, layer, group, x.device, first_row)
     return reference.weight_sample(x, phi, theta, settings, noise)
 
 
@@ -188,15 +212,20 @@ def activation_theta_gradient(
     mask: Tensor | None,
     kl_weight: float,
     prior_weight: float,
+    sizes: Sequence[int],
 ) -> ThetaGradient:
-    """`reference.activation_theta_gradient`, a band of tokens at a time."""
-    found = []
-    sizes = _token_bands(x, theta.mean.b.shape[-2])
-    masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
-    for part, counted in zip(_split(x, sizes), masks, strict=True):
-        arguments = (part, phi, theta, settings, counted, kl_weight, prior_weight)
-        found.append(reference.activation_theta_gradient(*arguments))
-    return _joined(found)
+    """`reference.activation_theta_gradient` of each group, a band of tokens at a time."""
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes)
+    of_groups = []
+    for own_x, own, own_mask in zip(_split(x, sizes), phi.of_groups(), masks, strict=True):
+        bands = _token_bands(own_x, theta.mean.b.shape[0])
+        counted = [None] * len(bands) if own_mask is None else own_mask.split(bands)
+        found = [
+            reference.activation_theta_gradient(part, own, theta, settings, of_part, kl_weight, prior_weight)
+            for part, of_part in zip(_split(own_x, bands), counted, strict=True)
+        ]
+        of_groups.append(_joined(found))
+    return _stacked(of_groups, phi)
 
 
 def weight_theta_gradient(
@@ -206,21 +235,23 @@ def weight_theta_gradient(
     kl_weight: float,
     prior_weight: float,
 ) -> ThetaGradient:
-    """`reference.weight_theta_gradient`, a group and a band of rows at a time."""
+    """`reference.weight_theta_gradient` of each group, a band of rows at a time."""
     of_groups = []
-    for group in range(phi.mean.a.shape[0] if phi.mean.a.dim() == 3 else 1):
+    for own in phi.of_groups():
         found = [
-            reference.weight_theta_gradient(own, other, settings, kl_weight, prior_weight)
-            for _, own, other in _row_bands(phi, theta, group)
+            reference.weight_theta_gradient(rows, other, settings, kl_weight, prior_weight)
+            for _, rows, other in _row_bands(own, theta)
         ]
         of_groups.append(_joined(found, by_rows=True))
-    return _joined(of_groups)
+    return _stacked(of_groups, phi)
 
 
 def _joined(parts: list[ThetaGradient], by_rows: bool = False) -> ThetaGradient:
-    """The sum of all parts; `by_rows`: of parts that hold a band of b's rows each."""
+    """The sum of all parts of one group; `by_rows`: of parts that hold a band of b's rows each."""
+    if len(parts) == 1:
+        return parts[0]
 
-    def total(tensors: list[Tensor]) -> Tensor:
+    def total(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(tensors).sum(dim=0)
 
     pairs = []
@@ -230,17 +261,25 @@ def _joined(parts: list[ThetaGradient], by_rows: bool = False) -> ThetaGradient:
     return ThetaGradient(GaussianFactors(*pairs), *(total([part[term] for part in parts]) for term in (1, 2)))
 
 
+def _stacked(groups: list[ThetaGradient], phi: GaussianFactors) -> ThetaGradient:
+    """Each group's gradients and sums, [G, ...]."""
+    if not phi.grouped():
+        return groups[0]
+    factors = [torch.stack(own) for own in zip(*(_flat(group.gradient) for group in groups), strict=True)]
+    sums = (torch.stack([group[term] for group in groups]) for term in (1, 2))
+    return ThetaGradient(GaussianFactors.of_list(factors), *sums)
+
+
 def _row_bands(
-    phi: GaussianFactors, theta: GaussianFactors | None, group: int
+    phi: GaussianFactors, theta: GaussianFactors | None
 ) -> Iterator[tuple[slice, GaussianFactors, GaussianFactors | None]]:
     """Bands of output units, with one group's factors of phi and theta's."""
-    own = _own(phi, group)
-    for band in bands(own.mean.b.shape[0], own.mean.a.shape[1], BAND_BYTES):
-        yield band, own.of_rows(band), None if theta is None else theta.of_rows(band)
-
-
-def _own(phi: GaussianFactors, group: int) -> GaussianFactors:
-    return phi.of_group(group) if phi.mean.a.dim() == 3 else phi
+    outputs, inputs = phi.mean.b.shape[0], phi.mean.a.shape[1]
+    for band in bands(outputs, inputs, BAND_BYTES):
+        if band == slice(0, outputs):
+            yield band, phi, theta
+        else:
+            yield band, phi.of_rows(band), None if theta is None else theta.of_rows(band)
 
 
 def _flat(factors: GaussianFactors | None) -> list[Tensor]:
@@ -249,5 +288,4 @@ def _flat(factors: GaussianFactors | None) -> list[Tensor]:
 
 def _paired(factors: tuple[Tensor, ...]) -> tuple[GaussianFactors, GaussianFactors | None]:
     """What `_flat` made of phi's factors, then theta's."""
-    pairs = [LowRank(*factors[at : at + 2]) for at in range(0, len(factors), 2)]
-    return GaussianFactors(*pairs[:2]), GaussianFactors(*pairs[2:]) if pairs[2:] else None
+    return GaussianFactors.of_list(factors[:4]), GaussianFactors.of_list(factors[4:]) if factors[4:] else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -9,7 +11,8 @@ from torch.nn.functional import linear
 from abmll.kernels import plain
 from abmll.kernels.autocast import autocast_inputs, without_autocast
 from abmll.kernels.backends import Backend, Posterior, choose
-from abmll.kernels.checks import Terms, check_projection, check_theta_gradient, factors_of
+from abmll.kernels.checks import Terms, check_groups, check_projection, check_theta_gradient, factors_of
+from abmll.kernels.groups import Groups
 from abmll.kernels.noise import NoiseKey
 from abmll.kernels.reference import (
     FrozenLinear,
@@ -34,46 +37,53 @@ def posterior_projection(
     token_mask: Tensor | None = None,
     terms: Terms = "divergence",
     backend: Backend = "auto",
+    groups: Groups | None = None,
 ) -> Projection:
     """A sampled projection y [..., N] of x [..., K], and with terms="divergence" the sums of KL and -log prior.
 
     base: the frozen layer; or, where it has a product of its own (4-bit weights), that product y0 [..., N], in which
     the result is differentiable too: y's gradient is y0's, and x gets the low-rank part's alone from here. Factors as
     in `reference`, theta's without a group; token_mask as x without its last dimension, true where a token counts. With
-    phi factors [G, r, K] and [G, N, r], x is [G, ..., K] and every group (an episode beside others) has its own noise.
-    The noise is named by (key, layer, group) alone, so that a recomputed forward pass draws it again. key may be the
-    rows that `NoiseKey.rows` makes of one, or rows [G, 3] of several: that spares a copy to the device a call, and a
-    captured CUDA graph draws other noise where they are written over. Differentiable in x and all factors. Under
-    autocast x and base take its dtype (a copy of the weight, which the backward pass keeps), and the low-rank
-    arithmetic stays in fp32.
+    phi factors [G, r, K] and [G, N, r] every group (an episode beside others) has rows of x, noise and sums of its own:
+    `groups` says which rows, x of any shape [..., K]; without it x is [G, ..., K]. The noise
+    is named by (key, layer, group) and a row's place in its group alone, so that a recomputed forward pass draws it
+    again, and an episode draws the same beside others as alone. key may be the rows that `NoiseKey.rows` makes of one,
+    or rows [G, 3] of several: that spares a copy to the device a call, and a captured CUDA graph draws other noise
+    where they are written over. Differentiable in x and all factors. Under autocast x and base take its dtype (a copy
+    of the weight, which the backward pass keeps), and the low-rank arithmetic stays in fp32.
 
     Raises ValueError for shapes that do not fit each other, and where `backend` is triton and cannot run.
     """
     x, base = autocast_inputs(x, base)
     weight, bias, product = (None, None, base) if isinstance(base, Tensor) else (*base, None)
     factors, names = factors_of(phi, theta), key if isinstance(key, Tensor) else None
-    check_projection(posterior, terms, x, weight, bias, product, token_mask, names, factors)
+    check_projection(posterior, terms, x, weight, bias, product, token_mask, names, factors, groups is not None)
+    check_groups(groups, x, factors)
     with without_autocast(x.device.type):
         if choose(backend, posterior, x, factors[0].shape[-2]) == "torch":
             y0 = linear(x, weight, bias) if product is None else product
-            return _plain(posterior, x, y0, phi, theta, settings, key, layer, token_mask, terms)
+            return _plain(posterior, x, y0, phi, theta, settings, key, layer, token_mask, terms, groups)
         if torch.is_grad_enabled():
             _check_frozen(weight, bias)
         if names is None:
             names = key.rows(factors[0].shape[0] if factors[0].dim() == 3 else 1, x.device)
         layer_and_mask = (x, weight, bias, product, token_mask)
-        return _fused(posterior, layer_and_mask, factors, settings, names, layer, terms)
+        return _fused(posterior, layer_and_mask, factors, settings, names, layer, terms, groups)
 
 
-def mean_linear(x: Tensor, base: FrozenLinear | Tensor, mean: LowRank, scaling: float) -> Tensor:
+def mean_linear(
+    x: Tensor, base: FrozenLinear | Tensor, mean: LowRank, scaling: float, groups: Groups | None = None
+) -> Tensor:
     """The posterior mean's output W0 x + bias + s B A x [..., N] of x [..., K]: also a plain LoRA layer.
 
-    mean: a [r, K], b [N, r], or [G, r, K] and [G, N, r] with x [G, ..., K]. Base and autocast as in
-    `posterior_projection`.
+    mean: a [r, K], b [N, r], or [G, r, K] and [G, N, r]. Base, groups and autocast as in `posterior_projection`.
     """
     x, base = autocast_inputs(x, base)
+    check_groups(groups, x, mean)
     with without_autocast(x.device.type):
-        return plain.mean_projection(x, base if isinstance(base, Tensor) else linear(x, *base), mean, scaling)
+        y0 = base if isinstance(base, Tensor) else linear(x, *base)
+        rows, sizes = _rows(x, mean.a, groups)
+        return plain.mean_projection(rows, y0.reshape(-1, y0.shape[-1]), mean, scaling, sizes).view(y0.shape)
 
 
 def theta_gradient(
@@ -87,8 +97,11 @@ def theta_gradient(
     token_mask: Tensor | None = None,
     projection: Projection | None = None,
     backend: Backend = "auto",
+    groups: Groups | None = None,
 ) -> ThetaGradient:
     """Theta's whole gradient under `meta_gradient: kl`, from the layer's input and its factors, without a graph.
+
+    Where phi has groups, each has a gradient of its own. `groups` as in `posterior_projection`.
 
     `projection` of the same x and factors with terms="theta" saves a pass over x. The weight posterior's divergence
     does not depend on x: it may be None there, and no forward pass is needed.
@@ -96,15 +109,20 @@ def theta_gradient(
     factors, factor = factors_of(phi, theta), phi.mean.a
     if x is not None and posterior == "activation":
         x, _ = autocast_inputs(x, x)  # as the projection saw it
-    check_theta_gradient(posterior, x, token_mask, factor.dtype if x is None else compute_dtype(x), factors)
+    dtype = factor.dtype if x is None else compute_dtype(x)
+    check_theta_gradient(posterior, x, token_mask, dtype, factors, groups is not None)
+    if posterior == "activation":
+        check_groups(groups, x, factors)
     with torch.no_grad(), without_autocast(factor.device.type):
         where = x if posterior == "activation" else factor
         if choose(backend, posterior, where, factor.shape[-2]) == "triton":
-            return _fused_theta(posterior, x, factors, settings, (kl_weight, prior_weight), token_mask, projection)
+            weights = (kl_weight, prior_weight)
+            return _fused_theta(posterior, x, factors, settings, weights, token_mask, projection, groups)
         if posterior == "weight":
             return plain.weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
-        x, mask = _grouped(x, phi, token_mask)
-        return plain.activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight)
+        x, sizes = _rows(x, factor, groups)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        return plain.activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight, sizes)
 
 
 def _plain(
@@ -118,14 +136,15 @@ def _plain(
     layer: int,
     token_mask: Tensor | None,
     terms: Terms,
+    groups: Groups | None,
 ) -> Projection:
-    grouped, mask = _grouped(x, phi, token_mask)
+    rows, sizes = _rows(x, phi.mean.a, groups)
     compared = theta if terms == "divergence" else None
-    arguments = (grouped, y0.reshape(*grouped.shape[:-1], y0.shape[-1]), phi, compared, settings, key, layer)
+    arguments = (rows, y0.reshape(-1, y0.shape[-1]), phi, compared, settings, key, layer)
     if posterior == "activation":
-        found = plain.activation_projection(*arguments, mask)
+        found = plain.activation_projection(*arguments, None if token_mask is None else token_mask.reshape(-1), sizes)
     else:
-        found = plain.weight_projection(*arguments)
+        found = plain.weight_projection(*arguments, sizes)
     return found._replace(y=found.y.view(y0.shape))
 
 
@@ -137,6 +156,7 @@ def _fused(
     names: Tensor,
     layer: int,
     terms: Terms,
+    groups: Groups | None,
 ) -> Projection:
     with_sums, low_rank = terms == "divergence", None
     if posterior == "activation":
@@ -160,6 +180,7 @@ def _fused_theta(
     weights: tuple[float, float],
     mask: Tensor | None,
     projection: Projection | None,
+    groups: Groups | None,
 ) -> ThetaGradient:
     if posterior == "activation":
         from abmll.kernels.fused.activation import activation_project, activation_theta_gradient
@@ -181,9 +202,7 @@ def _check_frozen(weight: Tensor | None, bias: Tensor | None) -> None:
         raise ValueError("weight, bias: require a gradient: the base layer is frozen here; call requires_grad_(False)")
 
 
-def _grouped(x: Tensor, phi: GaussianFactors, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x as [G, T, K] and the mask as [G, T]; G is 1 for factors without a group."""
-    groups = phi.mean.a.shape[0] if phi.mean.a.dim() == 3 else 1
-    tokens = x.shape[:-1].numel() // max(groups, 1)
-    x = x.reshape(groups, tokens, x.shape[-1])
-    return x, None if token_mask is None else token_mask.reshape(groups, tokens)
+def _rows(x: Tensor, factor: Tensor, groups: Groups | None) -> tuple[Tensor, Sequence[int]]:
+    """x as [T, K], and the rows of each of the groups that the factor has."""
+    rows, number = x.reshape(-1, x.shape[-1]), factor.shape[0] if factor.dim() == 3 else 1
+    return rows, groups.sizes if groups is not None else (len(rows) // number,) * number

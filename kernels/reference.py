@@ -2,7 +2,9 @@
 
 Fast versions are held to these functions. Low-rank arithmetic is done in fp32, or in fp64 for fp64 inputs; only the
 frozen product W0 x runs in the model's own dtype. A leading group dimension G (several episodes side by side) is
-plain broadcasting: x [G, T, K] with phi factors [G, r, K] and [G, N, r] works as x [T, K] does.
+plain broadcasting: x [G, T, K] with phi factors [G, r, K] and [G, N, r] works as x [T, K] does, and each group has sums
+and gradients of its own, as in a call of its own: a NaN in one does not reach the others. Groups of unequal size are
+calls of their own.
 
 Source of the formulas: Zhang, Snell and Griffiths, "Amortized Bayesian meta-learning for low-rank adaptation of large
 language models", section 4; the Gamma prior follows Ravi and Beatson, "Amortized Bayesian meta-learning", ICLR 2019.
@@ -10,6 +12,7 @@ language models", section 4; the Gamma prior follows Ravi and Beatson, "Amortize
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,13 +33,28 @@ class GaussianFactors(NamedTuple):
     mean: LowRank
     log_variance: LowRank
 
-    def of_group(self, group: int) -> GaussianFactors:
-        """The factors of one group."""
-        return GaussianFactors(*(LowRank(*(factor[group] for factor in pair)) for pair in self))
-
     def of_rows(self, band: slice) -> GaussianFactors:
         """The factors of a band of output units."""
         return GaussianFactors(*(LowRank(pair.a, pair.b[..., band, :]) for pair in self))
+
+    def grouped(self) -> bool:
+        """Whether the factors have a group dimension."""
+        return self.mean.a.dim() == 3
+
+    def of_groups(self) -> list[GaussianFactors]:
+        """Each group's factors. Of one group a view whose derivative is a view as well."""
+        if not self.grouped():
+            return [self]
+        factors = [factor for pair in self for factor in pair]
+        if len(self.mean.a) == 1:
+            return [GaussianFactors.of_list([factor.squeeze(0) for factor in factors])]
+        return [GaussianFactors.of_list(own) for own in zip(*(factor.unbind() for factor in factors), strict=True)]
+
+    @classmethod
+    def of_list(cls, factors: Sequence[Tensor]) -> GaussianFactors:
+        """From mean a, b, log-variance a, b."""
+        mean_a, mean_b, log_variance_a, log_variance_b = factors
+        return cls(LowRank(mean_a, mean_b), LowRank(log_variance_a, log_variance_b))
 
     def expand(self, groups: int) -> GaussianFactors:
         """The same factors for every one of G groups: views [G, r, K] and [G, N, r]."""
@@ -60,7 +78,8 @@ class PosteriorSettings(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A sampled projection y [..., T, N] and what its posterior adds to the objective: scalars, in nats.
+    """A sampled projection y [..., T, N] and what its posterior adds to the objective, in nats: a number, or one for
+    each group [G] where phi has groups.
 
     `kl` and `negative_log_prior` are None where they were not asked for. `low_rank` [G, T, 4r] holds A x of all pairs
     where a fast version keeps them for theta's gradient; it is nobody else's business.
@@ -185,7 +204,12 @@ def activation_sample(
     prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision)
     if token_mask is not None:
         kl, prior = kl * token_mask.unsqueeze(-1), prior * token_mask.unsqueeze(-1)
-    return Sample(change, kl.sum(), prior.sum())
+    return Sample(change, _total(kl, phi), _total(prior, phi))
+
+
+def _total(terms: Tensor, phi: GaussianFactors) -> Tensor:
+    """The sum over all, or over each group's own [G]."""
+    return terms.flatten(1).sum(dim=1) if phi.grouped() else terms.sum()
 
 
 def weight_sample(
@@ -200,7 +224,7 @@ def weight_sample(
     mean_theta, log_variance_theta = _weight_statistics(theta, settings)
     kl, *_, precision = divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
     prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision).expand_as(kl)
-    return Sample(change, kl.sum(), prior.sum())
+    return Sample(change, _total(kl, phi), _total(prior, phi))
 
 
 def activation_linear(
@@ -217,7 +241,7 @@ def activation_linear(
 
     x [..., T, K]; weight [N, K]; noise [..., T, N]; token_mask [..., T], true where a token counts (None: all).
     Returns y [..., T, N] in x's dtype; KL and -log prior are summed over counted tokens and output units (None without
-    theta).
+    theta), each group's own.
     """
     base = linear(x, weight, bias)
     change, *terms = activation_sample(x, phi, theta, settings, noise, token_mask)
@@ -237,7 +261,7 @@ def weight_linear(
 
     x [..., T, K]; weight [N, K]; noise [..., N, K], shared by all tokens. W0 x and the sampled change are multiplied
     separately: a change of 1e-5 added to 16-bit weights would be lost. Returns y [..., T, N] in x's dtype; KL and
-    -log prior are summed over all N x K weights and phi's groups, each with its own prior term (None without theta).
+    -log prior are summed over all N x K weights (None without theta), each group's own.
     """
     base = linear(x, weight, bias)
     change, *terms = weight_sample(x, phi, theta, settings, noise)
@@ -245,7 +269,10 @@ def weight_linear(
 
 
 class ThetaGradient(NamedTuple):
-    """Local gradient of kl_weight * KL + prior_weight * (-log prior) at theta, and the two unweighted sums."""
+    """Local gradient of kl_weight * KL + prior_weight * (-log prior) at theta, and the two unweighted sums.
+
+    Where phi has groups each has a gradient of its own, [G, r, K] and [G, N, r], and sums [G].
+    """
 
     gradient: GaussianFactors
     kl: Tensor
@@ -272,11 +299,12 @@ def activation_theta_gradient(
     by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
         mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, mask
     )
+    groups = phi.grouped()
     gradient = GaussianFactors(
-        _factor_gradient(inputs, theta.mean, by_mean, settings.scaling),
-        _factor_gradient(inputs, theta.log_variance, by_log_variance, settings.scaling),
+        _factor_gradient(inputs, theta.mean, by_mean, settings.scaling, groups),
+        _factor_gradient(inputs, theta.log_variance, by_log_variance, settings.scaling, groups),
     )
-    return ThetaGradient(gradient, kl, prior)
+    return ThetaGradient(gradient, _total(kl, phi), _total(prior, phi))
 
 
 def weight_theta_gradient(
@@ -286,10 +314,7 @@ def weight_theta_gradient(
     kl_weight: float,
     prior_weight: float,
 ) -> ThetaGradient:
-    """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone.
-
-    The sum over phi's groups, each with its own prior term, as G calls with one group would give.
-    """
+    """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone."""
     mean_phi, log_variance_phi = _weight_statistics(phi, settings)
     mean, log_variance = _weight_statistics(theta, settings)
     by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
@@ -297,11 +322,10 @@ def weight_theta_gradient(
     )
 
     def factors(pair: LowRank, gradient: Tensor) -> LowRank:
-        gradient = gradient.reshape(-1, *gradient.shape[-2:]).sum(dim=0)
         return LowRank(settings.scaling * pair.b.mT @ gradient, settings.scaling * gradient @ pair.a.mT)
 
     gradient = GaussianFactors(factors(theta.mean, by_mean), factors(theta.log_variance, by_log_variance))
-    return ThetaGradient(gradient, kl, prior)
+    return ThetaGradient(gradient, _total(kl, phi), _total(prior, phi))
 
 
 def _elementwise_theta_gradient(
@@ -314,17 +338,17 @@ def _elementwise_theta_gradient(
     prior_weight: float,
     mask: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by theta's means and log-variances, and the masked sums of KL and -log prior."""
+    """Gradients by theta's means and log-variances, and the masked KL and -log prior, all elementwise."""
     found = divergence(mean_phi, log_variance_phi, mean, log_variance)
     by_mean = kl_weight * found.by_mean_p + prior_weight * mean
     by_log_variance = settings.prior_shape - 1.0 - settings.prior_rate * found.precision_p
     by_log_variance = kl_weight * found.by_log_variance_p + prior_weight * by_log_variance
-    kl = (found.kl * mask).sum()
-    prior = (negative_log_prior(mean, log_variance, settings, found.precision_p) * mask).expand_as(found.kl).sum()
-    return by_mean * mask, by_log_variance * mask, kl, prior
+    prior = (negative_log_prior(mean, log_variance, settings, found.precision_p) * mask).expand_as(found.kl)
+    return by_mean * mask, by_log_variance * mask, found.kl * mask, prior
 
 
-def _factor_gradient(x: Tensor, pair: LowRank, gradient: Tensor, scaling: float) -> LowRank:
-    """Gradients of the factors of s B (A x), given the product's gradient [..., T, N]; leading dimensions summed."""
-    x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+def _factor_gradient(x: Tensor, pair: LowRank, gradient: Tensor, scaling: float, groups: bool) -> LowRank:
+    """Gradients of the factors of s B (A x), given the product's gradient [..., T, N], summed over all but groups."""
+    first = 1 if groups else 0
+    x, gradient = x.flatten(first, -2), gradient.flatten(first, -2)
     return LowRank(scaling * (gradient @ pair.b).mT @ x, scaling * gradient.mT @ (x @ pair.a.mT))
