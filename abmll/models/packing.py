@@ -127,10 +127,34 @@ _WAYS: dict[str, Callable] = {"fa2": _by_flash_attn, "torch": _by_torch, "prompt
 
 
 def register(way: str, attend: Callable | None = None) -> str:
-    """Transformers' name of a way, made known to it; `attend` replaces the function (for counting memory)."""
-    name = PREFIX + way
-    ALL_ATTENTION_FUNCTIONS.register(name, attend or _WAYS[way])
+    """Transformers' name of a way, made known to it; `attend` replaces the function (for counting memory).
+
+    Called without `prompts` the model still works: every row of its input is a prompt then. It takes no padding.
+    """
+    name, packed = PREFIX + way, attend or _WAYS[way]
+
+    def attention(module: nn.Module, *tensors: Tensor, prompts: Groups | None = None, **named: Any):
+        return (
+            _by_row(module, *tensors, **named)
+            if prompts is None
+            else packed(module, *tensors, prompts=prompts, **named)
+        )
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
     return name
+
+
+def _by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    sliding_window: int | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    return sdpa_attention_forward(module, query, key, value, _window(query.shape[2], sliding_window, query), **named)
 
 
 def is_packed(model: PreTrainedModel) -> bool:

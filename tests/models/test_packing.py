@@ -65,6 +65,17 @@ def test_a_change_in_one_prompt_moves_no_bit_of_another():
     assert [torch.equal(one, other) for one, other in zip(before, after, strict=True)] == [True, False, *[True] * 3]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_takes_rows_as_any_model_does(family):
+    model = model_of(family)
+    input_ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
+    right = model(input_ids=input_ids).logits
+    assert pack_prompts(model)
+    torch.testing.assert_close(
+        model(input_ids=input_ids).logits, right, rtol=1e-4, atol=1e-5 * float(right.abs().max())
+    )
+
+
 def test_the_ways_that_are_tried():
     assert ways_of("eager", CUDA, torch.bfloat16) == []
     assert ways_of("sdpa", CPU, torch.bfloat16) == ["prompt"]
@@ -75,8 +86,10 @@ def test_the_ways_that_are_tried():
 
 def test_a_model_that_does_not_pass_on_who_belongs_together_is_left_as_it_was(monkeypatch):
     model = model_of("llama")
-    attend = packing._by_prompt
-    monkeypatch.setitem(packing._WAYS, "prompt", lambda *tensors, prompts=None, **named: attend(*tensors, **named))
+    forward = model.model.layers[1].self_attn.forward
+    monkeypatch.setattr(
+        model.model.layers[1].self_attn, "forward", lambda *a, prompts=None, **named: forward(*a, **named)
+    )
     assert pack_prompts(model) is None and not is_packed(model)
     assert model.config._attn_implementation == "sdpa"
 
