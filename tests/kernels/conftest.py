@@ -19,6 +19,7 @@ from torch import Tensor
 from abmll.kernels import (
     FrozenLinear,
     GaussianFactors,
+    Groups,
     LowRank,
     NoiseKey,
     PosteriorSettings,
@@ -50,6 +51,11 @@ class Inputs:
     bias: Tensor | None
     phi: GaussianFactors
     theta: GaussianFactors
+    sizes: tuple[int, ...] | None = None  # of groups of unequal size
+
+    @property
+    def groups(self) -> Groups | None:
+        return None if self.sizes is None else Groups.of(self.sizes, self.x.device)
 
     @property
     def base(self) -> FrozenLinear:
@@ -77,11 +83,20 @@ def settings() -> PosteriorSettings:
 
 
 def draw_inputs(
-    tokens=3, inputs=4, outputs=5, rank=2, dtype=torch.float64, groups: int | None = None, size=0.3, seed=0
+    tokens: int | tuple[int, ...] = 3,
+    inputs=4,
+    outputs=5,
+    rank=2,
+    dtype=torch.float64,
+    groups: int | None = None,
+    size=0.3,
+    seed=0,
 ) -> Inputs:
+    """`tokens`: of each of the `groups`, if there are any; several numbers: of groups of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)  # factors are never 16-bit
-    lead = () if groups is None else (groups,)
+    sizes = tokens if isinstance(tokens, tuple) else None
+    lead = (len(sizes),) if sizes else () if groups is None else (groups,)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -90,8 +105,9 @@ def draw_inputs(
         shapes = ((*lead, rank, inputs), (*lead, outputs, rank))
         return GaussianFactors(*(LowRank(*(size * draw(*shape).to(wide) for shape in shapes)) for _ in range(2)))
 
-    x, weight, bias = draw(*lead, tokens, inputs), draw(outputs, inputs), draw(outputs)
-    return Inputs(x.to(dtype), weight.to(dtype), bias.to(dtype), factors(*lead), factors())
+    x = draw(sum(sizes), inputs) if sizes else draw(*lead, tokens, inputs)
+    weight, bias = draw(outputs, inputs), draw(outputs)
+    return Inputs(x.to(dtype), weight.to(dtype), bias.to(dtype), factors(*lead), factors(), sizes)
 
 
 @pytest.fixture
@@ -146,12 +162,14 @@ class Harness:
         generator = torch.Generator().manual_seed(7)
         shape = (*inputs.x.shape[:-1], inputs.weight.shape[0])
         dy = torch.randn(shape, generator=generator).to(inputs.x.dtype).to(self.device)
-        scalars = {"kl": 0.75, "prior": 0.25}
-        return {name: dy if name == "y" else torch.tensor(scalars[name], device=self.device) for name in names}
+        lead = inputs.phi.mean.a.shape[:-2]
+        each = 1 + torch.arange(lead.numel(), dtype=torch.float32, device=self.device).view(lead) / 4
+        sums = {"kl": 0.75 * each, "prior": 0.25 * each}
+        return {name: dy if name == "y" else sums[name] for name in names}
 
     def project(self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER):
         arguments = (inputs.x, inputs.base, inputs.phi, inputs.theta, self.settings, key, layer)
-        return posterior_projection(self.posterior, *arguments, mask, terms, backend)
+        return posterior_projection(self.posterior, *arguments, mask, terms, backend, inputs.groups)
 
     def run(
         self,
@@ -192,7 +210,7 @@ class Harness:
     def theta(self, inputs: Inputs, backend="triton", mask=None, projection=None) -> Outcome:
         """Theta's local gradient and the two sums."""
         arguments = (inputs.x, inputs.phi, inputs.theta, self.settings, 0.75, 0.25, mask, projection, backend)
-        gradient, kl, prior = theta_gradient(self.posterior, *arguments)
+        gradient, kl, prior = theta_gradient(self.posterior, *arguments, inputs.groups)
         factors = [factor for pair in gradient for factor in pair]
         return {"kl": kl, "prior": prior, **dict(zip(FACTORS[4:], factors, strict=True))}
 
