@@ -98,8 +98,8 @@ def _store_sums(kl, prior, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, program, pr
 
 # Numbers that differ from step to step or batch to batch: nothing is compiled anew for them.
 VARYING = [
-    "size", "total", "first_row", "slot_rows", "chunk_tiles", "layer", "parts", "part_stride", "dp_pair", "dkl_stride",
-    "dprior_stride",
+    "size", "all_rows", "first_row", "slot_rows", "chunk_tiles", "layer", "parts", "part_stride", "dp_pair",
+    "dkl_stride", "dprior_stride",
 ]  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def _accumulate_tile(
 def adjoint_kernel(
     dz_ptr, z_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, names_ptr, dkl_ptr, dprior_ptr,
     parts_ptr, dp_ptr, dq_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, bounds_ptr,
-    size, total, N, first_row, dz_stride, z_stride, p_stride, p_theta_stride, p_pair, q_group, q_stride, q_rank,
+    size, all_rows, N, first_row, dz_stride, z_stride, p_stride, p_theta_stride, p_pair, q_group, q_stride, q_rank,
     dkl_stride, dprior_stride, slot_rows, chunk_tiles, dp_pair, dp_stride,
     layer, scaling, offset, deviation, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
@@ -261,9 +261,9 @@ def adjoint_kernel(
 ):  # fmt: skip
     """Adjoints of the low-rank pairs over one slot of a group's rows (grid axis 0) and one chunk of columns (axis 1).
 
-    dz [T, N] with unit stride along N: the adjoint of Z (HAS_DZ), all groups' rows (T, `total`) one after another; dkl,
-    dprior: upstream gradients of each group's KL (KL) and -log prior (PRIOR; DIVERGENCE: of either), one number or G.
-    Written for the pairs asked for, phi's before theta's:
+    dz [T, N] with unit stride along N: the adjoint of Z (HAS_DZ), T (`all_rows`) the rows of all groups; dkl, dprior:
+    upstream gradients of each group's KL (KL) and -log prior (PRIOR; DIVERGENCE: of either), one number or G. Written
+    for the pairs asked for, phi's before theta's:
         dp [pairs][T, RANK]               of the row factors, by strides; by way of parts [chunks, T, pairs * RANK]
         dq [slots, pairs, G][N, RANK]     of the column factors, in their own strides, partial: to be summed over slots
         kl, prior                         each group's sums (SUMS), by way of sums [G, 2, programs]
@@ -287,7 +287,7 @@ def adjoint_kernel(
     DP_WIDTH: tl.constexpr = (2 * DP_PHI + 2 * DP_THETA) * RANK
     THETA_FIRST: tl.constexpr = 2 * DP_PHI
     parts_ptr += before * DP_WIDTH
-    own_parts = parts_ptr + chunk.to(tl.int64) * total * DP_WIDTH
+    own_parts = parts_ptr + chunk.to(tl.int64) * all_rows * DP_WIDTH
     pair_stride = tl.num_programs(2).to(tl.int64) * N * RANK
     dq_phi = dq_ptr + slot * (2 * DQ_PHI + 2 * DQ_THETA) * pair_stride + far_group * N * RANK
     dq_theta = dq_phi + 2 * DQ_PHI * pair_stride
@@ -450,7 +450,7 @@ def adjoint_kernel(
                     total = tl.zeros((ROWS, R), tl.float32)
                     for _ in range(tl.num_programs(1)):
                         total += tl.load(source, mask=inside, other=0.0, cache_modifier=".cg")
-                        source += total.to(tl.int64) * DP_WIDTH
+                        source += all_rows.to(tl.int64) * DP_WIDTH
                     store_factor_tile(dp_ptr + pair * dp_pair, total, rows, row_end, dp_stride, 1, RANK, R)
     if SUMS:
         slots = tl.cdiv(M, slot_rows)

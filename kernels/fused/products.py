@@ -34,18 +34,18 @@ def _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK: tl.constexpr, PAIRS: tl.const
 
 
 # Numbers that differ from batch to batch: nothing is compiled anew for them.
-VARYING = ["size", "total", "slots", "tickets"]
+VARYING = ["size", "all_rows", "slots", "tickets"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def project_kernel(
-    x_ptr, a_0, a_1, a_2, a_3, p_ptr, tickets_ptr, bounds_ptr, size, total, K, x_stride, part_depth, tickets,
+    x_ptr, a_0, a_1, a_2, a_3, p_ptr, tickets_ptr, bounds_ptr, size, all_rows, K, x_stride, part_depth, tickets,
     PAIRS: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """p = x A^T of all pairs over one part of K (grid axis 1), to be summed: p [parts, T, PAIRS * RANK].
 
-    x [T, K] with unit stride along K, T (`total`) the rows of all groups, see `tiles.rows_of_group`; a_0, a_1 phi's
+    x [T, K] with unit stride along K, T (`all_rows`) the rows of all groups, see `tiles.rows_of_group`; a_0, a_1 phi's
     [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4). The first program clears the tickets that later kernels draw
     (see `tiles.last_to_arrive`).
 
@@ -81,7 +81,7 @@ def project_kernel(
         else:
             p += tl.dot(x.to(tl.float32), a, input_precision="tf32x3")
     WIDTH: tl.constexpr = PAIRS * RANK
-    p_ptr += (part * total.to(tl.int64) + before) * WIDTH
+    p_ptr += (part * all_rows.to(tl.int64) + before) * WIDTH
     store_factor_tile(p_ptr, p, rows, T, WIDTH, 1, WIDTH, W)
 
 
