@@ -135,7 +135,7 @@ def activation_backward(
 
 def _side_by_side(pairs: int, p: Tensor, rank: int) -> Tensor:
     """dp [pairs, T, r], in memory [T, pairs * r], for as many rows as p has."""
-    return torch.empty_strided((pairs, len(p), rank), (rank, pairs * rank, 1), dtype=torch.float32, device=p.device)
+    return torch.empty_strided((pairs, p.shape[0], rank), (rank, pairs * rank, 1), dtype=torch.float32, device=p.device)
 
 
 @shapes_of(activation_backward)

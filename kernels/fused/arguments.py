@@ -35,8 +35,9 @@ def stretches_of(x: Tensor, factors: Sequence[Tensor], sizes: Sequence[int] | No
 def rows_of(x: Tensor) -> Tensor:
     """[..., K] as it is where its rows lie evenly apart in memory, else [T, K]; rows contiguous."""
     shape, strides = x.shape, x.stride()
-    if not all(shape[d] == 1 or strides[d] == shape[d + 1] * strides[d + 1] for d in range(x.dim() - 2)):
-        x = x.reshape(-1, shape[-1])
+    for d in range(len(shape) - 2):
+        if shape[d] != 1 and strides[d] != shape[d + 1] * strides[d + 1]:
+            return rows_contiguous(x.reshape(-1, shape[-1]))
     return rows_contiguous(x)
 
 

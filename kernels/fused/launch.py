@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,9 +56,10 @@ class Stretches(NamedTuple):
     counts: Counts
     bounds: Tensor | None = None
 
-    @classmethod
-    def equal(cls, groups: int, total: int) -> Stretches:
-        return cls(Counts(groups, total // groups, total))
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def equal(groups: int, total: int) -> Stretches:
+        return Stretches(Counts(groups, total // groups, total))
 
     @classmethod
     def of(cls, total: int, groups: int, sizes: Sequence[int] | None, bounds: Tensor | None) -> Stretches:

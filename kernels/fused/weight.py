@@ -102,7 +102,7 @@ def weight_forward(
     """(y [..., N], tickets, KL, -log prior) of x [..., K]; product [..., N] and the rest as in `activation_forward`."""
     groups, (outputs, inputs) = groups_of(factors), (factors[1].shape[-2], x.shape[-1])
     rows, tickets = rows_of(x).flatten(0, -2), launch.new_tickets(1, x.device, cleared=True)
-    y = torch.empty(len(rows), outputs, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows.shape[0], outputs, dtype=x.dtype, device=x.device)
     of_bands = list(bands(outputs, inputs, _scratch_dtype(x.dtype).itemsize))
     sums = new_sums(with_sums, factors, x.device)
     # of each group, its bands' one after another
@@ -134,11 +134,11 @@ def _forward(
 ) -> None:
     """y = D x [T, N] of one group's x [T, K], written, and the sums of its bands, from their `place` on."""
     a, b = factors_of(factors)
-    columns, (outputs, inputs), change = Columns.of_weights(a), (y.shape[1], x.shape[1]), None
+    columns, outputs, inputs = Columns.of_weights(a), y.shape[1], x.shape[1]
     for at, band in enumerate(of_bands):
         change = None  # the band before is freed first
         change = torch.empty(band.stop - band.start, inputs, dtype=_scratch_dtype(x.dtype), device=x.device)
-        rows, stretches = Rows.of_weights(_of_band(b, band, outputs)), Stretches.equal(1, len(change))
+        rows, stretches = Rows.of_weights(_of_band(b, band, outputs)), Stretches.equal(1, band.stop - band.start)
         of_band = None if sums is None else Sums(*_numbers(sums, place + at))
         launch.sample(rows, columns, change, stretches, None, scalars, tickets, False, of_band, None, band.start)
         _multiply(x, change.mT, y if len(of_bands) == 1 else y[:, band])
@@ -218,7 +218,7 @@ def _backward(
                 rows, columns, stretches, inputs, of_change, dkl, dprior, None, scalars, tickets, wanted,
                 db if whole else db[:, band], x.dtype == torch.float32, None, change, band.start,
             )  # fmt: skip
-            part = dq.squeeze(0) if len(dq) == 1 else dq.sum(dim=0)
+            part = dq.squeeze(0) if dq.shape[0] == 1 else dq.sum(dim=0)
             da = part if da is None else da.add_(part)
         else:
             launch.sample(rows, columns, change, stretches, None, scalars, tickets, False, None, None, band.start)

@@ -23,6 +23,7 @@ from abmll.kernels import (
     LowRank,
     NoiseKey,
     PosteriorSettings,
+    Projection,
     posterior_projection,
     theta_gradient,
 )
@@ -64,6 +65,11 @@ class Inputs:
     @property
     def factors(self) -> list[Tensor]:
         return [factor for side in (self.phi, self.theta) for pair in side for factor in pair]
+
+    def alone(self, group: int) -> Inputs:
+        """One of the groups of unequal size, as inputs without groups."""
+        own = [factor[group] for factor in self.factors[:4]]
+        return replace(self, sizes=None).with_leaves(self.x.split(self.sizes)[group], *own, *self.factors[4:])
 
     def with_leaves(self, x: Tensor, *factors: Tensor) -> Inputs:
         """The same with other x and factors, in the order of `LEAVES`."""
@@ -167,9 +173,11 @@ class Harness:
         sums = {"kl": 0.75 * each, "prior": 0.25 * each}
         return {name: dy if name == "y" else sums[name] for name in names}
 
-    def project(self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER):
+    def project(
+        self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER, groups=None
+    ) -> Projection:
         arguments = (inputs.x, inputs.base, inputs.phi, inputs.theta, self.settings, key, layer)
-        return posterior_projection(self.posterior, *arguments, mask, terms, backend, inputs.groups)
+        return posterior_projection(self.posterior, *arguments, mask, terms, backend, groups or inputs.groups)
 
     def run(
         self,
