@@ -44,6 +44,7 @@ WRITTEN = (
     "monitor",
     "profile",
     "metrics.jsonl",
+    "episodes.jsonl",
     "scores.json",
     "scores.md",
     "config.yaml",

@@ -111,6 +111,7 @@ class Trainer:
             release_freed(self.ranks.device)
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
+            self.progress.write_episodes(self._episode_records(table))
             if self.after_step:
                 self.after_step()
             self._stop_if_diverged()
@@ -221,6 +222,16 @@ class Trainer:
             seconds=seconds,
             skipped=self.position.skipped_episodes,
         )
+
+    def _episode_records(self, table: Tensor) -> list[dict[str, Any]]:
+        """Each episode's own terms; of one with NaN or Inf the fact alone, as JSON has neither."""
+        first, records = (self.position.step - 1) * self.tasks_per_step, []
+        for slot, (visited, finite, *values) in enumerate(table.tolist()):
+            if visited:
+                place = {"step": self.position.step, "episode": first + slot, "task": self.sampler.task(first + slot)}
+                terms = {name: float(f"{v:.6g}") for name, v in zip(COLUMNS[2:], values, strict=True)} if finite else {}
+                records.append({**place, "finite": bool(finite), **terms})
+        return records
 
     @phase("checkpoint")
     def _save(self) -> None:
