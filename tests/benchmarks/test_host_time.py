@@ -35,6 +35,17 @@ def test_launches_operators_and_allocations_of_a_step(host_time, posterior):
     assert all(0 < value <= bound for value, bound in zip(counts, BOUNDS[posterior], strict=True)), (counts, found)
 
 
+@pytest.mark.parametrize("sizes", [(256,) * 4, (500, 24, 300, 200)], ids=["equal", "unequal"])
+def test_launches_of_several_groups(host_time, sizes):
+    """The activation posterior's serve all groups; the weight posterior's change is one group's at a time."""
+    launches = {
+        posterior: len(found["kernels"]) + len(found["library"])
+        for posterior in BOUNDS
+        for found in [host_time.count(posterior, sizes)]
+    }
+    assert launches == {"activation": 6, "weight": 6 * 4 + 4}
+
+
 def test_committed_rows_are_of_the_launches_that_the_code_makes(host_time):
     rows = json.loads(ROWS.read_text())["rows"]
     assert [row["posterior"] for row in rows] == list(host_time.POSTERIORS)
