@@ -39,7 +39,7 @@ def poison():
 
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "rank", "dtype", "groups"),
-    [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None)],
+    [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None), ((40, 5), 20, 18, 3, BF16, None)],
 )
 def test_every_element_is_written_and_none_beyond_is_read(
     harness, poison, tokens, inputs, outputs, rank, dtype, groups
