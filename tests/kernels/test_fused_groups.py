@@ -34,7 +34,7 @@ def parts(outcome: dict, group: int, sizes: tuple[int, ...]) -> dict:
     [(SIZES[0], BF16, None), (SIZES[1], FP32, "random"), (SIZES[2], FP16, None), (SIZES[3], BF16, "random")],
     ids=str,
 )
-def test_unequal_groups(harness, monkeypatch, sizes, dtype, mask, blocks):
+def test_unequal_groups(harness, poison, monkeypatch, sizes, dtype, mask, blocks):
     if blocks == "small":
         small_blocks(monkeypatch)
     inputs = harness.inputs(sizes, 33, 18, rank=2, dtype=dtype)

@@ -28,15 +28,6 @@ def surrounded(tensor: Tensor) -> Tensor:
     return buffer[1024 : 1024 + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-@pytest.fixture
-def poison():
-    """torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "rank", "dtype", "groups"),
     [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None), ((40, 5), 20, 18, 3, BF16, None)],
