@@ -90,7 +90,8 @@ class Trainer:
         """Continue exactly where the checkpoint was written."""
         rank_state = self.store.load(checkpoint, self.engine)
         self.position = Position(**checkpoint.state["position"])
-        self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
+        if rank_state is not None:
+            self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
         self.learner.adapters.reset_phi()
         self.progress.rewind(self.position.step)
 
@@ -236,6 +237,7 @@ class Trainer:
     @phase("checkpoint")
     def _save(self) -> None:
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
+        state["tasks_per_step"] = self.tasks_per_step  # where the configuration leaves it to the ranks
         rank_state = {"inner_optimizer": self.inner_optimizer.state_dict()}
         self.store.save(self.position.step, self.engine, state, rank_state)
         if self.after_save:
