@@ -14,6 +14,7 @@ from abmll.config.task_lists import resolve_task_lists
 from abmll.learner import Learner
 from abmll.methods import Method, build_method
 from abmll.models.load import load_model
+from abmll.models.packing import is_packed
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 from abmll.tasks.examples import PromptCounts, PromptedTask
 from abmll.tasks.prompt import Limits, Prompter
@@ -91,6 +92,12 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
     """
     loaded = read_tasks(config, config_path, scoring)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
+    if config.trainer.parallel_episodes > 1 and not is_packed(model):
+        raise ValueError(
+            f"trainer.parallel_episodes: {config.trainer.parallel_episodes}: prompts are padded for a model of type "
+            f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
+            "padding depends on what is beside it; set it to 1, or model.attention=auto"
+        )
     tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from abmll.config.schema import EvalConfig
+from abmll.dealing import deal
 from abmll.distributed import Ranks
-from abmll.kernels import NoiseKey, fold_seed
+from abmll.kernels import NoiseKey, fold_seed, rows_of_keys
 from abmll.learner import Learner
 from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
 from abmll.resident import release_freed
+from abmll.tasks.batch import side_by_side
 from abmll.tasks.episodes import scoring_batches, support_batches
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import Batch, PromptedExample
@@ -56,10 +58,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Adapts a copy of theta to each task, scores it, and throws it away.
+    """Adapts copies of theta to several tasks side by side, scores each, and throws them away.
 
-    The copy is phi itself: it equals theta before and after, bit for bit, and theta is never written. Tasks are dealt
-    to the ranks, and every rank gets all the scores.
+    The copies are phi itself: they equal theta before and after, bit for bit, and theta is never written. Tasks are
+    dealt to the ranks, and every rank gets all the scores. A task's scores do not depend on those beside it.
     """
 
     def __init__(
@@ -70,14 +72,18 @@ class Evaluator:
         batch_size: int,  # config's own, or what the plan makes of `auto`
         seed: int,
         ranks: Ranks,
+        parallel_tasks: int = 1,
     ):
         self.learner, self.letter_ids, self.config, self.seed, self.ranks = learner, letter_ids, config, seed, ranks
-        self.batch_size = batch_size
+        self.batch_size, self.parallel_tasks = batch_size, parallel_tasks
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
         """All ranks call this with the same tasks. ValueError where predictions are not finite."""
-        own = [task for index, task in enumerate(tasks) if self.ranks.owns(index)]
-        mine = {task.name: self._evaluate_task(method, task, split) for task in own}
+        work = [(task.test if split == "test" else task.validation).work(self.config.max_examples) for task in tasks]
+        own = [tasks[number] for number in deal(work, self.ranks.world_size)[self.ranks.rank]]
+        mine = {}
+        for start in range(0, len(own), self.parallel_tasks):
+            mine |= self._evaluate_tasks(method, own[start : start + self.parallel_tasks], split)
         by_task = {name: found for part in self.ranks.gather(mine) for name, found in part.items()}
         steps = (0, method.config.adaptation_steps)
         return Evaluation(
@@ -87,27 +93,37 @@ class Evaluator:
             {k: pool([by_task[task.name][k] for task in tasks]) for k in steps},
         )
 
-    def _evaluate_task(self, method: Method, task: PromptedTask, split: Split) -> dict[int, Predictions]:
+    def _evaluate_tasks(
+        self, method: Method, tasks: Sequence[PromptedTask], split: Split
+    ) -> dict[str, dict[int, Predictions]]:
         adapters, steps = self.learner.adapters, method.config.adaptation_steps
-        examples = task.test[: self.config.max_examples] if split == "test" else task.validation
+        examples = {
+            task.name: task.test[: self.config.max_examples] if split == "test" else task.validation for task in tasks
+        }
         adapters.reset_phi()
-        found = {0: self._predict(method, task.name, examples, adapted=0)}
-        batches = support_batches(task, self.letter_ids, steps, self.learner.batch_size, self.seed)
-        keys = [NoiseKey(fold_seed(self.seed, "adaptation", task.name), step) for step in range(steps)]
-        method.adapt(self.learner, [batch.to(self.ranks.device) for batch in batches], keys)
-        found[steps] = self._predict(method, task.name, examples, adapted=steps)
+        found = {name: {0: self._predict(method, name, own, adapted=0)} for name, own in examples.items()}
+        adapters.reset_phi(len(tasks))
+        support = [support_batches(task, self.letter_ids, steps, self.learner.batch_size, self.seed) for task in tasks]
+        batches = [side_by_side(own).to(self.ranks.device) for own in zip(*support, strict=True)]
+        seeds = [fold_seed(self.seed, "adaptation", task.name) for task in tasks]
+        keys = [rows_of_keys([NoiseKey(seed, step) for seed in seeds], self.ranks.device) for step in range(steps)]
+        method.adapt(self.learner, batches, keys)
+        for slot, (name, own) in enumerate(examples.items()):
+            found[name][steps] = self._predict(method, name, own, adapted=steps, slot=slot)
         adapters.reset_phi()
         release_freed(self.ranks.device)
         return found
 
     @torch.inference_mode()
-    def _predict(self, method: Method, task: str, examples: Sequence[PromptedExample], adapted: int) -> Predictions:
+    def _predict(
+        self, method: Method, task: str, examples: Sequence[PromptedExample], adapted: int, slot: int = 0
+    ) -> Predictions:
         self.learner.model.eval()
         accumulator = ScoreAccumulator()
         keys = self._prediction_keys(method, task, adapted)
         for batch in scoring_batches(examples, self.letter_ids, self.batch_size):
             batch = batch.to(self.ranks.device)
-            accumulator.update(self.probabilities(batch, keys), batch)
+            accumulator.update(self.probabilities(batch, keys, slot), batch)
         return accumulator.predictions()
 
     def _prediction_keys(self, method: Method, task: str, adapted: int) -> Iterator[NoiseKey] | None:
@@ -117,8 +133,10 @@ class Evaluator:
         seed = fold_seed(self.seed, "prediction", task, adapted)
         return (NoiseKey(seed, step) for step in range(2**32))
 
-    def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None) -> Tensor:
-        """Predictive probabilities over the vocabulary [B, V]: of the mean, or the average over S posterior samples."""
+    def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None, slot: int = 0) -> Tensor:
+        """Predictive probabilities over the vocabulary [B, V] by the phi in `slot`: of the mean, or the average over S
+        posterior samples.
+        """
         if keys is None:
-            return self.learner.forward(batch, None)[0].softmax(dim=-1)
-        return self.learner.sampled_probabilities(batch, next(keys), self.config.samples)
+            return self.learner.mean_probabilities(batch, slot)
+        return self.learner.sampled_probabilities(batch, next(keys), self.config.samples, slot)

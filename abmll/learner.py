@@ -1,7 +1,9 @@
 """The adapted model as the methods see it: forward passes, phi's gradient steps, theta's gradient.
 
-A learner knows nothing of tasks' sources, engines or ranks. Methods are written in its terms. What names a step's noise
-is a `NoiseKey` or, on the device, the rows that `NoiseKey.rows` makes of one.
+A learner knows nothing of tasks' sources, engines or ranks. Methods are written in its terms. A batch holds one group
+of prompts for each episode that phi has a copy of theta for (`AdapterSet.reset_phi`), and every number that comes back
+is each episode's own: what an episode gives does not depend on those beside it, but for the order of sums. What names a
+step's noise is a `NoiseKey` (of one episode) or, on the device, rows [G, 3] (`rows_of_keys`).
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from torch import Tensor, nn
 from abmll.adapters import AdapterSet, OuterWeights, RecordedTerms
 from abmll.config.schema import MethodConfig
 from abmll.kernels import NoiseKey
-from abmll.models.answers import answer_logits
+from abmll.models.answers import Rows, answer_logits
 from abmll.objective import answer_nll, gradient_norm, inner_objective
 from abmll.profiling import phase
+from abmll.tasks.batch import side_by_side
 from abmll.tasks.task import Batch
 
 
 class StepTerms(NamedTuple):
-    """One gradient step's terms, scalars on the device: reading them would wait for it."""
+    """One gradient step's terms, [G] each on the device: reading them would wait for it."""
 
     nll: Tensor
     kl: Tensor
@@ -39,12 +42,11 @@ class Learner:
         """`num_train_tasks` is M, which weighs the prior in theta's gradient; None where theta is not trained."""
         self.model, self.adapters, self.method, self.batch_size = model, adapters, method, batch_size
         self.outer_weights = OuterWeights(method.beta, method.beta / num_train_tasks) if num_train_tasks else None
-        self.zero = torch.zeros((), device=next(iter(adapters.phi.values())).device)
         for parameter in adapters.theta.values():
             parameter.requires_grad_(False)  # the engine alone turns it on, for the moment of its backward
 
     def optimizer(self, lr: float, parameters: Iterable[nn.Parameter] | None = None) -> torch.optim.AdamW:
-        """A fresh AdamW over phi (or some of it), with the configuration's betas and epsilon."""
+        """A fresh AdamW over phi (or some of it), with the configuration's betas and epsilon; fused: one launch."""
         method = self.method
         return torch.optim.AdamW(
             list(self.adapters.phi.values() if parameters is None else parameters),
@@ -52,36 +54,52 @@ class Learner:
             betas=method.adam_betas,
             eps=method.adam_eps,
             weight_decay=method.weight_decay,
+            fused=True,
         )
 
     @torch.no_grad()
-    def sampled_probabilities(self, batch: Batch, key: NoiseKey | Tensor, samples: int) -> Tensor:
-        """[B, V], the average of S samples' probabilities: all S side by side in one forward pass of S x B prompts."""
-        repeated = batch.repeat(samples)
-        with self.adapters.context.forward_pass(key, repeated.token_mask, groups=samples):
-            logits = answer_logits(self.model, repeated)
+    def sampled_probabilities(self, batch: Batch, key: NoiseKey | Tensor, samples: int, slot: int = 0) -> Tensor:
+        """[S, V], the average of several samples' probabilities, all samples side by side in one forward pass."""
+        rows = Rows.of(self.model, side_by_side([batch] * samples))
+        names = key.rows(samples, batch.input_ids.device) if isinstance(key, NoiseKey) else key
+        with self.adapters.context.forward_pass(names, rows.token_mask, groups=rows.groups, slot=slot):
+            logits = answer_logits(self.model, rows)
         return logits.softmax(dim=-1).unflatten(0, (samples, -1)).mean(dim=0)
+
+    @torch.no_grad()
+    def mean_probabilities(self, batch: Batch, slot: int = 0) -> Tensor:
+        """[S, V] of the posterior mean of one episode's phi, number `slot`."""
+        return self.forward(batch, None, slot=slot)[0].softmax(dim=-1)
 
     @phase("forward")
     def forward(
-        self, batch: Batch, key: NoiseKey | Tensor | None, terms: Literal["none", "kl", "theta"] = "none"
+        self,
+        batch: Batch,
+        key: NoiseKey | Tensor | None,
+        terms: Literal["none", "kl", "theta"] = "none",
+        slot: int | None = None,
     ) -> tuple[Tensor, RecordedTerms]:
-        """Answer logits [B, V] and the recorded terms; `key` None runs the posterior mean, which has no terms."""
-        outer = self.outer_weights if terms == "theta" else None
-        with self.adapters.context.forward_pass(key, batch.token_mask, terms == "kl", outer) as recorded:
-            logits = answer_logits(self.model, batch)
+        """Answer logits [S, V] and the recorded terms; `key` None runs the posterior mean, which has no terms.
+
+        `slot`: the episode whose phi serves the whole batch; None: each group has its own.
+        """
+        rows, outer = Rows.of(self.model, batch), self.outer_weights if terms == "theta" else None
+        names = key.rows(1, batch.input_ids.device) if isinstance(key, NoiseKey) else key
+        with self.adapters.context.forward_pass(
+            names, rows.token_mask, terms == "kl", outer, rows.groups, slot
+        ) as recorded:
+            logits = answer_logits(self.model, rows)
         return logits, recorded
 
     def nll(self, logits: Tensor, batch: Batch) -> Tensor:
-        return answer_nll(logits, batch.target, self.method.nll_reduction)
+        return answer_nll(logits, batch.target, self.method.nll_reduction, batch.group_prompts)
 
     @phase("inner step")
     def phi_step(self, batch: Batch, key: NoiseKey | Tensor | None, optimizer: torch.optim.Optimizer) -> StepTerms:
-        """One step of phi on NLL + beta * KL (without a key: on the NLL of the mean).
+        """One step of every episode's phi on its NLL + beta * KL (without a key: on the NLL of the mean).
 
-        It can be captured in a CUDA graph, which replays with the noise of the rows [1, 3] that are given as `key`. Of
-        what it calls, two things must be seen to: the optimizer must be one with `capturable=True`, and transformers
-        asks the device in each forward pass whether sequences are packed (`masking_utils`), which waits for it.
+        Nothing in it waits for the device. It can be captured in a CUDA graph, which replays with the noise of the rows
+        that are given as `key`, if the optimizer has `capturable=True`.
         """
         terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
         norm = gradient_norm([p.grad for p in parameters])
@@ -93,21 +111,26 @@ class Learner:
     def _phi_gradient(self, batch: Batch, key: NoiseKey | Tensor | None) -> StepTerms:
         logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
-        kl = recorded.total_kl() if recorded.kl else self.zero
+        none = torch.zeros_like(nll)
+        kl = recorded.total_kl() if recorded.kl else none
         with phase("backward"):
             inner_objective(nll, kl, self.method.beta).backward()
-        return StepTerms(nll.detach(), kl.detach(), self.zero, self.zero)
+        return StepTerms(nll.detach(), kl.detach(), none, none)
 
     @phase("theta gradient")
     def theta_gradient_at_mean(self, batch: Batch) -> tuple[dict[str, Tensor], StepTerms]:
-        """The NLL's gradient by phi at the posterior mean, named as theta: for methods without a task level."""
+        """The NLL's gradient by each episode's phi at the posterior mean, named as theta, [G, ...]: for methods without
+        a task level.
+        """
         terms = self._phi_gradient(batch, key=None)
         gradient = self._take_phi_gradient()
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
 
     @phase("theta gradient")
     def theta_gradient_kl(self, batch: Batch, key: NoiseKey | Tensor) -> tuple[dict[str, Tensor], StepTerms]:
-        """Gradient of beta * KL + (beta / M) * (-log prior) by theta: one forward pass, no backward pass."""
+        """Gradient of beta * KL + (beta / M) * (-log prior) by theta, each episode's own [G, ...]: one forward pass, no
+        backward pass.
+        """
         with torch.no_grad():
             logits, recorded = self._train().forward(batch, key, "theta")
             return self._outer_result(self.nll(logits, batch), recorded)
@@ -116,7 +139,8 @@ class Learner:
     def theta_gradient_of_weights(self) -> tuple[dict[str, Tensor], StepTerms]:
         """`theta_gradient_kl` in the weight posterior, whose divergence reads no batch: no forward pass, no NLL."""
         terms = {layer.index: layer.theta_gradient(self.outer_weights) for layer in self.adapters.layers.values()}
-        return self._outer_result(self.zero, RecordedTerms(theta=terms))
+        recorded = RecordedTerms(theta=terms)
+        return self._outer_result(torch.zeros_like(recorded.total_theta_kl()), recorded)
 
     @phase("theta gradient")
     def theta_gradient_first_order(self, batch: Batch, key: NoiseKey | Tensor) -> tuple[dict[str, Tensor], StepTerms]:
@@ -124,7 +148,7 @@ class Learner:
         logits, recorded = self._train().forward(batch, key, "theta")
         nll = self.nll(logits, batch)
         with phase("backward"):
-            nll.backward()
+            nll.sum().backward()
         gradient, terms = self._outer_result(nll.detach(), recorded)
         for name, value in self._take_phi_gradient().items():
             gradient[name] = gradient[name] + value

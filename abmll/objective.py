@@ -6,6 +6,7 @@ Source: Zhang, Snell and Griffiths, equation 2 and algorithm 1. All terms are fp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,16 +17,22 @@ from torch.nn.functional import cross_entropy
 KL_DOMINATES = 10.0
 
 
-def answer_nll(logits: Tensor, target: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
-    """Negative log-likelihood of the answer tokens over the whole vocabulary: logits [B, V], target [B] -> scalar.
+def answer_nll(
+    logits: Tensor, target: Tensor, reduction: Literal["sum", "mean"], group_prompts: Sequence[int]
+) -> Tensor:
+    """Negative log-likelihood of the answer tokens over the whole vocabulary: logits [S, V], target [S] -> [G].
 
-    beta is calibrated against the sum over examples; `mean` divides by B.
+    Over each group's own prompts, of which there are `group_prompts`, one group's after another's. beta is calibrated
+    against the sum over prompts; `mean` divides by their number.
     """
-    return cross_entropy(logits.float(), target, reduction=reduction)
+    of_prompts = cross_entropy(logits.float(), target, reduction="none")
+    own = of_prompts.split(list(group_prompts))
+    return torch.stack([part.sum() if reduction == "sum" else part.mean() for part in own])
 
 
 def inner_objective(nll: Tensor, kl: Tensor, beta: float) -> Tensor:
-    return nll + beta * kl
+    """Of all groups [G]: the sum, whose derivative in a group's phi is that of the group's own objective."""
+    return (nll + beta * kl).sum()
 
 
 def kl_dominates(nll: float, weighted_kl: float) -> bool:
@@ -33,6 +40,8 @@ def kl_dominates(nll: float, weighted_kl: float) -> bool:
     return weighted_kl > KL_DOMINATES * max(nll, 1e-3)
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over a list of tensors, a scalar on their device (no synchronisation)."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of each group's gradients, [G] on their device (no synchronisation), from tensors [G, ...]."""
+    of_groups = [part for gradient in gradients for part in gradient.unbind()]
+    norms = torch.stack(torch._foreach_norm(of_groups)).view(len(gradients), -1)
+    return torch.linalg.vector_norm(norms, dim=0)

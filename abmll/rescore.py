@@ -39,7 +39,8 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
             raise Refused(str(error)) from error
         checkpoint_layers(parts.model, plan.checkpointing)
         letters = parts.tasks.letter_ids
-        evaluator = Evaluator(parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, ranks)
+        beside = config.trainer.parallel_episodes
+        evaluator = Evaluator(parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, ranks, beside)
         evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             parts.learner.adapters.initialise(config.seed)  # back to the start, where the adapters are zero

@@ -44,6 +44,7 @@ WRITTEN = (
     "monitor",
     "profile",
     "metrics.jsonl",
+    "episodes.jsonl",
     "scores.json",
     "scores.md",
     "config.yaml",
@@ -220,7 +221,10 @@ def open_session(
     progress = Progress(folder, config.logging, ranks.is_main, engine)
     sampler = parts.tasks.sampler(config, method)
     trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress)
-    evaluator = Evaluator(learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks)
+    beside = config.trainer.parallel_episodes
+    evaluator = Evaluator(
+        learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks, beside
+    )
     session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress, plan)
     trainer.validate, trainer.after_save = session.validate, session.prune_best
     checkpoint = store.newest_whole() if resume else None

@@ -1,14 +1,15 @@
 """The episodic meta-training loop, read from top to bottom.
 
-Each outer step visits `tasks_per_step` tasks, dealt to the ranks. A rank adapts phi to its task without communication;
-then the engine averages the theta gradients of all tasks and takes one step, and phi is reset from theta.
+Each outer step visits `tasks_per_step` tasks, dealt to the ranks. A rank adapts phi to its tasks, `parallel_episodes`
+of them side by side, without communication; then the engine averages the theta gradients of all tasks and takes one
+step, and phi is reset from theta.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config.schema import Config, TrainerConfig
+from abmll.dealing import deal
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
+from abmll.models.answers import rows_of_groups
 from abmll.profiling import phase
 from abmll.progress import Progress, StepReport
 from abmll.resident import release_freed
@@ -108,6 +111,7 @@ class Trainer:
             release_freed(self.ranks.device)
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
+            self.progress.write_episodes(self._episode_records(table))
             if self.after_step:
                 self.after_step()
             self._stop_if_diverged()
@@ -120,19 +124,19 @@ class Trainer:
     @phase("outer step")
     def _outer_step(self, step: int) -> Tensor:
         """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns]."""
-        first = step * self.tasks_per_step
-        slots = [s for s in range(self.tasks_per_step) if self.ranks.owns(s) and first + s < self.num_episodes]
-        episodes = {slot: self.sampler.episode(first + slot).to(self.ranks.device) for slot in slots}
+        episodes = self._own_episodes(step)
+        side_by_side = [list(slots) for slots in _parts(sorted(episodes), self.config.trainer.parallel_episodes)]
+        visits = [self._visit([episodes[slot] for slot in slots], step) for slots in side_by_side]
         tables = []
         for index in range(self.method.updates_per_episode):
             table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
             gradient: dict[str, Tensor] = {}  # nothing is held for theta while phi is adapted
-            for slot, episode in episodes.items():
-                update = self._update(episode, index, step)
-                table[slot] = torch.tensor(_row(update), dtype=torch.float64)
-                if table[slot, COLUMNS.index("finite")]:
-                    gradient = _sum(gradient, update.gradient)
-                else:
+            for slots, visit in zip(side_by_side, visits, strict=True):
+                update = self._update(replace(visit, index=index))
+                table[slots] = self._rows(update)
+                finite = table[slots, COLUMNS.index("finite")].bool().tolist()
+                gradient = _sum(gradient, update.total(finite))
+                if not all(finite):
                     self.inner_optimizer.state.clear()  # its moments are poisoned
             table = self.ranks.sum_table(table)
             tables.append(table)
@@ -143,17 +147,41 @@ class Trainer:
             self.learner.adapters.reset_phi()
         return _merge(tables)
 
+    def _own_episodes(self, step: int) -> dict[int, Episode]:
+        """This rank's episodes of a step, by their slots: as many as the others have, and as many tokens."""
+        first = step * self.tasks_per_step
+        slots = range(min(self.tasks_per_step, self.num_episodes - first))
+        if len(slots) <= self.ranks.world_size:  # one each: there is nothing to balance
+            return {slot: self.sampler.episode(first + slot) for slot in slots if self.ranks.owns(slot)}
+        episodes = [self.sampler.episode(first + slot) for slot in slots]
+        own = deal([episode.num_tokens for episode in episodes], self.ranks.world_size)[self.ranks.rank]
+        return {slot: episodes[slot] for slot in own}
+
+    def _visit(self, episodes: list[Episode], step: int) -> Visit:
+        passes = self.config.method.inner_steps + 1
+        keys = [[NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)] for episode in episodes]
+        progress = step / self.num_steps
+        return Visit.of(episodes, 0, keys, self.inner_optimizer, progress, self.ranks.device)
+
     @phase("episode")
-    def _update(self, episode: Episode, index: int, step: int) -> Update:
-        method = self.config.method
-        self.learner.adapters.reset_phi()
-        passes = method.inner_steps + 1
-        keys = [NoiseKey(self.noise_seed, episode.index * passes + k) for k in range(passes)]
-        visit = Visit(episode, index, keys, self.inner_optimizer, progress=step / self.num_steps)
+    def _update(self, visit: Visit) -> Update:
+        self.learner.adapters.reset_phi(len(visit.episodes))
         update = self.method.update(self.learner, visit)
-        if method.reset_inner_optimizer:  # now: phi's moments need not be there while theta moves, nor in scoring
+        if self.config.method.reset_inner_optimizer:  # now: phi's moments need not be there in scoring
             self.inner_optimizer.state.clear()
         return update
+
+    def _rows(self, update: Update) -> Tensor:
+        """The episodes' rows of the table, [G, columns], with one synchronisation for all of their numbers."""
+        steps = torch.stack([torch.stack(terms) for terms in (*update.inner, update.outer)]).double().cpu()
+        outer, inner = StepTerms(*steps[-1]), [StepTerms(*terms) for terms in (steps[:-1] if len(steps) > 1 else steps)]
+        real = [batch.groups.sizes for batch in update.batches]
+        padded = [rows_of_groups(self.learner.model, batch) for batch in update.batches]
+        finite = steps.isfinite().flatten(0, 1).all(dim=0)
+        columns = [torch.ones_like(outer.nll), finite, inner[0].nll, inner[-1].nll, inner[-1].kl]
+        columns += [outer.nll, outer.kl, outer.prior, inner[-1].gradient_norm, outer.gradient_norm]
+        columns += [torch.tensor(sizes).sum(dim=0) for sizes in (real, padded)]
+        return torch.stack([column.double() for column in columns], dim=1)
 
     def _scaled(self, gradient: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """Theta's gradient times `scale`, in place; zeros of a rank that has no finite episode."""
@@ -195,6 +223,16 @@ class Trainer:
             skipped=self.position.skipped_episodes,
         )
 
+    def _episode_records(self, table: Tensor) -> list[dict[str, Any]]:
+        """Each episode's own terms; of one with NaN or Inf the fact alone, as JSON has neither."""
+        first, records = (self.position.step - 1) * self.tasks_per_step, []
+        for slot, (visited, finite, *values) in enumerate(table.tolist()):
+            if visited:
+                place = {"step": self.position.step, "episode": first + slot, "task": self.sampler.task(first + slot)}
+                terms = {name: float(f"{v:.6g}") for name, v in zip(COLUMNS[2:], values, strict=True)} if finite else {}
+                records.append({**place, "finite": bool(finite), **terms})
+        return records
+
     @phase("checkpoint")
     def _save(self) -> None:
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
@@ -206,7 +244,7 @@ class Trainer:
 
 def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
     """Episodes of an outer step over all ranks. ValueError where some ranks would get none."""
-    number = config.tasks_per_step or world_size
+    number = config.tasks_per_step or world_size * config.parallel_episodes
     if number < world_size:
         raise ValueError(
             f"trainer.tasks_per_step: {number}: fewer than the {world_size} ranks, some would idle; use at least "
@@ -215,10 +253,15 @@ def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
     return number
 
 
+def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 def _sum(total: dict[str, Tensor], gradient: dict[str, Tensor]) -> dict[str, Tensor]:
     """The running sum, in the first gradient's own tensors."""
-    if not total:
-        return gradient
+    if not (total and gradient):
+        return total or gradient
     torch._foreach_add_([total[name] for name in gradient], list(gradient.values()))
     return total
 
@@ -231,20 +274,3 @@ def _merge(tables: list[Tensor]) -> Tensor:
     merged[:, finite] = torch.stack([table[:, finite] for table in tables]).amin(dim=0)
     merged[:, tokens:] = torch.stack([table[:, tokens:] for table in tables]).sum(dim=0)
     return merged
-
-
-def _row(update: Update) -> list[float]:
-    """An episode's row of the table, with one synchronisation for all of its numbers."""
-    steps = (*update.inner, update.outer)
-    values = torch.stack([torch.stack(terms) for terms in steps]).double()
-    finite = values.isfinite().all()
-    *numbers, is_finite = torch.cat([values.flatten(), finite.double().reshape(1)]).tolist()
-    terms = [StepTerms(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)]
-    outer, inner = terms[-1], terms[:-1] or terms
-    tokens = [
-        float(sum(batch.num_real_tokens for batch in update.batches)),
-        float(sum(batch.input_ids.numel() for batch in update.batches)),
-    ]
-    row = [inner[0].nll, inner[-1].nll, inner[-1].kl, outer.nll, outer.kl, outer.prior]
-    row += [inner[-1].gradient_norm, outer.gradient_norm]
-    return [1.0, is_finite, *row, *tokens]

@@ -5,7 +5,7 @@ Imports torch (and triton) only; knows nothing of the rest of `abmll`.
 
 from abmll.kernels.backends import Backend, Posterior, assume_gpu, on_gpu, resolve
 from abmll.kernels.groups import Groups
-from abmll.kernels.noise import NoiseKey, fold_seed, standard_normal
+from abmll.kernels.noise import NoiseKey, fold_seed, rows_of_keys, standard_normal
 from abmll.kernels.projection import mean_linear, posterior_projection, theta_gradient
 from abmll.kernels.reference import (
     FrozenLinear,
@@ -33,6 +33,7 @@ __all__ = [
     "on_gpu",
     "posterior_projection",
     "resolve",
+    "rows_of_keys",
     "standard_normal",
     "theta_gradient",
 ]

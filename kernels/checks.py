@@ -162,7 +162,8 @@ def _check_input(x: Kind | None, columns: int, factors: list[Kind], mask: Kind |
     if len(x.shape) < 2 or x.shape[-1] != columns:
         raise ValueError(f"x: shape {tuple(x.shape)}: must be [tokens, {columns}]: the weight has {columns} columns")
     groups = factors[0].shape[:-2]
-    if groups and not ragged and (len(groups) > 1 or len(x.shape) < 3 or x.shape[0] != groups[0]):
+    whose = ragged or groups == (1,)  # of one group all rows are
+    if groups and not whose and (len(groups) > 1 or len(x.shape) < 3 or x.shape[0] != groups[0]):
         raise ValueError(
             f"x: shape {tuple(x.shape)}: must be [{groups[0]}, tokens, {columns}], as phi has groups; or say "
             "by `groups` which rows are whose"

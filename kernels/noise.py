@@ -11,7 +11,7 @@ the kernels make with sixteen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +40,25 @@ class NoiseKey:
 
         Numbers in memory and not arguments: a captured graph draws other noise when they are written over.
         """
-        names = [[signed(self.seed), self.step, group] for group in range(groups)]
-        rows = torch.tensor(names, dtype=torch.int64)
-        if torch.device(device).type != "cuda":
-            return rows.to(device)
-        return rows.pin_memory().to(device, non_blocking=True)  # a copy from pageable memory waits for the GPU
+        return _on_device([[signed(self.seed), self.step, group] for group in range(groups)], device)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: {self.seed}: must be in [0, 2**64)")
         if not 0 <= self.step < 2**32:
             raise ValueError(f"step: {self.step}: must be in [0, 2**32); use another seed for a longer run")
+
+
+def rows_of_keys(keys: Sequence[NoiseKey], device: torch.device | str) -> torch.Tensor:
+    """int64 [G, 3] of G keys, one a group: each group draws what it would draw alone under its key."""
+    return _on_device([[signed(key.seed), key.step, 0] for key in keys], device)
+
+
+def _on_device(names: list[list[int]], device: torch.device | str) -> torch.Tensor:
+    rows = torch.tensor(names, dtype=torch.int64)
+    if torch.device(device).type != "cuda":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)  # a copy from pageable memory waits for the GPU
 
 
 def signed(seed: int) -> int:

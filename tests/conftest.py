@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from abmll.kernels import NoiseKey
 if TYPE_CHECKING:
     from abmll.build import Parts
     from abmll.config import Config
+    from abmll.methods import Visit
     from abmll.tasks.task import Batch, Episode
 
 
@@ -58,6 +60,17 @@ class Tiny:
     def keys(self) -> list[NoiseKey]:
         """K + 1 noise names, as an update takes them."""
         return [NoiseKey(2024, step) for step in range(self.config.method.inner_steps + 1)]
+
+    def visit(self, index: int = 0, optimizer=None, progress: float = 0.0, episodes: Sequence[int] = (0,)) -> Visit:
+        """Of episodes side by side, and phi ready for it."""
+        from abmll.methods import Visit
+
+        optimizer = self.learner.optimizer(self.config.method.inner_lr) if optimizer is None else optimizer
+        if self.adapters.groups != len(episodes):
+            self.adapters.reset_phi(len(episodes))
+        return Visit.of(
+            [self.episode(number) for number in episodes], index, [self.keys] * len(episodes), optimizer, progress
+        )
 
     def scatter(self, size: float = 0.02, seed: int = 1) -> Tiny:
         """Move theta, and phi away from it, off the initial point where many gradients are zero."""

@@ -11,9 +11,10 @@ import torch
 
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.kernels import NoiseKey, fold_seed
-from abmll.methods import Pretrained, Visit
-from abmll.models.answers import answer_logits
+from abmll.methods import Pretrained
+from abmll.models.answers import Rows, answer_logits
 from abmll.models.architectures import architecture_config, random_model
+from abmll.tasks.batch import side_by_side
 from abmll.tasks.episodes import scoring_batches, support_batches
 
 # Batches of another shape are summed in other orders: fp32's roundings, all to one side, in a row of sums over 320 keys
@@ -64,7 +65,8 @@ def evaluate(tiny, split="test", method=None, **changes):
 
 def predictions(tiny, method=None, **changes):
     """The stored predictions of the first task, by adaptation steps."""
-    return evaluator(tiny, **changes)._evaluate_task(method or tiny.method, tiny.parts.tasks.test[0], "test")
+    task = tiny.parts.tasks.test[0]
+    return evaluator(tiny, **changes)._evaluate_tasks(method or tiny.method, [task], "test")[task.name]
 
 
 def scattered(tiny, size=0.03):
@@ -110,7 +112,7 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(name, build_tiny):
         optimizer = tiny.learner.optimizer(1e-2)
         for step in range(2):
             tiny.adapters.reset_phi()
-            update = tiny.method.update(tiny.learner, Visit(tiny.episode(step), 0, tiny.keys, optimizer, 0.0))
+            update = tiny.method.update(tiny.learner, tiny.visit(optimizer=optimizer, episodes=[step]))
             if validate:
                 tiny.adapters.reset_phi()
                 evaluate(tiny, "validation", samples=1)
@@ -163,7 +165,7 @@ def test_pretrained_at_no_steps_is_the_base_model(build_tiny):
     row = 0
     for batch in scoring_batches(tiny.parts.tasks.test[0].test, tiny.parts.tasks.letter_ids, 1):
         with torch.no_grad():
-            logits = base(input_ids=batch.input_ids).logits[0, -1].double()
+            logits = base(input_ids=batch.input_ids[None]).logits[0, -1].double()
         options = logits[batch.letter_ids[0][batch.option_mask[0]]].softmax(dim=-1)
         torch.testing.assert_close(found.options[row, : len(options)], options, **CLOSE)
         torch.testing.assert_close(found.nll[row], -logits.log_softmax(dim=-1)[batch.target[0]], **CLOSE)
@@ -186,8 +188,9 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     task, letters = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids
     seed, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), [], []
     for step, batch in enumerate(scoring_batches(task.test, letters, 3)):
-        key, repeated = NoiseKey(seed, step), batch.repeat(samples)
-        context = tiny.adapters.context.forward_pass(key, repeated.token_mask, groups=samples)
+        key, repeated = NoiseKey(seed, step), Rows.of(tiny.model, side_by_side([batch] * samples))
+        names = key.rows(samples, "cpu")
+        context = tiny.adapters.context.forward_pass(names, groups=repeated.groups, slot=0)
         with torch.no_grad(), context:
             logits = answer_logits(tiny.model, repeated).unflatten(0, (samples, -1))
         # the first sample is the one that a pass of its own draws; the others are others
@@ -243,7 +246,7 @@ def test_two_ranks_gather_what_one_scores(samples, build_tiny):
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(run, range(2)))
-    assert [len(item) for item in meeting.items] == [2, 1] and not set(meeting.items[0]) & set(meeting.items[1])
+    assert sorted(len(item) for item in meeting.items) == [1, 2] and not set(meeting.items[0]) & set(meeting.items[1])
     assert found[0] == found[1] == alone
 
 

@@ -11,7 +11,7 @@ from abmll.kernels.reference import (
     _weight_statistics,
     negative_log_prior,
 )
-from abmll.methods import Visit
+from abmll.models.packing import is_packed
 
 POSTERIORS = ("activation", "weight")
 KEY = NoiseKey(31, 4)
@@ -47,12 +47,12 @@ def objective(tiny, batch, key):
     prior = 0.0
     for name, layer in tiny.adapters.layers.items():
         if layer.posterior == "activation":
-            statistics = _activation_statistics(inputs[name][batch.token_mask], layer.theta.factors(), layer.settings)
+            statistics = _activation_statistics(inputs[name][0], layer.theta.factors(), layer.settings)
         else:
             statistics = _weight_statistics(layer.theta.factors(), layer.settings)
         prior = prior + negative_log_prior(*statistics, layer.settings).sum()
     beta, num_tasks = tiny.config.method.beta, len(tiny.parts.tasks.train)
-    return tiny.learner.nll(logits, batch) + beta * terms.total_kl() + beta / num_tasks * prior, prior
+    return tiny.learner.nll(logits, batch).sum() + beta * terms.total_kl().sum() + beta / num_tasks * prior, prior
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
@@ -65,10 +65,10 @@ def test_theta_gradient_equals_autograd_on_the_full_objective(posterior, build_t
     loss, prior = objective(tiny, tiny.batch, KEY)
     expected = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
     assert all(value.abs().max() > 0 for value in expected.values())
-    assert_same(gradient, expected, rtol=1e-10)
-    torch.testing.assert_close(terms.prior, prior.detach())
+    assert_same({name: value.squeeze(0) for name, value in gradient.items()}, expected, rtol=1e-10)
+    torch.testing.assert_close(terms.prior, prior.detach()[None])
     norm = torch.cat([value.flatten() for value in expected.values()]).norm()
-    torch.testing.assert_close(terms.gradient_norm, norm)
+    torch.testing.assert_close(terms.gradient_norm, norm[None])
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
@@ -169,7 +169,7 @@ def test_gradients_reach_the_documented_parameters_alone(method, build_tiny):
     assert got == {f"{module}.phi.{kind}.{factor}" for module in modules for kind in kinds for factor in "ab"}
     assert {name for name, value in tiny.model.named_parameters() if value.requires_grad} == got
 
-    tiny.method.update(tiny.learner, Visit(tiny.episode(), 0, tiny.keys, tiny.learner.optimizer(1e-2), 0.0))
+    tiny.method.update(tiny.learner, tiny.visit())
     assert all(value.grad is None for value in tiny.model.parameters())
     for name, value in tiny.model.named_parameters():
         assert name not in frozen or torch.equal(value, frozen[name]), name  # theta too: the engine alone moves it
@@ -222,22 +222,21 @@ def test_the_mean_ignores_noise_variance_and_theta(posterior, build_tiny):
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_padding_does_not_change_the_kl_and_the_theta_gradient(posterior, build_tiny):
-    """More padding shifts the noise of the second row: at c = -60 it moves nothing, and what is left is the mask."""
+    """Where prompts are padded the noise lies in other places: at c = -60 it moves nothing, and what is left is the
+    mask."""
     tiny = build_tiny(
         torch.float64, adapters={"posterior": posterior, "log_variance_offset": -60.0}, method={"beta": 1e-25}
     )
     tiny.scatter(size=1e-3)
-    batch = tiny.batch
-    rows, tokens = batch.input_ids.shape
-    wider = type(batch)(
-        **{
-            **vars(batch),
-            "input_ids": torch.cat([batch.input_ids, torch.full((rows, 7), 65)], dim=1),
-            "token_mask": torch.cat([batch.token_mask, torch.zeros(rows, 7, dtype=torch.bool)], dim=1),
-        }
-    )
-    assert wider.input_ids.shape == (rows, tokens + 7)
-    gradient, terms = tiny.learner.theta_gradient_kl(batch, KEY)
-    gradient_wider, terms_wider = tiny.learner.theta_gradient_kl(wider, KEY)
-    assert_same(gradient, gradient_wider, rtol=1e-6)
-    torch.testing.assert_close(terms_wider, terms, rtol=1e-5, atol=0)
+    padded = build_tiny(
+        torch.float64,
+        model={"attention": "eager"},
+        adapters={"posterior": posterior, "log_variance_offset": -60.0},
+        method={"beta": 1e-25},
+    ).scatter(size=1e-3)
+    assert is_packed(tiny.model) and not is_packed(padded.model)
+    assert len(set(tiny.batch.prompts.sizes)) > 1  # so that there is some padding
+    gradient, terms = tiny.learner.theta_gradient_kl(tiny.batch, KEY)
+    gradient_padded, terms_padded = padded.learner.theta_gradient_kl(padded.batch, KEY)
+    assert_same(gradient, gradient_padded, rtol=1e-5)
+    torch.testing.assert_close(terms_padded, terms, rtol=1e-5, atol=0)

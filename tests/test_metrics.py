@@ -8,24 +8,15 @@ import pytest
 import torch
 
 from abmll.metrics import Predictions, ScoreAccumulator, Scores, concatenate, pool, score
-from abmll.tasks.task import Batch
+from abmll.tasks.batch import collate
+from abmll.tasks.task import Batch, PromptedExample
 
 LETTERS = (3, 5, 7, 9)  # token ids of A to D in a vocabulary of 12
 
 
 def batch_of(labels: list[int], option_counts: list[int]) -> Batch:
-    n, most = len(labels), max(option_counts)
-    label, letter_ids = torch.tensor(labels), torch.tensor(LETTERS[:most]).expand(n, most)
-    return Batch(
-        input_ids=torch.zeros(n, 1, dtype=torch.long),
-        token_mask=torch.ones(n, 1, dtype=torch.bool),
-        answer_position=torch.zeros(n, dtype=torch.long),
-        target=letter_ids.gather(1, label[:, None])[:, 0],
-        label=label,
-        letter_ids=letter_ids,
-        option_mask=torch.arange(most) < torch.tensor(option_counts)[:, None],
-        num_real_tokens=n,
-    )
+    examples = zip(labels, option_counts, strict=True)
+    return collate([PromptedExample((0,), label, count) for label, count in examples], LETTERS)
 
 
 def of_options(rows: list[list[float]], labels: list[int]) -> Predictions:

@@ -1,7 +1,7 @@
 """What the adapted layers of a model share during one forward pass and its recomputation.
 
 The layers are called by the language model, which passes them nothing but x. The rest stands here: the noise's name,
-the token mask, and where the divergences go. Noise and mask stay in place until the next pass, because activation
+which rows are whose, and where the divergences go. All of it stays in place until the next pass, because activation
 checkpointing runs the forward again inside the backward; the recorded terms are closed by then, so that nothing is
 counted twice.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abmll.kernels import NoiseKey, ThetaGradient
+from abmll.kernels import Groups, NoiseKey, ThetaGradient
 
 
 class OuterWeights(NamedTuple):
@@ -28,31 +28,34 @@ class OuterWeights(NamedTuple):
 
 @dataclass
 class RecordedTerms:
-    """What one forward pass left behind: a KL scalar a layer, or theta's local gradient a layer."""
+    """What one forward pass left behind: a KL [G] a layer, or theta's local gradient (each group's own) a layer."""
 
     kl: list[Tensor] = field(default_factory=list)
     theta: dict[int, ThetaGradient] = field(default_factory=dict)
 
     def total_kl(self) -> Tensor:
-        return torch.stack(self.kl).sum()
+        """[G], over layers."""
+        return torch.stack(self.kl).sum(dim=0)
 
     def total_theta_kl(self) -> Tensor:
-        return torch.stack([term.kl for term in self.theta.values()]).sum()
+        return torch.stack([term.kl for term in self.theta.values()]).sum(dim=0)
 
     def total_negative_log_prior(self) -> Tensor:
-        return torch.stack([term.negative_log_prior for term in self.theta.values()]).sum()
+        return torch.stack([term.negative_log_prior for term in self.theta.values()]).sum(dim=0)
 
 
 @dataclass
 class AdapterContext:
     """`names` [G, 3] name the noise, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms.
-    `kl`: every layer's KL joins the graph. `outer` set: theta's local gradients are made in the forward pass. `groups`
-    G: the batch is G equal parts, each with noise of its own (samples of the posterior side by side).
+    `groups`: which of the batch's rows belong to which of phi's groups; None: all to one. `kl`: every layer's KL joins
+    the graph. `outer` set: theta's local gradients are made in the forward pass. `slot`: phi's only group to be used;
+    with several groups it serves all of them (samples of one posterior side by side). None: each group has its own.
     """
 
-    names: Tensor | None = None
+    names: NoiseKey | Tensor | None = None
     token_mask: Tensor | None = None
-    groups: int = 1
+    groups: Groups | None = None
+    slot: int | None = None
     kl: bool = False
     outer: OuterWeights | None = None
     recorded: RecordedTerms | None = None
@@ -61,20 +64,28 @@ class AdapterContext:
     def forward_pass(
         self,
         key: NoiseKey | Tensor | None,
-        token_mask: Tensor,
+        token_mask: Tensor | None = None,
         kl: bool = False,
         outer: OuterWeights | None = None,
-        groups: int = 1,
+        groups: Groups | None = None,
+        slot: int | None = None,
     ) -> Iterator[RecordedTerms]:
-        """Fix the integers and the mask of the next forward pass; yields what the layers record in it.
+        """Fix the integers, the groups and the mask of the next forward pass; yields what the layers record in it.
 
-        `key` may be rows [groups, 3] on the device. They are kept as they are, so that a captured CUDA graph draws
-        other noise where they are written over.
+        `key` may be rows [G, 3] on the device of the adapters. They are kept as they are, so that a captured CUDA graph
+        draws other noise where they are written over. A NoiseKey itself is for one group.
         """
-        self.names = key.rows(groups, token_mask.device) if isinstance(key, NoiseKey) else key  # once for all layers
-        self.token_mask, self.kl, self.outer, self.groups = token_mask, kl, outer, groups
+        self.names = key
+        self.token_mask, self.groups, self.slot, self.kl, self.outer = token_mask, groups, slot, kl, outer
         self.recorded = RecordedTerms()
         try:
             yield self.recorded
         finally:
             self.recorded = None
+
+    def phi_of(self, factor: Tensor) -> Tensor:
+        """The factor [G, ...] of phi that this pass uses: all groups', or one slot's for each group of the batch."""
+        if self.slot is None:
+            return factor
+        own = factor[self.slot : self.slot + 1]
+        return own if self.groups is None else own.expand(len(self.groups), *factor.shape[1:])

@@ -50,11 +50,23 @@ class AdapterSet:
         self.reset_phi()
 
     @torch.no_grad()
-    def reset_phi(self) -> None:
-        """phi <- theta, in place: the phi parameters stay the same tensors, as their optimizer expects."""
-        torch._foreach_copy_(list(self.phi.values()), list(self.theta.values()))
+    def reset_phi(self, groups: int = 1) -> None:
+        """phi <- theta for each of G episodes side by side: [G, ...].
+
+        The phi parameters stay the same objects, as their optimizer expects; of the same size also the same memory.
+        """
         for parameter in self.phi.values():
             parameter.grad = None
+            if len(parameter) != groups:
+                parameter.data = parameter.new_empty(groups, *parameter.shape[1:])
+        # group by group, as tensors of one layout: they are copied in one launch
+        copies = [(own, theta) for name, theta in self.theta.items() for own in self.phi[name].unbind()]
+        torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+
+    @property
+    def groups(self) -> int:
+        """Episodes that phi has a copy of theta for."""
+        return len(next(iter(self.phi.values())))
 
     @torch.no_grad()
     def load_theta(self, tensors: dict[str, Tensor]) -> None:
@@ -72,8 +84,8 @@ class AdapterSet:
         self.reset_phi()
 
     def num_parameters(self) -> int:
-        """Trained numbers, theta's and phi's together."""
-        return sum(p.numel() for p in (*self.theta.values(), *self.phi.values()))
+        """Trained numbers, theta's and phi's together, of one episode."""
+        return 2 * sum(theta.numel() for theta in self.theta.values())
 
 
 def inject_adapters(
@@ -103,7 +115,7 @@ def inject_adapters(
                 base, adapters.rank, adapters.posterior, settings, context, index, adapters.backend
             )
         else:
-            layer = LoRALinear(base, adapters.rank, settings.scaling)
+            layer = LoRALinear(base, adapters.rank, settings.scaling, context)
         model.set_submodule(name, layer)
         layers[name] = layer
     adapter_set = AdapterSet(layers, context)

@@ -13,6 +13,8 @@ from abmll.adapters.pairs import GaussianPairs, MeanPairs
 from abmll.kernels import (
     Backend,
     FrozenLinear,
+    GaussianFactors,
+    LowRank,
     Posterior,
     PosteriorSettings,
     ThetaGradient,
@@ -37,14 +39,15 @@ def base_dtype(layer: nn.Linear) -> torch.dtype:
 class LoRALinear(nn.Module):
     """y = W0 x + bias + s B A x with a frozen base layer; x [..., in_features] -> y [..., out_features]."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float):
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, context: AdapterContext):
         super().__init__()
-        self.base, self.scaling = base, scaling
+        self.base, self.scaling, self.context = base, scaling, context
         sizes = (base.in_features, base.out_features, rank, base.weight.device)
-        self.theta, self.phi = MeanPairs(*sizes), MeanPairs(*sizes)
+        self.theta, self.phi = MeanPairs(*sizes), MeanPairs(*sizes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mean_linear(x, frozen_base(self.base, x), self.phi.mean.factors(), self.scaling)
+        mean = LowRank(*(self.context.phi_of(factor) for factor in self.phi.mean.factors()))
+        return mean_linear(x, frozen_base(self.base, x), mean, self.scaling, self.context.groups)
 
 
 class GaussianLoRALinear(nn.Module):
@@ -67,31 +70,27 @@ class GaussianLoRALinear(nn.Module):
         self.base, self.posterior, self.settings, self.context, self.index = base, posterior, settings, context, index
         self.backend: Backend = backend
         sizes = (base.in_features, base.out_features, rank, base.weight.device)
-        self.theta, self.phi = GaussianPairs(*sizes), GaussianPairs(*sizes)
+        self.theta, self.phi = GaussianPairs(*sizes), GaussianPairs(*sizes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         context, base = self.context, frozen_base(self.base, x)
-        phi, theta = self.phi.factors(), self.theta.factors()
+        phi = GaussianFactors(*(LowRank(*(context.phi_of(f) for f in pair)) for pair in self.phi.factors()))
         if context.names is None:
-            return mean_linear(x, base, phi.mean, self.settings.scaling)
-        outer, token_mask = context.outer, context.token_mask
-        if context.groups > 1:
-            x = x.unflatten(0, (context.groups, -1))
-            base = base.unflatten(0, (context.groups, -1)) if isinstance(base, Tensor) else base
-            phi = phi.expand(context.groups)
-            token_mask = None if token_mask is None else token_mask.unflatten(0, (context.groups, -1))
+            return mean_linear(x, base, phi.mean, self.settings.scaling, context.groups)
+        outer = context.outer
         projection = posterior_projection(
             self.posterior,
             x,
             base,
             phi,
-            theta,
+            self.theta.factors(),
             self.settings,
             context.names,
             self.index,
-            token_mask,
+            context.token_mask,
             terms="divergence" if context.kl else "none" if outer is None else "theta",
             backend=self.backend,
+            groups=context.groups,
         )
         if context.recorded is not None:  # closed while checkpointing recomputes
             if context.kl:
@@ -101,15 +100,16 @@ class GaussianLoRALinear(nn.Module):
                     self.posterior,
                     x,
                     phi,
-                    theta,
+                    self.theta.factors(),
                     self.settings,
                     outer.kl,
                     outer.prior,
-                    token_mask,
+                    context.token_mask,
                     projection,
                     self.backend,
+                    context.groups,
                 )
-        return projection.y if context.groups == 1 else projection.y.flatten(0, 1)
+        return projection.y
 
     def theta_gradient(self, weights: OuterWeights) -> ThetaGradient:
         """Theta's local gradient in the weight posterior: of the factors alone, without a forward pass."""

@@ -49,6 +49,14 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "adapters.posterior",
     )
 
+    rule(
+        config.trainer.parallel_episodes > 1 and not config.method.reset_inner_optimizer,
+        "trainer.parallel_episodes",
+        "moments that pass from one episode to the next need episodes one after another; set it to 1, or "
+        "method.reset_inner_optimizer=true",
+        "method.reset_inner_optimizer",
+    )
+
     tasks = config.tasks
     rule(
         tasks.source == "jsonl" and not tasks.folder,

@@ -126,7 +126,10 @@ class TrainerConfig(Section):
     epochs: int = Field(500, ge=1, description="An epoch is one episode for each training task.")
     episodes: int | None = Field(None, ge=1, description="Total number of episodes; overrides epochs.")
     tasks_per_step: int | None = Field(
-        None, ge=1, description="Episodes an outer step, over all ranks; null: one a rank."
+        None, ge=1, description="Episodes an outer step, over all ranks; null: as many as go side by side on all ranks."
+    )
+    parallel_episodes: int = Field(
+        1, ge=1, description="Episodes that a rank adapts side by side in one forward pass; also tasks in evaluation."
     )
     activation_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="auto: of no layer, every second or all, the fastest that fits memory.budget_gb."

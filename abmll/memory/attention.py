@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "abmll_counted_flash"
+from abmll.models import packing
+
 _ROWS = 128  # both sides of a tile, to which lengths are rounded up
 _WIDTH = 32
 
@@ -55,8 +54,5 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_:
 
 
 def register() -> str:
-    """Make it known to transformers; returns its name."""
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *_, **__: None)
-    return NAME
+    """Make it known to transformers, for packed prompts; returns its name."""
+    return packing.register("counted", _attention)

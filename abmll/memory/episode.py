@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from abmll.adapters import inject_adapters
 from abmll.config import Config
 from abmll.evaluation import Evaluator
-from abmll.kernels import NoiseKey
+from abmll.kernels import NoiseKey, rows_of_keys
 from abmll.learner import Learner, StepTerms
 from abmll.memory import attention
 from abmll.memory.engine import CountedEngine
@@ -42,10 +42,12 @@ from abmll.memory.storages import (
 )
 from abmll.methods import Method, Visit, build_method
 from abmll.metrics import ScoreAccumulator
+from abmll.models import packing
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
 from abmll.models.load import attention_implementation
 from abmll.models.quantization import pack_shapes, quantize
-from abmll.tasks.task import Batch, Episode
+from abmll.tasks.batch import collate, side_by_side
+from abmll.tasks.task import Batch, PromptedExample
 
 logger = logging.getLogger("abmll.memory")
 Counting = StorageCounter | Uncounted
@@ -162,10 +164,12 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
         build_optimizer = partial(_outer_optimizer, method, setup.gpu)
         engine = CountedEngine(learner.adapters.theta, build_optimizer, setup.deepspeed, setup.world_size, counter)
         inner = learner.optimizer(config.method.inner_lr)
-        if setup.gpu:
-            as_on_gpu(inner)
-        batch = make_batch(config.tasks.batch_size, config.tasks.max_tokens)
-    several = (config.trainer.tasks_per_step or 1) > setup.world_size
+        beside = episodes_beside(config, setup.world_size)
+        batch = side_by_side([make_batch(config.tasks.batch_size, config.tasks.max_tokens)] * beside)
+        keys = [rows_of_keys([NoiseKey(0, step)] * beside, batch.input_ids.device) for step in range(2)]
+        learner.adapters.reset_phi(beside)
+        counter.label(ADAPTERS, learner.adapters.phi.values())
+    several = (config.trainer.tasks_per_step or 1) > setup.world_size * beside
     with counter.stage(WARM_UP):
         engine.step({name: torch.zeros_like(value) for name, value in learner.adapters.theta.items()})
         if method.inner_loop:
@@ -175,20 +179,22 @@ def run_episode(setup: Setup, counter: Counting) -> int | None:
         counter.label(GRADIENTS, sums)
     if method.updates_per_episode:
         counter.label(STATES, _states(inner))
-        visit = Visit(Episode(0, 0, "", (batch,), batch), 0, [NoiseKey(0, step) for step in range(2)], inner, 0.0)
-        update = method.update(learner, visit)
+        update = method.update(learner, Visit(range(beside), (batch,), batch, 0, keys, inner, 0.0))
         if config.method.reset_inner_optimizer:
             inner.state.clear()
         counter.label(GRADIENTS, update.gradient.values())
         with counter.stage(OUTER):
-            engine.step(update.gradient)
-        del update, visit, sums
-        learner.adapters.reset_phi()
+            gradient = update.total([True] * beside)
+            counter.label(GRADIENTS, gradient.values())
+            del update
+            engine.step(gradient)
+        del gradient, sums
+        learner.adapters.reset_phi(beside)
     adapts_as_it_trains = method.inner_loop and config.method.reset_inner_optimizer
     if setup.scoring and not adapts_as_it_trains:
         with counter.stage(ADAPTATION):
-            method.adapt(learner, [batch] * 2, [NoiseKey(0, step) for step in range(2)])  # then its moments are there
-            learner.adapters.reset_phi()
+            method.adapt(learner, [batch] * 2, keys)  # then its moments are there
+            learner.adapters.reset_phi(beside)
     bound = max((counter.peaks[phase].size for phase in (*TRAINING, ADAPTATION) if phase in counter.peaks), default=0)
     for examples in setup.scoring:
         counter.peaks.pop(SCORING, None)
@@ -224,8 +230,13 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
         fake = detect_fake_mode([next(model.parameters())]) is not None
         if quantized:
             (pack_shapes if fake else quantize)(model, model.dtype)
-    if fake and setup.gpu and implementation != "eager":
-        model.config.get_text_config()._attn_implementation = attention.register()
+    if implementation != "eager":
+        if fake and setup.gpu:
+            model.set_attn_implementation(attention.register())
+        elif fake or model.device.type == "cpu":
+            model.set_attn_implementation(packing.register("prompt"))
+        else:
+            packing.pack_prompts(model)
     counter.label_model(WEIGHTS, model)
     return model.requires_grad_(False).eval()
 
@@ -271,19 +282,16 @@ def _score(learner: Learner, method: Method, examples: int, setup: Setup, counte
         ScoreAccumulator().update(evaluator.probabilities(batch, keys), batch)
 
 
+def episodes_beside(config: Config, world_size: int) -> int:
+    """Episodes that a rank adapts side by side."""
+    an_outer_step = config.trainer.tasks_per_step
+    most = config.trainer.parallel_episodes
+    return most if an_outer_step is None else min(most, -(-an_outer_step // world_size))
+
+
 def make_batch(examples: int, tokens: int) -> Batch:
     """Zeros in a batch's shapes: every prompt as long as the longest allowed."""
-    number = torch.zeros(examples, dtype=torch.int64)
-    return Batch(
-        input_ids=torch.zeros(examples, tokens, dtype=torch.int64),
-        token_mask=torch.ones(examples, tokens, dtype=torch.bool),
-        answer_position=number + tokens - 1,
-        target=number,
-        label=number,
-        letter_ids=torch.zeros(examples, OPTIONS, dtype=torch.int64),
-        option_mask=torch.ones(examples, OPTIONS, dtype=torch.bool),
-        num_real_tokens=examples * tokens,
-    )
+    return collate([PromptedExample([0] * tokens, 0, OPTIONS)] * examples, range(OPTIONS))
 
 
 def read_ledger(counter: StorageCounter, scored: int | None = None) -> Ledger:

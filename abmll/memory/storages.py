@@ -136,6 +136,9 @@ class StorageCounter(TorchDispatchMode):
         if self._body is not None:
             self._body.made.append(key)
         self.now += size
+        self._note(phase)
+
+    def _note(self, phase: str) -> None:
         if phase not in self.peaks or self.now > self.peaks[phase].size:
             self.peaks[phase] = Peak(self.now, self._time)
 
@@ -210,6 +213,7 @@ class StorageCounter(TorchDispatchMode):
 
         def start(*_: Any) -> None:
             self._optimizing += 1
+            self._note(self._now_in())  # a fused optimizer allocates nothing
 
         def stop(*_: Any) -> None:
             self._optimizing -= 1

@@ -23,22 +23,20 @@ class ABMLL(Method):
         return self.posterior == "weight" and self.config.meta_gradient == "kl"
 
     def update(self, learner: Learner, visit: Visit) -> Update:
-        episode = visit.episode
         *inner_keys, outer_key = visit.keys
         inner = tuple(
-            learner.phi_step(batch, key, visit.optimizer)
-            for batch, key in zip(episode.support, inner_keys, strict=True)
+            learner.phi_step(batch, key, visit.optimizer) for batch, key in zip(visit.support, inner_keys, strict=True)
         )
         if self._theta_reads_no_batch:
             gradient, outer = learner.theta_gradient_of_weights()
             # what the step line shows as the outer step's: the last that was computed
-            return Update(gradient, inner, outer._replace(nll=inner[-1].nll), episode.support)
-        batch = episode.support[-1] if episode.query is None else episode.query
+            return Update(gradient, inner, outer._replace(nll=inner[-1].nll), tuple(visit.support))
+        batch = visit.support[-1] if visit.query is None else visit.query
         if self.config.meta_gradient == "kl":
             gradient, outer = learner.theta_gradient_kl(batch, outer_key)
         else:
             gradient, outer = learner.theta_gradient_first_order(batch, outer_key)
-        return Update(gradient, inner, outer, (*episode.support, batch))
+        return Update(gradient, inner, outer, (*visit.support, batch))
 
     def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
         return list(learner.adapters.phi.values())

@@ -10,30 +10,64 @@ import torch
 from torch import Tensor, nn
 
 from abmll.config.schema import MethodConfig
-from abmll.kernels import NoiseKey, Posterior
+from abmll.kernels import NoiseKey, Posterior, rows_of_keys
 from abmll.learner import Learner, StepTerms
+from abmll.tasks.batch import side_by_side
 from abmll.tasks.task import Batch, Episode
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What an update is made from: number `index` of an episode's `updates_per_episode`."""
+    """What an update is made from: number `index` of the `updates_per_episode` of G episodes side by side.
 
-    episode: Episode
+    `support` holds the K inner batches and `query` the outer one, if there is a fresh one, each with a group for every
+    episode.
+    """
+
+    episodes: Sequence[int]  # their numbers in the run
+    support: Sequence[Batch]
+    query: Batch | None
     index: int
-    keys: Sequence[NoiseKey]  # K + 1 noise names, one a forward pass
+    keys: Sequence[NoiseKey | Tensor]  # K + 1 noise names (rows [G, 3] on the device), one a forward pass
     optimizer: torch.optim.Optimizer  # the inner one, over phi
     progress: float  # of training, in [0, 1)
+
+    @classmethod
+    def of(
+        cls,
+        episodes: Sequence[Episode],
+        index: int,
+        keys: Sequence[Sequence[NoiseKey]],
+        optimizer: torch.optim.Optimizer,
+        progress: float,
+        device: torch.device | str = "cpu",
+    ) -> Visit:
+        """`keys`: each episode's own K + 1."""
+        batches = [side_by_side(own).to(device) for own in zip(*(episode.support for episode in episodes), strict=True)]
+        queries = [episode.query for episode in episodes if episode.query is not None]
+        query = side_by_side(queries).to(device) if queries else None
+        names = [rows_of_keys(own, device) for own in zip(*keys, strict=True)]
+        return cls([episode.index for episode in episodes], batches, query, index, names, optimizer, progress)
 
 
 @dataclass(frozen=True)
 class Update:
-    """An episode's contribution to one step of theta: its gradient by name, and the terms of every step taken."""
+    """What G episodes contribute to one step of theta: gradients [G, ...] by name, and each step's terms."""
 
     gradient: dict[str, Tensor]
     inner: tuple[StepTerms, ...]
     outer: StepTerms
     batches: tuple[Batch, ...]  # of the forward passes made, for counting tokens
+
+    def total(self, finite: Sequence[bool]) -> dict[str, Tensor]:
+        """The gradient of the episodes whose numbers are finite, summed; empty if none are."""
+        wanted = [number for number, good in enumerate(finite) if good]
+        if not wanted:
+            return {}
+        if len(finite) == 1:
+            return {name: value.squeeze(0) for name, value in self.gradient.items()}
+        all_finite = len(wanted) == len(finite)
+        return {name: (own if all_finite else own[wanted]).sum(dim=0) for name, own in self.gradient.items()}
 
 
 class Method:
@@ -64,14 +98,14 @@ class Method:
         )
 
     def update(self, learner: Learner, visit: Visit) -> Update:
-        """One update of an episode, from phi = theta; phi may be left anywhere."""
+        """One update of episodes side by side, from phi = theta; phi may be left anywhere."""
         raise ValueError(f"method.name: {self.name!r}: this method does not train")
 
     def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
         return learner.adapters.mean_phi
 
-    def adapt(self, learner: Learner, batches: Sequence[Batch], keys: Sequence[NoiseKey]) -> list[StepTerms]:
-        """Adapt phi (= theta) to an unseen task, one step a batch, with a fresh optimizer."""
+    def adapt(self, learner: Learner, batches: Sequence[Batch], keys: Sequence[NoiseKey | Tensor]) -> list[StepTerms]:
+        """Adapt phi (= theta) to unseen tasks, to each on its group of every batch, with a fresh optimizer."""
         optimizer = learner.optimizer(self.config.test_lr, self.adaptation_parameters(learner))
         return [
             learner.phi_step(batch, key if self.gaussian else None, optimizer)

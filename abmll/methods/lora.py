@@ -17,7 +17,7 @@ class StructuredLoRA(Method):
         return self.config.inner_steps
 
     def update(self, learner: Learner, visit: Visit) -> Update:
-        batch = visit.episode.support[visit.index]
+        batch = visit.support[visit.index]
         gradient, terms = learner.theta_gradient_at_mean(batch)
         return Update(gradient, (), terms, (batch,))
 

@@ -21,9 +21,9 @@ class Reptile(Method):
         return torch.optim.SGD(theta, lr=1.0)  # the step size is in the gradient: it is annealed
 
     def update(self, learner: Learner, visit: Visit) -> Update:
-        inner = tuple(learner.phi_step(batch, None, visit.optimizer) for batch in visit.episode.support)
+        inner = tuple(learner.phi_step(batch, None, visit.optimizer) for batch in visit.support)
         step_size = self.config.reptile_step * (1.0 - visit.progress)
         adapters = learner.adapters
         gradient = {name: step_size * (theta - adapters.phi[name]).detach() for name, theta in adapters.theta.items()}
         outer = inner[-1]._replace(gradient_norm=gradient_norm(list(gradient.values())))
-        return Update(gradient, inner, outer, visit.episode.support)
+        return Update(gradient, inner, outer, tuple(visit.support))

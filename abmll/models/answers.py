@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from abmll.kernels import Groups
+from abmll.models.packing import is_packed, packed_inputs, padded_inputs
 from abmll.tasks.task import Batch
 
 # names under which transformers' configurations scale the logits outside the output embeddings
@@ -17,20 +23,43 @@ LOGIT_SCALES = (
 )
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits over the vocabulary of the token after each prompt: [B, V] fp32.
+@dataclass(frozen=True)
+class Rows:
+    """A batch as a model's layers see it: its inputs, the rows of each group, and which rows count (None: all do)."""
 
-    The prompts are padded on the right and attention is causal, so that no real token attends to padding. No attention
-    mask is passed, which lets transformers build none and take the fast causal path. The output embeddings see
-    [B, H] and not [B, T, H]: with a large vocabulary the latter would be the largest tensor of the run.
+    inputs: dict[str, Any]
+    answer_position: Tensor  # [S], in all rows one after another
+    groups: Groups
+    token_mask: Tensor | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch: Batch) -> Rows:
+        """Packed, or padded to the longest prompt where the model's attention takes no packed prompts."""
+        if is_packed(model):
+            inputs = packed_inputs(batch.input_ids, batch.position_ids, batch.prompts)
+            return cls(inputs, batch.answer_position, batch.groups, None)
+        input_ids, mask = padded_inputs(batch.input_ids, batch.prompts)
+        count, longest = input_ids.shape
+        last = torch.arange(count, device=mask.device) * longest + batch.prompts.bounds.diff() - 1
+        groups = Groups.of(rows_of_groups(model, batch), mask.device)
+        return cls({"input_ids": input_ids}, last, groups, mask)
+
+
+def rows_of_groups(model: PreTrainedModel, batch: Batch) -> tuple[int, ...]:
+    """Rows that the model's layers see of each group, padding included."""
+    if is_packed(model):
+        return batch.groups.sizes
+    return tuple(prompts * max(batch.prompts.sizes) for prompts in batch.group_prompts)
+
+
+def answer_logits(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """Logits over the vocabulary of the token after each prompt: [S, V] fp32.
+
+    No attention mask is passed, which lets transformers build none and take the fast causal path. The output embeddings
+    see [S, H] and not [T, H]: with a large vocabulary the latter would be the largest tensor of the run.
     """
-    return _logits(model, batch.input_ids, batch.answer_position)
-
-
-def _logits(model: PreTrainedModel, input_ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    rows = torch.arange(len(position), device=position.device)
-    logits = model.get_output_embeddings()(hidden[rows, position]).float()
+    hidden = model.get_decoder()(**rows.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = model.get_output_embeddings()(hidden[rows.answer_position]).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -54,6 +83,7 @@ def check_supported(model: PreTrainedModel) -> None:
             "model.dtype=bfloat16 or float32, or check that the model's file is complete"
         )
     # the names above cannot be complete: what is left shows here, far above the rounding of a 16-bit product
-    ours = _logits(model, input_ids, torch.full((1,), 3, device=model.device))
+    last = torch.full((1,), 3, device=model.device)
+    ours = answer_logits(model, Rows({"input_ids": input_ids}, last, Groups.of([4], model.device), None))
     if (ours - own).abs().max() > 0.05 * own.abs().max():
         raise ValueError(f"{kind} changes its logits behind the output embeddings in an unknown way; choose another")

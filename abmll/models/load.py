@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from abmll.config.schema import ModelConfig
 from abmll.models.answers import check_supported
 from abmll.models.architectures import architecture_config, byte_tokenizer, random_model
+from abmll.models.packing import pack_prompts
 from abmll.models.quantization import (
     bitsandbytes_config,
     check_quantization,
@@ -36,7 +37,10 @@ from abmll.models.source import Source, resolve
 
 
 def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, frozen and in evaluation mode, and its tokenizer. ValueError, with the remedy, if it cannot be had."""
+    """The model, frozen and in evaluation mode, and its tokenizer. ValueError, with the remedy, if it cannot be had.
+
+    Where its attention can, it takes packed prompts (`packing.is_packed`).
+    """
     device, source = torch.device(device), resolve(config)
     architecture, tokenizer = model_config(config), load_tokenizer(config)  # before the weights: errors cost less here
     dtype, attention = getattr(torch, config.dtype), attention_implementation(config, device, architecture)
@@ -51,6 +55,7 @@ def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrai
         model.to(device)
     keep_trainable(model.requires_grad_(False).eval())
     check_supported(model)
+    pack_prompts(model)
     return model, tokenizer
 
 

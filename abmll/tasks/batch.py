@@ -1,36 +1,66 @@
-"""Prompted examples, joined into one padded batch."""
+"""Prompted examples, packed into one batch; batches, side by side in another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
+from abmll.kernels import Groups
 from abmll.tasks.task import Batch, PromptedExample
 
 
 def collate(examples: Sequence[PromptedExample], letter_ids: Sequence[int]) -> Batch:
-    """B examples -> Batch, padded on the right to the longest; `letter_ids` are the tokenizer's ids of A, B, C, ...
-
-    Padding is token 0: under causal attention a token on the right never reaches the answer position.
-    """
+    """S examples of one group -> Batch; `letter_ids` are the tokenizer's ids of A, B, C, ..."""
     if not examples:
         raise ValueError("collate: no examples: a batch needs at least one")
-    lengths = torch.tensor([len(example.token_ids) for example in examples])
+    lengths = [len(example.token_ids) for example in examples]
     labels = torch.tensor([example.label for example in examples])
     num_options = torch.tensor([example.num_options for example in examples])
-    longest, most = int(lengths.max()), int(num_options.max())
-    input_ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    for row, example in zip(input_ids, examples, strict=True):
-        row[: len(example.token_ids)] = torch.tensor(list(example.token_ids))
+    most = max(example.num_options for example in examples)
     letters = torch.tensor(list(letter_ids[:most]))
     return Batch(
-        input_ids=input_ids,
-        token_mask=torch.arange(longest) < lengths[:, None],
-        answer_position=lengths - 1,
+        input_ids=torch.cat([torch.tensor(list(example.token_ids)) for example in examples]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        answer_position=torch.tensor(lengths).cumsum(0) - 1,
         target=letters[labels],
         label=labels,
         letter_ids=letters.repeat(len(examples), 1),
         option_mask=torch.arange(most) < num_options[:, None],
-        num_real_tokens=int(lengths.sum()),
+        prompts=Groups.of(lengths, "cpu"),
+        groups=Groups.of([sum(lengths)], "cpu"),
+        group_prompts=(len(examples),),
+    )
+
+
+def side_by_side(batches: Sequence[Batch]) -> Batch:
+    """The batches as groups of one, in their order, on their device; examples with fewer letters are filled up."""
+    if len(batches) == 1:
+        return batches[0]
+    device, first_tokens = batches[0].input_ids.device, [0]
+    for batch in batches[:-1]:
+        first_tokens.append(first_tokens[-1] + batch.num_tokens)
+    most = max(batch.letter_ids.shape[1] for batch in batches)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    def filled(name: str) -> torch.Tensor:
+        tensors = [getattr(batch, name) for batch in batches]
+        return torch.cat([pad(tensor, (0, most - tensor.shape[1])) for tensor in tensors])
+
+    return Batch(
+        input_ids=joined("input_ids"),
+        position_ids=joined("position_ids"),
+        answer_position=torch.cat(
+            [batch.answer_position + first for batch, first in zip(batches, first_tokens, strict=True)]
+        ),
+        target=joined("target"),
+        label=joined("label"),
+        letter_ids=filled("letter_ids"),
+        option_mask=filled("option_mask"),
+        prompts=Groups.of([size for batch in batches for size in batch.prompts.sizes], device),
+        groups=Groups.of([size for batch in batches for size in batch.groups.sizes], device),
+        group_prompts=tuple(count for batch in batches for count in batch.group_prompts),
     )

@@ -69,6 +69,10 @@ class ScoredExamples(Sequence[PromptedExample]):
         """Before any is left out: known without tokenising."""
         return len(self._rows)
 
+    def work(self, most: int | None) -> int:
+        """Characters of the rows, or of the first so many: about proportional to tokens, and known without them."""
+        return sum(len(row.input) for row in self._rows[:most])
+
     @cached_property
     def _fitting(self) -> tuple[PromptedExample, ...]:
         return tuple(example for example in self._encode(self._rows) if example is not None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+
+from abmll.kernels import Groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +45,40 @@ class PromptedExample:
 
 @dataclass(frozen=True)
 class Batch:
-    """B prompts, padded on the right to T tokens.
+    """S prompts, packed: their T tokens one after another, without padding. Those of a group (an episode) lie together.
 
-    input_ids [B, T] int64; token_mask [B, T] bool, true at real tokens; answer_position [B] int64, the last real
-    token, whose logits predict the letter; target [B] int64, the letter's token id; label [B] int64, its index;
-    letter_ids [B, C] int64, token ids of the first C letters; option_mask [B, C] bool, true at the example's options.
+    input_ids, position_ids [T] int64, a position counted from its prompt's start; answer_position [S] int64, where in
+    [T] each prompt ends, whose logits predict the letter; target [S] int64, the letter's token id; label [S] int64, its
+    index; letter_ids [S, C] int64, token ids of the first C letters; option_mask [S, C] bool, true at the example's
+    options. `prompts`: the tokens of each prompt; `groups`: those of each group; `group_prompts`: its prompts.
     """
 
     input_ids: torch.Tensor
-    token_mask: torch.Tensor
+    position_ids: torch.Tensor
     answer_position: torch.Tensor
     target: torch.Tensor
     label: torch.Tensor
     letter_ids: torch.Tensor
     option_mask: torch.Tensor
-    num_real_tokens: int  # kept as an integer so that counting tokens needs no device synchronisation
+    prompts: Groups
+    groups: Groups
+    group_prompts: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompts.total
 
     def to(self, device: torch.device | str) -> Batch:
-        move = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)
-        }
-        return Batch(**{**vars(self), **move})
+        def move(value):
+            if isinstance(value, Groups):
+                return Groups(value.sizes, move(value.bounds))
+            if not torch.is_tensor(value):
+                return value
+            on_gpu = torch.device(device).type == "cuda" and value.device.type == "cpu"
+            # a copy from pageable memory waits for the GPU
+            return (value.pin_memory() if on_gpu else value).to(device, non_blocking=True)
 
-    def repeat(self, times: int) -> Batch:
-        """The whole batch `times` over, one after the other."""
-        copies = {
-            name: value.repeat(times, *[1] * (value.dim() - 1))
-            for name, value in vars(self).items()
-            if torch.is_tensor(value)
-        }
-        return Batch(**copies, num_real_tokens=times * self.num_real_tokens)
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,6 @@ class Episode:
     support: tuple[Batch, ...]
     query: Batch | None
 
-    def to(self, device: torch.device | str) -> Episode:
-        query = None if self.query is None else self.query.to(device)
-        return replace(self, support=tuple(batch.to(device) for batch in self.support), query=query)
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in (*self.support, *([self.query] if self.query else [])))

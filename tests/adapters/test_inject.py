@@ -36,8 +36,14 @@ def test_parameters_have_the_documented_names_shapes_and_flags(gaussian, kinds, 
     names = {f"model.layers.{i}.self_attn.v_proj.{kind}.{factor}" for i in (0, 1) for kind in kinds for factor in "ab"}
     assert set(adapters.theta) == set(adapters.phi) == names
     shapes = {"a": (3, 48), "b": (24, 3)}
-    for side in (adapters.theta, adapters.phi):
-        assert all(parameter.shape == shapes[key[-1]] for key, parameter in side.items())
+    assert all(parameter.shape == shapes[key[-1]] for key, parameter in adapters.theta.items())
+    assert all(parameter.shape == (1, *shapes[key[-1]]) for key, parameter in adapters.phi.items())
+    adapters.reset_phi(3)
+    assert adapters.groups == 3
+    for key, parameter in adapters.phi.items():
+        assert parameter.shape == (3, *shapes[key[-1]])
+        assert all(torch.equal(own, adapters.theta[key]) for own in parameter)
+    adapters.reset_phi()
     ours = {id(parameter) for side in (adapters.theta, adapters.phi) for parameter in side.values()}
     assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == ours
     assert adapters.num_parameters() == 2 * 2 * len(kinds) * 3 * (48 + 24)
@@ -86,7 +92,7 @@ def test_phi_is_a_copy_of_theta_in_memory_of_its_own(make_model, inject):
     adapters = inject(make_model())
     for key, theta in adapters.theta.items():
         phi = adapters.phi[key]
-        assert torch.equal(theta, phi) and theta.data_ptr() != phi.data_ptr()
+        assert torch.equal(theta[None], phi) and theta.data_ptr() != phi.data_ptr()
 
 
 def test_reset_writes_into_the_same_tensors_and_clears_gradients(make_model, inject):
@@ -100,7 +106,7 @@ def test_reset_writes_into_the_same_tensors_and_clears_gradients(make_model, inj
     for key, (parameter, pointer) in before.items():
         assert adapters.phi[key] is parameter and parameter.data_ptr() == pointer
         assert parameter.grad is None
-        assert torch.equal(parameter, theta[key]) and torch.equal(adapters.theta[key], theta[key])
+        assert torch.equal(parameter[0], theta[key]) and torch.equal(adapters.theta[key], theta[key])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -138,7 +144,7 @@ def test_load_theta_copies_and_resets_phi(make_model, inject):
     pointers = {key: value.data_ptr() for key, value in adapters.theta.items()}
     adapters.load_theta(saved)
     for key, value in saved.items():
-        assert torch.equal(adapters.theta[key], value) and torch.equal(adapters.phi[key], value)
+        assert torch.equal(adapters.theta[key], value) and torch.equal(adapters.phi[key][0], value)
         assert adapters.theta[key].data_ptr() == pointers[key]
 
 

@@ -208,7 +208,8 @@ class Harness:
         reached = [name for name in upstream if outputs[name].requires_grad]
         gradients = [torch.zeros_like(source) for source in sources]
         if sources and reached:
-            weights = [upstream[name].to(outputs[name].dtype) for name in reached]
+            # of sums of several groups expanded, as the gradient of their total is
+            weights = [upstream[name].to(outputs[name].dtype).expand(outputs[name].shape) for name in reached]
             gradients = torch.autograd.grad(
                 [outputs[name] for name in reached], sources, weights, allow_unused=True, materialize_grads=True
             )

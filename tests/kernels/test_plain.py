@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from abmll.kernels import NoiseKey, backends, bands, mean_linear, noise, plain, reference, standard_normal
+from abmll.kernels import NoiseKey, Projection, backends, bands, mean_linear, noise, plain, reference, standard_normal
 
 from .conftest import FACTORS, KEY, LAYER, Harness, exact_normal, widened
 
@@ -33,20 +33,41 @@ class Contract(Harness):
     """The same calls on `reference`: noise and dense matrices made whole, and kept for the backward pass."""
 
     def project(self, inputs, backend="torch", mask=None, terms="divergence", key=KEY, layer=LAYER):
-        phi, theta, outputs = inputs.phi, inputs.theta if terms == "divergence" else None, inputs.weight.shape[0]
-        size = (inputs.x.shape[-2], outputs) if self.posterior == "activation" else inputs.weight.shape
-        groups = range(phi.mean.a.shape[0] if phi.mean.a.dim() == 3 else 1)
-        drawn = torch.stack([plain.standard_normal(*size, key, layer, group) for group in groups])
-        drawn = drawn if phi.mean.a.dim() == 3 else drawn[0]
-        arguments = (inputs.x, inputs.weight, inputs.bias, phi, theta, self.settings, drawn)
+        # all rows at once, whatever the groups: another number of rows is another order of sums
+        base = torch.nn.functional.linear(inputs.x, *inputs.base)
+        if not inputs.phi.grouped():
+            return self.project_group(inputs.x, base, inputs.phi, inputs, mask, terms, key, layer, 0)
+        found = [
+            self.project_group(x, y0, phi, inputs, None if mask is None else mask[group], terms, key, layer, group)
+            for group, (x, y0, phi) in enumerate(zip(inputs.x, base, inputs.phi.of_groups(), strict=True))
+        ]
+        parts = zip(*(one[:3] for one in found), strict=True)
+        return Projection(*(None if part[0] is None else torch.stack(part) for part in parts))
+
+    def project_group(self, x, base, phi, inputs, mask, terms, key, layer, group):
+        theta, outputs = inputs.theta if terms == "divergence" else None, inputs.weight.shape[0]
+        size = (x.shape[-2], outputs) if self.posterior == "activation" else inputs.weight.shape
+        drawn = plain.standard_normal(*size, key, layer, group)
+        arguments = (x, phi, theta, self.settings, drawn)
         if self.posterior == "activation":
-            return reference.activation_linear(*arguments, mask)
-        return reference.weight_linear(*arguments)
+            sample = reference.activation_sample(*arguments, mask)
+        else:
+            sample = reference.weight_sample(*arguments)
+        return Projection(reference.add_change(base, sample.change), *sample[1:])
 
     def theta(self, inputs, backend="torch", mask=None, projection=None):
-        factors = (inputs.phi, inputs.theta, self.settings)
+        if not inputs.phi.grouped():
+            return self.theta_group(inputs.x, inputs.phi, inputs.theta, mask)
+        found = [
+            self.theta_group(x, phi, inputs.theta, None if mask is None else mask[group])
+            for group, (x, phi) in enumerate(zip(inputs.x, inputs.phi.of_groups(), strict=True))
+        ]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
+    def theta_group(self, x, phi, theta, mask):
+        factors = (phi, theta, self.settings)
         if self.posterior == "activation":
-            found = reference.activation_theta_gradient(inputs.x, *factors, mask, 0.75, 0.25)
+            found = reference.activation_theta_gradient(x, *factors, mask, 0.75, 0.25)
         else:
             found = reference.weight_theta_gradient(*factors, 0.75, 0.25)
         gradient = [factor for pair in found.gradient for factor in pair]
@@ -115,7 +136,13 @@ def test_bands_hold_to_the_float64_contract(pair, dtype, groups, monkeypatch):
 def test_the_mean_is_the_contract_bit_for_bit(dtype, groups):
     inputs = Harness("activation", CPU).inputs(tokens=9, inputs=40, outputs=24, dtype=dtype, groups=groups)
     leaves = [leaf.requires_grad_(True) for leaf in (inputs.x, *inputs.phi.mean)]
-    right = reference.mean_linear(inputs.x, *inputs.base, inputs.phi.mean, 2.0)
+    if groups is None:
+        right = reference.mean_linear(inputs.x, *inputs.base, inputs.phi.mean, 2.0)
+    else:
+        wide = inputs.x.to(reference.compute_dtype(inputs.x))
+        alone = zip(wide, inputs.phi.of_groups(), strict=True)
+        change = torch.stack([reference.low_rank_product(x, phi.mean, 2.0) for x, phi in alone])
+        right = reference.add_change(torch.nn.functional.linear(inputs.x, *inputs.base), change)
     found = mean_linear(inputs.x, inputs.base, inputs.phi.mean, 2.0)
     assert found.dtype == dtype and torch.equal(found, right)
     dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

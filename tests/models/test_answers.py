@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
 
-from abmll.models.answers import answer_logits, check_supported
+from abmll.models.answers import Rows, answer_logits, check_supported
 from abmll.models.architectures import architecture_config, random_model
+from abmll.models.packing import pack_prompts
 
 SMALL = {
     "vocab_size": 320,
@@ -43,32 +44,42 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=tolerance * float(theirs.abs().max()))
 
 
+def logits_of(model, batch):
+    return answer_logits(model, Rows.of(model, batch))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("name", "attention"),
     [("llama", "sdpa"), ("llama", "eager"), ("qwen2", "sdpa"), ("qwen2", "eager"), ("gemma2", "eager")],
 )
-def test_equals_the_models_own_logits(name, dtype, attention, make_batch):
+def test_equals_the_models_own_logits(name, dtype, attention, packed, make_batch):
     model, batch = build(name, dtype, attention), make_batch([7, 23, 1, 16])
     check_supported(model)
-    ours = answer_logits(model, batch)
+    if packed:
+        assert pack_prompts(model) == (None if attention == "eager" else "prompt")
+    ours = logits_of(model, batch)
+    model.set_attn_implementation(attention)
     assert ours.shape == (4, model.config.vocab_size) and ours.dtype == torch.float32
-    masked = model(input_ids=batch.input_ids, attention_mask=batch.token_mask.long()).logits
-    close(ours, masked[torch.arange(4), batch.answer_position], dtype)
-    for row, length in enumerate([7, 23, 1, 16]):
-        alone = model(input_ids=batch.input_ids[row : row + 1, :length]).logits[0, -1]
-        close(ours[row], alone, dtype)
+    for row, prompt in enumerate(batch.input_ids.split(batch.prompts.sizes)):
+        close(ours[row], model(input_ids=prompt[None]).logits[0, -1], dtype)
 
 
 def test_padding_does_not_change_a_bit(make_batch):
     model, batch = build("llama"), make_batch([7, 23, 16])
-    other = torch.where(batch.token_mask, batch.input_ids, 5)
-    assert torch.equal(answer_logits(model, batch), answer_logits(model, dataclasses.replace(batch, input_ids=other)))
+    rows = Rows.of(model, batch)
+    other = rows.inputs["input_ids"].where(rows.token_mask, 5)
+    assert rows.token_mask.sum(dim=1).tolist() == [7, 23, 16] and not torch.equal(other, rows.inputs["input_ids"])
+    filled = dataclasses.replace(rows, inputs={"input_ids": other})
+    assert torch.equal(answer_logits(model, rows), answer_logits(model, filled))
 
 
-def test_no_mask_reaches_attention(make_batch, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_mask_reaches_attention(make_batch, monkeypatch, packed):
     """The fast path: SDPA is called with is_causal and without a mask."""
     model, seen = build("llama"), []
+    assert not packed or pack_prompts(model)
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def spy(*arguments, attn_mask=None, is_causal=False, **rest):
@@ -76,29 +87,31 @@ def test_no_mask_reaches_attention(make_batch, monkeypatch):
         return attend(*arguments, attn_mask=attn_mask, is_causal=is_causal, **rest)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    answer_logits(model, make_batch([7, 23]))
-    assert seen == [(None, True)] * model.config.num_hidden_layers
+    logits_of(model, make_batch([7, 23]))
+    assert seen == [(None, True)] * model.config.num_hidden_layers * (2 if packed else 1)
 
 
 def test_output_embeddings_see_only_the_answers(make_batch):
     model, shapes = build("llama"), []
     model.lm_head.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
-    answer_logits(model, make_batch([7, 23]))
+    logits_of(model, make_batch([7, 23]))
     assert shapes == [(2, model.config.hidden_size)]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_checkpointing_gives_the_same_gradients(name, make_batch):
+def test_checkpointing_gives_the_same_gradients(name, packed, make_batch):
     batch, gradients = make_batch([7, 23, 16]), []
     for checkpointing in (False, True):
         model = build(name)
+        assert not packed or pack_prompts(model)
         projections = [layer.self_attn.v_proj.weight for layer in model.model.layers]
         for weight in projections:
             weight.requires_grad_(True)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
-        torch.nn.functional.cross_entropy(answer_logits(model, batch), batch.target).backward()
+        torch.nn.functional.cross_entropy(logits_of(model, batch), batch.target).backward()
         gradients.append([weight.grad for weight in projections])
     for without, with_checkpointing in zip(*gradients, strict=True):
         assert without.abs().max() > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from abmll.models.answers import answer_logits
+from abmll.models.answers import Rows, answer_logits
 
 pytestmark = pytest.mark.demo
 
@@ -31,6 +31,6 @@ def test_answers_sensibly(demo, make_batch):
     )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     batch = make_batch([ids.shape[1]])
-    batch.input_ids.copy_(ids)
-    logits = answer_logits(model, batch)
+    batch.input_ids.copy_(ids[0])
+    logits = answer_logits(model, Rows.of(model, batch))
     assert tokenizer.decode(logits.argmax(dim=1)).strip() == "Paris"

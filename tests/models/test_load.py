@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from abmll.config.schema import ModelConfig
 from abmll.models import load
-from abmll.models.answers import answer_logits
+from abmll.models.answers import Rows, answer_logits
 from abmll.models.load import attention_implementation, describe, load_model, model_config
+from abmll.models.packing import is_packed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -45,7 +46,7 @@ def test_random_model_is_frozen_in_its_dtype(dtype, no_network):
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training and tokenizer.chat_template
-    assert model.config._attn_implementation == "sdpa"
+    assert is_packed(model)
     assert no_network == []
 
 
@@ -58,7 +59,8 @@ def test_folder_holds_the_same_model_and_never_asks_the_hub(folder, no_network, 
     assert tokenizer("A", add_special_tokens=False).input_ids == [32] and tokenizer.chat_template
     batch = make_batch([5, 9])
     rounding = (9 + 128) * 2 * 2.0**-24  # another attention: sums over 9 keys and 128 columns in each of two layers
-    torch.testing.assert_close(answer_logits(model, batch), answer_logits(random, batch), rtol=rounding, atol=rounding)
+    found, right = (answer_logits(one, Rows.of(one, batch)) for one in (model, random))
+    torch.testing.assert_close(found, right, rtol=rounding, atol=rounding)
     assert "it/s" not in capfd.readouterr().err and logging.is_progress_bar_enabled()
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from abmll.adapters import GaussianLoRALinear, LoRALinear, base_dtype, inject_adapters, remove_adapters
 from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
-from abmll.kernels import NoiseKey
+from abmll.kernels import Groups, NoiseKey
 from abmll.models import quantization
 from abmll.models.load import describe, load_model
 from abmll.models.quantization import PackedLinear, check_quantization, num_parameters, pack_shapes, weight_bytes
@@ -104,14 +104,15 @@ def test_adapters_on_packed_layers_are_those_on_their_dense_twins(posterior, dty
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             twin.set_submodule(name, dense_twin(module))
     ids = torch.randint(200, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask, key = torch.ones_like(ids, dtype=torch.bool), NoiseKey(3, 1) if posterior else None
+    key = NoiseKey(3, 1) if posterior else None
     values, gradients = [], []
     for one in (model, twin):
         adapters = adapted(one, posterior or "activation", gaussian=posterior is not None)
         for groups in (1, 2):
-            with adapters.context.forward_pass(key, mask, True, groups=groups) as terms:
+            rows = Groups.of([ids.numel() // groups] * groups, "cpu")
+            with adapters.context.forward_pass(key, kl=True, groups=rows, slot=0) as terms:
                 logits = one(input_ids=ids).logits
-            loss = logits.float().square().mean() + (1e-3 * terms.total_kl() if posterior else 0.0)
+            loss = logits.float().square().mean() + (1e-3 * terms.total_kl().sum() if posterior else 0.0)
             values.append((logits.detach(), loss.detach()))
             loss.backward()
         gradients.append([parameter.grad for parameter in adapters.phi.values()])

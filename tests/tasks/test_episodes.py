@@ -22,7 +22,7 @@ def numbered_task(name, size, first=0):
 
 
 def numbers(batches):
-    return torch.cat([batch.input_ids[:, 1] for batch in batches]).tolist()
+    return torch.cat([batch.input_ids[batch.answer_position] for batch in batches]).tolist()
 
 
 def content(episode):
@@ -137,10 +137,10 @@ def test_scoring_batches_hold_every_example_once_shortest_first():
     lengths = (5, 2, 9, 2, 7, 3, 8)
     examples = [PromptedExample((50 + i,) * length, i % 4, 4) for i, length in enumerate(lengths)]
     batches = list(scoring_batches(examples, LETTER_IDS, 3))
-    assert [batch.input_ids.shape for batch in batches] == [(3, 3), (3, 8), (1, 9)]
-    assert torch.cat([batch.input_ids[:, 0] for batch in batches]).tolist() == [51, 53, 55, 50, 54, 56, 52]
+    assert [batch.prompts.sizes for batch in batches] == [(2, 2, 3), (5, 7, 8), (9,)]
+    assert numbers(batches) == [51, 53, 55, 50, 54, 56, 52]
     assert torch.cat([batch.label for batch in batches]).tolist() == [1, 3, 1, 0, 0, 2, 2]
-    assert sum(batch.num_real_tokens for batch in batches) == sum(lengths)
+    assert sum(batch.num_tokens for batch in batches) == sum(lengths)
     assert list(scoring_batches([], LETTER_IDS, 3)) == []
 
 

@@ -59,9 +59,7 @@ def test_an_episode_tokenises_its_own_examples_only(kind, query, counted):
         episode = sampler.episode(index)
         batches = (*episode.support, *([episode.query] if query else []))
         assert len(texts) == (STEPS + query) * BATCH
-        used = [
-            row[:end] for batch in batches for row, end in zip(batch.input_ids, batch.token_mask.sum(1), strict=True)
-        ]
+        used = [prompt for batch in batches for prompt in batch.input_ids.split(batch.prompts.sizes)]
         assert sorted(row.tolist() for row in used) == sorted(prompter.tokenizer(texts)["input_ids"])
 
 

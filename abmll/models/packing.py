@@ -1,0 +1,224 @@
+"""Attention of packed prompts: many prompts' tokens in one row without padding, each attending to its own alone.
+
+The linear layers, which are nearly all of the work, then see real tokens only, whatever the prompts' lengths, and many
+episodes side by side cost their own tokens. Transformers' models call attention by a registered name and build no mask
+for names that they do not know: so none is built here, and nothing asks the device whether sequences are packed.
+
+Three ways, the first that gives the model's own logits is taken (`pack_prompts` tries them):
+    flash-attn's kernel for sequences of several lengths, where model.attention is flash_attention_2
+    PyTorch's own (`torch.nn.attention.varlen`), on a GPU in 16 bits
+    SDPA, prompt by prompt
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from abmll.kernels import Groups
+
+logger = logging.getLogger("abmll.models")
+
+PREFIX = "abmll_packed_"
+# of the model's own logits, the largest: far above a 16-bit product's rounding, far below what a wrong mask makes
+TOLERANCE = 0.05
+TRIED = (4, 9, 1, 6)  # tokens of the prompts that a way is tried on
+
+
+def _by_prompt(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    prompts: Groups,
+    sliding_window: int | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    """SDPA: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, D]. Prompts of one length go together."""
+    named.pop("position_ids", None)
+    longest = max(prompts.sizes)
+    if min(prompts.sizes) == longest:
+        packed = (t.squeeze(0).unflatten(1, (len(prompts), longest)).transpose(0, 1) for t in (query, key, value))
+        mask = _window(longest, sliding_window, query)
+        return sdpa_attention_forward(module, *packed, mask, **named)[0].flatten(0, 1).unsqueeze(0), None
+    # split and not sliced: a slice's derivative would be a tensor of the whole size for each prompt
+    parts = zip(*(tensor.split(prompts.sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    found = [
+        sdpa_attention_forward(module, *part, _window(part[0].shape[2], sliding_window, query), **named)[0]
+        for part in parts
+    ]
+    return torch.cat(found, dim=1), None
+
+
+def _window(tokens: int, sliding_window: int | None, near: Tensor) -> Tensor | None:
+    """A mask [1, 1, T, T] where a prompt is longer than the window; else None: causal."""
+    if sliding_window is None or tokens <= sliding_window:
+        return None
+    full = torch.ones(tokens, tokens, dtype=torch.bool, device=near.device)
+    return full.tril().triu(1 - sliding_window)[None, None]
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """[1, H, T, D] as [T, H, D]."""
+    return [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]
+
+
+def _by_flash_attn(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    prompts: Groups,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    from flash_attn import flash_attn_varlen_func
+
+    longest, window = max(prompts.sizes), -1 if sliding_window is None else sliding_window - 1
+    found = flash_attn_varlen_func(
+        *_rows(query, key, value), prompts.bounds, prompts.bounds, longest, longest, softmax_scale=scaling, causal=True,
+        window_size=(window, 0 if sliding_window is not None else -1), softcap=softcap or 0.0,
+    )  # fmt: skip
+    return found.unsqueeze(0), None
+
+
+def _by_torch(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    prompts: Groups,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if softcap is not None:
+        raise ValueError("torch's attention of several lengths has no softcap")
+    longest, window = max(prompts.sizes), -1 if sliding_window is None else sliding_window - 1
+    shared = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
+    found = varlen_attn(
+        *_rows(query, key, value), prompts.bounds, prompts.bounds, longest, longest, scale=scaling,
+        window_size=(window, 0), **shared,
+    )  # fmt: skip
+    return found.unsqueeze(0), None
+
+
+# transformers takes every name with "flash" in it for one of its own
+_WAYS: dict[str, Callable] = {"fa2": _by_flash_attn, "torch": _by_torch, "prompt": _by_prompt}
+
+
+def register(way: str, attend: Callable | None = None) -> str:
+    """Transformers' name of a way, made known to it; `attend` replaces the function (for counting memory).
+
+    Called without `prompts` the model still works: every row of its input is a prompt then. It takes no padding.
+    """
+    name, packed = PREFIX + way, attend or _WAYS[way]
+
+    def attention(module: nn.Module, *tensors: Tensor, prompts: Groups | None = None, **named: Any):
+        return (
+            _by_row(module, *tensors, **named)
+            if prompts is None
+            else packed(module, *tensors, prompts=prompts, **named)
+        )
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    return name
+
+
+def _by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    sliding_window: int | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    return sdpa_attention_forward(module, query, key, value, _window(query.shape[2], sliding_window, query), **named)
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    return model.config.get_text_config()._attn_implementation.startswith(PREFIX)
+
+
+def ways_of(attention: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The ways that may serve instead of one of transformers' implementations, the fastest first."""
+    if attention == "eager":
+        return []
+    ways = ["fa2"] if attention == "flash_attention_2" else []
+    if device.type == "cuda" and dtype.itemsize == 2:
+        ways.append("torch")
+    return [*ways, "prompt"]
+
+
+@torch.no_grad()
+def pack_prompts(model: PreTrainedModel) -> str | None:
+    """Let the model take packed prompts, if it gives its own logits so; returns the way taken, or None.
+
+    Runs the model on a few tokens. Without a way it is left as it was: prompts are then padded.
+    """
+    before = model.config.get_text_config()._attn_implementation
+    batch, right = None, None
+    for way in ways_of(before, model.device, model.dtype):
+        if batch is None:
+            batch = tokens_of(TRIED, model.device, model.config.get_text_config().vocab_size)
+            alone = batch[0].split(TRIED)
+            right = torch.cat([_hidden(model, input_ids=prompt[None]) for prompt in alone], dim=1)
+        try:
+            model.set_attn_implementation(register(way))
+            found = _hidden(model, **packed_inputs(*batch))
+            # NaN fails this as well
+            if is_packed(model) and (found - right).abs().max() <= TOLERANCE * right.abs().max():
+                return way
+            logger.info("packed prompts, %s: not the model's own numbers", way)
+        except Exception as error:  # whatever a model's code does with arguments that it does not expect
+            logger.info("packed prompts, %s: %s", way, error)
+        model.set_attn_implementation(before)
+    return None
+
+
+def _hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    return model.get_decoder()(use_cache=False, **inputs).last_hidden_state.float()
+
+
+def tokens_of(lengths: tuple[int, ...], device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor, Groups]:
+    """Some tokens, their positions and prompts."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocabulary, (sum(lengths),), generator=generator).to(device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    return input_ids, positions, Groups.of(lengths, device)
+
+
+def packed_inputs(input_ids: Tensor, position_ids: Tensor, prompts: Groups) -> dict[str, Any]:
+    """What a model's decoder takes: one row of all prompts, and for its attention who belongs together."""
+    return {"input_ids": input_ids[None], "position_ids": position_ids[None], "prompts": prompts}
+
+
+def padded_inputs(input_ids: Tensor, prompts: Groups) -> tuple[Tensor, Tensor]:
+    """Input ids [S, L], padded on the right with token 0 to the longest, and where they are real, bool [S, L].
+
+    Under causal attention a token on the right never reaches the answer: no attention mask is needed.
+    """
+    rows = pad_sequence(input_ids.split(prompts.sizes), batch_first=True)
+    lengths = prompts.bounds.diff()
+    return rows, torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
