@@ -29,7 +29,7 @@ def factors_of(factors: Sequence[Tensor]) -> tuple[Factors, Factors]:
 
 def stretches_of(x: Tensor, factors: Sequence[Tensor], sizes: Sequence[int] | None, bounds: Tensor | None) -> Stretches:
     """Which rows of x [..., K] are whose."""
-    return Stretches.of(x.shape[:-1].numel(), groups_of(factors), sizes, bounds)
+    return Stretches.of(x.numel() // x.shape[-1], groups_of(factors), sizes, bounds)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Sums(NamedTuple):
     @classmethod
     def new(cls, lead: Sequence[int], device: torch.device) -> Sums:
         """For a launch to write to."""
-        return cls(*(torch.empty(lead, dtype=_FP32, device=device) for _ in range(2)))
+        return cls(torch.empty(lead, dtype=_FP32, device=device), torch.empty(lead, dtype=_FP32, device=device))
 
 
 # Set by `dry_run` alone: launches allocate their outputs and run nothing.

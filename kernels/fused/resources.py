@@ -144,28 +144,26 @@ def _activation_step(
     need_x: bool = True,
     need_phi: bool = True,
     need_theta: bool = False,
-    bias: bool = False,
-    mask: bool = True,
+    mask: bool = False,
     ready: bool = False,
     sizes: tuple[int, int, int] = (80, 128, 96),
     groups: tuple[int, ...] | None = None,
 ) -> None:
     """One projection of the activation posterior with its derivatives: the calls of `projection` and of autograd.
 
-    sizes: T, K, N. Token mask, no bias and one group are a training step's usual arguments. `ready`: the base product
-    is made elsewhere. `groups`: how many of T are whose.
+    sizes: T, K, N. One group and no token mask are a training step's usual arguments; a bias is the library's. `ready`:
+    the base product is made elsewhere. `groups`: how many of T are whose.
     """
     tokens, inputs, outputs = sizes
     split = () if groups is None else (groups, Groups.of(groups, "cpu").bounds)
     x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
     weight = None if ready else torch.zeros(outputs, inputs, dtype=dtype)
-    vector = x.new_zeros(outputs) if bias else None
     product = x.new_zeros(1, tokens, outputs) if ready else None
     counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
     lead = () if groups is None else (len(groups),)
     factors = _factors(rank, inputs, outputs, need_phi, need_theta, lead)[: 4 if terms == "none" else 8]
     named = (*NAMED, terms == "divergence")
-    y, p, _, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *named, *split)
+    y, p, _, kl, _ = activation.activation_forward(x, weight, None, product, counted, factors, *named, *split)
     if need_x or need_phi or need_theta:
         (y.float().sum() + kl.sum()).backward()
     if terms == "theta":
@@ -210,12 +208,13 @@ USES: dict[str, Callable[[torch.dtype, int], None]] = {
     "outer step alone": _activation_theta_alone,
     "inner step without KL": partial(_activation_step, terms="none"),
     "inner step, few tokens": as_if_programs(2**31)(_activation_step),
-    "inner step, bias, no mask": partial(_activation_step, bias=True, mask=False),
+    "padded, inner step": partial(_activation_step, mask=True),
+    "padded, outer step": partial(_activation_step, terms="theta", need_x=False, need_phi=False, mask=True),
     "all gradients": partial(_activation_step, need_theta=True),
     "odd sizes": partial(_activation_step, sizes=(61, 123, 125)),
-    "unequal groups, inner step": partial(_activation_step, mask=False, groups=UNEQUAL),
+    "unequal groups, inner step": partial(_activation_step, groups=UNEQUAL),
     "unequal groups, outer step": partial(
-        _activation_step, terms="theta", need_x=False, need_phi=False, mask=False, groups=UNEQUAL
+        _activation_step, terms="theta", need_x=False, need_phi=False, groups=UNEQUAL
     ),
     "weight, inner step": _weight_step,
     "weight, inner step, first layer": partial(_weight_step, need_x=False),

@@ -78,12 +78,15 @@ def _numbers(sums: Sequence[Tensor | None], place: int) -> list[Tensor | None]:
     return [term if term is None or term.numel() == 1 else term[place] for term in sums]
 
 
-def _multiply(a: Tensor, b: Tensor, to: Tensor) -> None:
-    """a [T, K] b [K, N] in a's dtype, written; b may be wider."""
-    if a.dtype == b.dtype:
-        torch.mm(a, b, out=to)
-    else:
-        to.copy_(a.to(b.dtype) @ b)
+def _product(a: Tensor, b: Tensor, to: Tensor | None) -> Tensor:
+    """a [T, K] b [K, N] in a's dtype, written to `to` if there is one; b may be wider."""
+    if a.dtype != b.dtype:
+        return _narrowed(a.to(b.dtype) @ b, a.dtype, to)
+    return a @ b if to is None else torch.mm(a, b, out=to)
+
+
+def _narrowed(wide: Tensor, dtype: torch.dtype, to: Tensor | None) -> Tensor:
+    return wide.to(dtype) if to is None else to.copy_(wide)
 
 
 @operator
@@ -102,14 +105,17 @@ def weight_forward(
     """(y [..., N], tickets, KL, -log prior) of x [..., K]; product [..., N] and the rest as in `activation_forward`."""
     groups, (outputs, inputs) = groups_of(factors), (factors[1].shape[-2], x.shape[-1])
     rows, tickets = rows_of(x).flatten(0, -2), launch.new_tickets(1, x.device, cleared=True)
-    y = torch.empty(rows.shape[0], outputs, dtype=x.dtype, device=x.device)
     of_bands = list(bands(outputs, inputs, _scratch_dtype(x.dtype).itemsize))
+    # one product makes its own output; of several each has its place in one
+    one = groups == 1 and len(of_bands) == 1
+    y = None if one else torch.empty(rows.shape[0], outputs, dtype=x.dtype, device=x.device)
     sums = new_sums(with_sums, factors, x.device)
     # of each group, its bands' one after another
     parts = Sums.new((groups * len(of_bands),), x.device) if with_sums and len(of_bands) > 1 else sums
     for group, own in enumerate(zip(_each(rows, groups, sizes), _each(y, groups, sizes), strict=True)):
         scalars = Scalars(settings, names if groups == 1 else names[group : group + 1], layer)
-        _forward(*own, _of_group(factors, group), scalars, tickets, of_bands, parts, group * len(of_bands))
+        made = _forward(*own, _of_group(factors, group), scalars, tickets, of_bands, parts, group * len(of_bands))
+    y = made if one else y
     if parts is not sums:
         sums = Sums(*(term.view(groups, -1).sum(dim=1).view(lead_of(factors)) for term in parts))
     if bias is not None:
@@ -124,24 +130,27 @@ def weight_forward(
 
 def _forward(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     factors: Sequence[Tensor],
     scalars: Scalars,
     tickets: Tensor,
     of_bands: Sequence[slice],
     sums: Sums | None,
     place: int,
-) -> None:
-    """y = D x [T, N] of one group's x [T, K], written, and the sums of its bands, from their `place` on."""
+) -> Tensor:
+    """D x [T, N] of one group's x [T, K], written to y if there is one (else of one band), and the sums of its bands,
+    from their `place` on.
+    """
     a, b = factors_of(factors)
-    columns, outputs, inputs = Columns.of_weights(a), y.shape[1], x.shape[1]
+    columns, outputs, inputs = Columns.of_weights(a), factors[1].shape[-2], x.shape[1]
     for at, band in enumerate(of_bands):
         change = None  # the band before is freed first
         change = torch.empty(band.stop - band.start, inputs, dtype=_scratch_dtype(x.dtype), device=x.device)
         rows, stretches = Rows.of_weights(_of_band(b, band, outputs)), Stretches.equal(1, band.stop - band.start)
         of_band = None if sums is None else Sums(*_numbers(sums, place + at))
         launch.sample(rows, columns, change, stretches, None, scalars, tickets, False, of_band, None, band.start)
-        _multiply(x, change.mT, y if len(of_bands) == 1 else y[:, band])
+        made = _product(x, change.mT, y if len(of_bands) == 1 else y[:, band])
+    return made
 
 
 @shapes_of(weight_forward)
@@ -171,13 +180,15 @@ def weight_backward(
     groups, count, new = groups_of(factors), 2 * need_phi + 2 * need_theta, factors[0].new_empty
     rows, dz = rows_of(x).flatten(0, -2), None if dy is None else rows_of(dy).flatten(0, -2)
     db = torch.empty(count, *factors[1].shape, dtype=torch.float32, device=x.device) if count else new(0)
-    dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if need_x else None
-    das, needs = [], (need_phi, need_theta)
+    dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if need_x and groups > 1 else None
+    das, needs = [], (need_x, need_phi, need_theta)
     for group, (own, own_dz, own_dx) in enumerate(zip(*(_each(m, groups, sizes) for m in (rows, dz, dx)), strict=True)):
         scalars = Scalars(settings, names if groups == 1 else names[group : group + 1], layer)
         upstream = (own_dz, *_numbers((dkl, dprior), group))
         own_db = db[:, group] if db.dim() == 4 else db
-        das.append(_backward(own, _of_group(factors, group), upstream, scalars, tickets, needs, own_dx, own_db))
+        made, da = _backward(own, _of_group(factors, group), upstream, scalars, tickets, needs, own_dx, own_db)
+        das.append(da)
+    dx = made if groups == 1 else dx
     if need_x and weight is not None:
         dx.addmm_(dz, weight)
     da = new(0)
@@ -194,22 +205,24 @@ def _backward(
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
     scalars: Scalars,
     tickets: Tensor,
-    needs: tuple[bool, bool],
-    dx: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    to: Tensor | None,
     db: Tensor,
-) -> Tensor | None:
-    """da [pairs, r, K] of one group's x [T, K]; dx = dy D [T, K], if it is needed, and db [pairs, N, r] are written."""
-    (dy, dkl, dprior), (need_phi, need_theta) = upstream, needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dy D [T, K], written to `to` if there is one, da [pairs, r, K]) of one group's x [T, K]; db [pairs, N, r] is
+    written.
+    """
+    (dy, dkl, dprior), (need_x, need_phi, need_theta) = upstream, needs
     a, b = factors_of(factors)
     outputs, inputs, dtype = factors[1].shape[-2], x.shape[-1], _scratch_dtype(x.dtype)
     columns, wanted = Columns.of_weights(a), Wanted(need_phi, need_theta, need_phi, need_theta)
-    wide_dx = da = None
+    dx = wide_dx = da = None
     for band in bands(outputs, inputs, dtype.itemsize):
         whole = band == slice(0, outputs)
         change = of_change = None  # the band before is freed first: `scratch_bytes` is what two tensors take
         rows, stretches = Rows.of_weights(_of_band(b, band, outputs)), Stretches.equal(1, band.stop - band.start)
         dy_band = dy if whole or dy is None else dy[:, band]
-        if dx is not None:
+        if need_x:
             change = torch.empty(band.stop - band.start, inputs, dtype=dtype, device=x.device)
         if need_phi or need_theta:
             if dy is not None:
@@ -222,13 +235,11 @@ def _backward(
             da = part if da is None else da.add_(part)
         else:
             launch.sample(rows, columns, change, stretches, None, scalars, tickets, False, None, None, band.start)
-        if dx is not None and whole:
-            _multiply(dy, change, dx)
-        elif dx is not None:  # in fp32: rounded once and not once a band
+        if need_x and whole:
+            dx = _product(dy, change, to)
+        elif need_x:  # in fp32: rounded once and not once a band
             wide_dx = launch.wide_product(dy_band, change, wide_dx)
-    if wide_dx is not None:
-        dx.copy_(wide_dx)
-    return da
+    return dx if wide_dx is None else _narrowed(wide_dx, x.dtype, to), da
 
 
 def _change_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,7 +147,7 @@ def kinds_by_argument(sizes: tuple[int, ...]) -> list[tuple[str, dict]]:
     """Of each launch of an inner and an outer step its kernel, and what Triton compiles for, by argument."""
     with recorded_launches() as launches:
         for terms in ("divergence", "theta"):
-            _activation_step(BF16, 8, terms, mask=False, groups=sizes, sizes=(sum(sizes), 128, 96))
+            _activation_step(BF16, 8, terms, groups=sizes, sizes=(sum(sizes), 128, 96))
     found = []
     for launched in launches:
         named = zip(launched.kernel.arg_names, launched.key[-1], strict=False)
