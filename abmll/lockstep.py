@@ -73,10 +73,7 @@ class Lockstep:
         phi = list(self.adapters.phi.values())
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=phi[0].device)
         try:
-            with (
-                torch.set_grad_enabled(kind == BOTH),
-                context.forward_pass(None, torch.ones_like(tokens, dtype=torch.bool)),
-            ):
+            with torch.set_grad_enabled(kind == BOTH), context.forward_pass(None, None):
                 hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
                 logits = self.model.get_output_embeddings()(hidden[:, -1])
                 if kind == BOTH:

@@ -82,10 +82,10 @@ def test_ranks_make_the_same_passes(ranks):
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_a_folder_is_read_by_one_rank_and_spread(ranks, name):
     folder, facts = ranks
-    whole = AutoModelForCausalLM.from_pretrained(folder / f"model-{name}", dtype=torch.bfloat16).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder / f"model-{name}", dtype=torch.float32).eval()
     with torch.no_grad():
         logits = whole(torch.arange(6)[None], use_cache=False).logits
-    vocabulary, size = 512 * 64 * 2, sum(parameter.nbytes for parameter in whole.parameters())
+    vocabulary, size = 512 * 64 * 4, sum(parameter.nbytes for parameter in whole.parameters())
     frequencies = sum(buffer.nbytes for buffer in whole.buffers())
     for rank, fact in enumerate(facts):
         assert torch.equal(torch.load(folder / f"{name}-{rank}.logits"), logits)
@@ -93,7 +93,6 @@ def test_a_folder_is_read_by_one_rank_and_spread(ranks, name):
         # tied embeddings stay whole; all other numbers of rows are even
         shared = size - vocabulary if name == "tied" else size
         assert held["bytes"] == size - shared // 2 + frequencies
-        assert held["dtypes"] == ["torch.bfloat16", "torch.float32"]  # the rotation's frequencies
 
 
 def test_bytes_that_passes_bring(ranks):
@@ -103,7 +102,7 @@ def test_bytes_that_passes_bring(ranks):
             forward, both = fact[name]["received"]
             expected = fact[name]["expected"]
             assert [forward, both] == [expected[0], sum(expected)]
-        half = 512 * 64 * 2 // 2
+        half = 512 * 64 * 4 // 2
         untied, tied = fact["untied"]["expected"], fact["tied"]["expected"]
         assert untied[0] - untied[1] == half and tied[0] == tied[1] == untied[0] - 2 * half > 0
 
