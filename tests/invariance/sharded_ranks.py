@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 
-from runs import Run, free_port
+from runs import Run, Stopped, free_port
 from setups import make_setup
 
 import abmll.run
@@ -31,6 +31,8 @@ from abmll.memory.episode import read_ledger, run_episode
 from abmll.memory.storages import StorageCounter
 from abmll.models.load import load_model
 from abmll.models.sharding import gathered_bytes, local_tensors
+from abmll.rescore import evaluate
+from abmll.trainer import Trainer
 
 # a last step without an episode for the second rank; three test tasks, the third without a partner; other batches
 UNEQUAL = ("trainer.episodes=5", "tasks.builtin.test_tasks=3", "tasks.builtin.test_examples=7", "eval.batch_size=3")
@@ -67,6 +69,27 @@ class Script:
         if self.lockstep is not None:
             self.facts[name] = {"passes": self.lockstep.passes, "idle": self.lockstep.idle}
             self.lockstep = None
+
+    def stop_and_resume(self, name: str, *overrides: str) -> None:
+        """Sharded up to its third step, whole from there on."""
+        outer_step = Trainer._outer_step
+
+        def stopping(trainer: Trainer, step: int) -> torch.Tensor:
+            if step == 2:
+                raise Stopped
+            return outer_step(trainer, step)
+
+        Trainer._outer_step = stopping
+        try:
+            self.train(name, *overrides, SHARDED, "trainer.checkpoint_every=1")
+        except Stopped:
+            Trainer._outer_step, self.lockstep = outer_step, None
+        self.train(name, *overrides, "trainer.checkpoint_every=1", resume=True)
+
+    def score(self, name: str, run: str) -> None:
+        """A finished run's scores again."""
+        self.next_port()
+        evaluate(str(self.folder / run), [], str(self.folder / f"{name}.json"))
 
     def keep(self, ranks: Ranks, config, learner) -> Ranks:
         """`in_step`, remembering how many passes there were."""
@@ -152,6 +175,8 @@ def main() -> None:
         script.train(f"{name} replicated", *overrides)
         script.train(f"{name} sharded", *overrides, SHARDED)
         script.train(f"{name} recomputed", *overrides, SHARDED, "trainer.activation_checkpointing=true")
+    script.stop_and_resume("resumed", *ACTIVATION)
+    script.score("scored", "activation sharded")
     for name in ("tied", "untied"):
         script.load(name, str(folder / f"model-{name}"))
     script.refused("no model", SHARDED, f"model.name={folder / 'model-broken'}")

@@ -63,6 +63,16 @@ def test_a_sharded_base_learns_what_a_whole_one_does(ranks, kind, how):
     Run(folder / f"{kind} {how}").same_as(whole)
 
 
+def test_a_run_goes_on_with_the_base_whole(ranks):
+    folder, _ = ranks
+    Run(folder / "resumed").same_as(Run(folder / "activation replicated"))
+
+
+def test_a_finished_run_is_scored_again(ranks):
+    folder, _ = ranks
+    assert json.loads((folder / "scored.json").read_text()) == Run(folder / "activation sharded").scores
+
+
 def test_ranks_make_the_same_passes(ranks):
     """K = 2 inner steps; 5 episodes on 2 ranks are 3 rounds, of which the second rank idles one."""
     _, facts = ranks

@@ -1,4 +1,4 @@
-"""A sharded base's bytes: as PyTorch allocates them, and Llama3-70B's on eight GPUs. On real ranks: tests/invariance."""
+"""A sharded base's bytes: as PyTorch allocates them, and Llama3-70B's on eight GPUs. Real ranks: tests/invariance."""
 
 from __future__ import annotations
 
