@@ -58,13 +58,14 @@ def shard_counted(model: PreTrainedModel, mesh: DeviceMesh, counter: StorageCoun
 
 
 def _places(unit: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where a unit's parameters stand: before adapters are put in beside them."""
-    return [(module, name) for module in unit.modules() for name in module._parameters]
+    """Where a unit's sharded parameters stand: asked before adapters are put in beside them."""
+    found = ((module, name, value) for module in unit.modules() for name, value in module._parameters.items())
+    return [(module, name) for module, name, value in found if isinstance(value, DTensor)]
 
 
 def _label(counter: StorageCounter, places: Sequence[tuple[nn.Module, str]], *_: Any) -> None:
     found = (getattr(module, name) for module, name in places)
-    counter.label(GATHERED, (value for value in found if value is not None and not isinstance(value, DTensor)))
+    counter.label(GATHERED, (value for value in found if not isinstance(value, DTensor)))
 
 
 class _LabelledAllGather:

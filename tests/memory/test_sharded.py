@@ -76,6 +76,14 @@ def test_a_rank_holds_its_share_and_two_to_three_layers():
             assert sharded.phases[phase][component] == whole.phases[phase][component]
 
 
+def test_tied_embeddings_are_weights_that_every_rank_holds():
+    setup = make_setup(ranks=4, **SHARDED)
+    setup.architecture.tie_word_embeddings = True
+    layers = 4 * (2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64)
+    for sizes in count_episode(setup).phases.values():
+        assert sizes["weights"] == layers / 4 + 4 * 512 * 64 + 8 * 4 * 2
+
+
 def test_llama3_70b_on_eight_gpus():
     config = Config.model_validate(
         {
