@@ -19,6 +19,7 @@ from abmll.distributed import Ranks, local_ranks, start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.files import damage, remove_whole, sweep, write_whole
+from abmll.lockstep import in_step
 from abmll.memory import Plan, plan_run
 from abmll.memory.capacity import device_capacity
 from abmll.methods import Pretrained
@@ -33,7 +34,7 @@ from abmll.trainer import Position, Trainer
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
-MAY_CHANGE = ("adapters.backend",)  # how the same numbers are computed
+MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
 # All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
@@ -209,6 +210,7 @@ def open_session(
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
     check_folder(folder, resume, overwrite)
     parts = build(config, config_path, ranks.device)
+    ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
     checkpoint_layers(parts.model, plan.checkpointing)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
