@@ -131,7 +131,7 @@ class Trainer:
             table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
             gradient: dict[str, Tensor] = {}  # nothing is held for theta while phi is adapted
             for slots, visit in zip(side_by_side, visits, strict=True):
-                update = self._update(replace(visit, index=index), len(slots))
+                update = self._update(replace(visit, index=index))
                 table[slots] = self._rows(update)
                 finite = table[slots, COLUMNS.index("finite")].bool().tolist()
                 gradient = _sum(gradient, update.total(finite))
@@ -163,8 +163,8 @@ class Trainer:
         return Visit.of(episodes, 0, keys, self.inner_optimizer, progress, self.ranks.device)
 
     @phase("episode")
-    def _update(self, visit: Visit, episodes: int) -> Update:
-        self.learner.adapters.reset_phi(episodes)
+    def _update(self, visit: Visit) -> Update:
+        self.learner.adapters.reset_phi(len(visit.episodes))
         update = self.method.update(self.learner, visit)
         if self.config.method.reset_inner_optimizer:  # now: phi's moments need not be there in scoring
             self.inner_optimizer.state.clear()

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from provenance import provenance
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from abmll.adapters import inject_adapters
@@ -33,7 +34,7 @@ from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
 from abmll.kernels import NoiseKey
 from abmll.learner import Learner
 from abmll.memory.episode import make_batch
-from abmll.models.answers import answer_logits
+from abmll.models.answers import Rows, answer_logits
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import load_model
 from abmll.objective import answer_nll
@@ -90,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _batch(arguments: argparse.Namespace, model: PreTrainedModel) -> Batch:
     generator = torch.Generator().manual_seed(SEED)
-    shape, vocabulary = (arguments.examples, arguments.tokens), model.config.get_text_config().vocab_size
-    return replace(make_batch(*shape), input_ids=torch.randint(vocabulary, shape, generator=generator))
+    batch, vocabulary = make_batch(arguments.examples, arguments.tokens), model.config.get_text_config().vocab_size
+    return replace(batch, input_ids=torch.randint(vocabulary, batch.input_ids.shape, generator=generator))
 
 
 def make_step(name: str, model: PreTrainedModel, batch: Batch, arguments: argparse.Namespace) -> Step:
@@ -111,7 +112,11 @@ def make_step(name: str, model: PreTrainedModel, batch: Batch, arguments: argpar
 def _frozen_step(model: PreTrainedModel, batch: Batch) -> Step:
     """The floor: the frozen model's forward pass, and the backward pass to its embeddings."""
     model.enable_input_require_grads()
-    return lambda: answer_nll(answer_logits(model, batch), batch.target, "sum").backward()
+    return lambda: _nll(model, batch).backward()
+
+
+def _nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return answer_nll(answer_logits(model, Rows.of(model, batch)), batch.target, "sum", batch.group_prompts).sum()
 
 
 def _peft_step(model: PreTrainedModel, batch: Batch, adapters: AdapterConfig) -> Step:
@@ -122,7 +127,7 @@ def _peft_step(model: PreTrainedModel, batch: Batch, adapters: AdapterConfig) ->
     optimizer = torch.optim.AdamW(trained, lr=MethodConfig().inner_lr, weight_decay=0.0)
 
     def step() -> None:
-        answer_nll(answer_logits(model, batch), batch.target, "sum").backward()
+        _nll(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -35,6 +34,6 @@ class Groups:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    @cached_property
+    @property
     def total(self) -> int:
         return sum(self.sizes)

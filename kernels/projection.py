@@ -163,13 +163,20 @@ def _fused(
         from abmll.kernels.fused.activation import activation_forward
 
         used = factors[:4] if terms == "none" else factors
-        y, low_rank, _, kl, prior = activation_forward(*layer_and_mask, used, settings, names, layer, with_sums)
+        named = (settings, names, layer, with_sums)
+        y, low_rank, _, kl, prior = activation_forward(*layer_and_mask, used, *named, *_split(groups))
     else:
         from abmll.kernels.fused.weight import weight_forward
 
         used = factors if with_sums else factors[:4]
-        y, _, kl, prior = weight_forward(*layer_and_mask[:4], used, settings, names, layer, with_sums)
+        sizes = _split(groups)[:1]
+        y, _, kl, prior = weight_forward(*layer_and_mask[:4], used, settings, names, layer, with_sums, *sizes)
     return Projection(y, kl, prior, low_rank) if with_sums else Projection(y, None, None, low_rank)
+
+
+def _split(groups: Groups | None) -> tuple[Sequence[int], Tensor] | tuple[()]:
+    """Sizes and bounds as the operators take them: not at all where groups are equal."""
+    return () if groups is None else (groups.sizes, groups.bounds)
 
 
 def _fused_theta(
@@ -187,8 +194,8 @@ def _fused_theta(
 
         low_rank = None if projection is None else projection.low_rank
         if low_rank is None or low_rank.shape[-1] != 4 * factors[0].shape[-2]:  # phi's two pairs alone: terms="none"
-            low_rank = activation_project(x, factors)
-        found = activation_theta_gradient(x, low_rank, mask, factors, settings, *weights)
+            low_rank = activation_project(x, factors, *_split(groups))
+        found = activation_theta_gradient(x, low_rank, mask, factors, settings, *weights, *_split(groups))
     else:
         from abmll.kernels.fused.weight import weight_theta_gradient
 

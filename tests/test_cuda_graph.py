@@ -7,6 +7,7 @@ import torch
 
 from abmll.kernels import NoiseKey
 from abmll.learner import Learner
+from abmll.models.packing import pack_prompts
 
 POSTERIORS = ("activation", "weight")
 KEYS = (NoiseKey(2**64 - 3, 5), NoiseKey(31, 2**32 - 1))
@@ -45,23 +46,21 @@ def test_samples_take_a_row_each(build_tiny):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("posterior", POSTERIORS)
-def test_a_captured_inner_step_replays_as_the_eager_one(posterior, build_tiny, monkeypatch):
+def test_a_captured_inner_step_replays_as_the_eager_one(posterior, build_tiny):
     """Forward pass, backward pass and AdamW of a tiny model as one CUDA graph, bit for bit.
 
-    transformers reads a bool back from the device in each forward pass (whether sequences are packed, which they are
-    not here); a capture forbids that, and it would build a mask instead. An AdamW that can be captured keeps its steps
-    on the device.
+    An AdamW that can be captured keeps its steps on the device.
     """
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
     tiny = build_tiny(torch.bfloat16, adapters={"posterior": posterior, "backend": "auto"}).scatter()
     device = torch.device("cuda")
     tiny.model.to(device)
+    assert pack_prompts(tiny.model)
     learner = Learner(tiny.model, tiny.adapters, tiny.config.method, 2, 2)
     batch = tiny.batch.to(device)
     start = phi_of(learner)
 
     def optimizer() -> torch.optim.AdamW:
-        return torch.optim.AdamW(learner.adapters.phi.values(), lr=1e-2, weight_decay=0.0, capturable=True)
+        return torch.optim.AdamW(learner.adapters.phi.values(), lr=1e-2, weight_decay=0.0, fused=True, capturable=True)
 
     def restart(optimizer: torch.optim.AdamW) -> None:
         with torch.no_grad():

@@ -182,7 +182,7 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         counter.label(GRADIENTS, sums)
     if method.updates_per_episode:
         counter.label(STATES, _states(inner))
-        update = method.update(learner, Visit((batch,), batch, 0, keys, inner, 0.0))
+        update = method.update(learner, Visit(range(beside), (batch,), batch, 0, keys, inner, 0.0))
         if config.method.reset_inner_optimizer:
             inner.state.clear()
         counter.label(GRADIENTS, update.gradient.values())

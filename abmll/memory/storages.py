@@ -143,6 +143,9 @@ class StorageCounter(TorchDispatchMode):
         made = Storage(size, maker, what, phase, self._passage, self._time, component)
         self.storages.append(made)
         self.now += size
+        self._note(phase)
+
+    def _note(self, phase: str) -> None:
         if phase not in self.peaks or self.now > self.peaks[phase].size:
             self.peaks[phase] = Peak(self.now, self._time)
         return made
@@ -230,6 +233,7 @@ class StorageCounter(TorchDispatchMode):
 
         def start(*_: Any) -> None:
             self._optimizing += 1
+            self._note(self._now_in())  # a fused optimizer allocates nothing
 
         def stop(*_: Any) -> None:
             self._optimizing -= 1

@@ -24,6 +24,7 @@ class Visit:
     episode.
     """
 
+    episodes: Sequence[int]  # their numbers in the run
     support: Sequence[Batch]
     query: Batch | None
     index: int
@@ -46,7 +47,7 @@ class Visit:
         queries = [episode.query for episode in episodes if episode.query is not None]
         query = side_by_side(queries).to(device) if queries else None
         names = [rows_of_keys(own, device) for own in zip(*keys, strict=True)]
-        return cls(batches, query, index, names, optimizer, progress)
+        return cls([episode.index for episode in episodes], batches, query, index, names, optimizer, progress)
 
 
 @dataclass(frozen=True)

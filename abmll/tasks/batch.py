@@ -18,7 +18,7 @@ def collate(examples: Sequence[PromptedExample], letter_ids: Sequence[int]) -> B
     lengths = [len(example.token_ids) for example in examples]
     labels = torch.tensor([example.label for example in examples])
     num_options = torch.tensor([example.num_options for example in examples])
-    most = int(num_options.max())
+    most = max(example.num_options for example in examples)
     letters = torch.tensor(list(letter_ids[:most]))
     return Batch(
         input_ids=torch.cat([torch.tensor(list(example.token_ids)) for example in examples]),

@@ -14,7 +14,7 @@ from abmll.config import Config
 from abmll.memory.episode import Counting, Setup, make_batch, make_model, run_episode, warm_up
 from abmll.memory.fake import as_on_gpu
 from abmll.memory.storages import ADAPTERS, GRADIENTS, LOAD, SCORING, STATES, WARM_UP
-from abmll.models.answers import answer_logits
+from abmll.models.answers import Rows, answer_logits
 from abmll.models.architectures import architecture_config
 from abmll.models.checkpointing import Checkpointing, checkpoint_layers
 from abmll.objective import answer_nll
@@ -62,7 +62,8 @@ def run_frozen(setup: Setup, counter: Counting) -> None:
         model = make_model(setup, counter)
     counter.name_modules(model)
     with counter.stage(SCORING), torch.inference_mode():
-        answer_logits(model, make_batch(setup.config.tasks.batch_size, setup.config.tasks.max_tokens))
+        batch = make_batch(setup.config.tasks.batch_size, setup.config.tasks.max_tokens)
+        answer_logits(model, Rows.of(model, batch))
 
 
 def run_peft(setup: Setup, counter: Counting) -> None:
@@ -88,7 +89,8 @@ def run_peft(setup: Setup, counter: Counting) -> None:
         warm_up(optimizer)
     counter.label(STATES, (value for state in optimizer.state.values() for value in state.values()))
     model.train()
-    answer_nll(answer_logits(base, batch), batch.target, method.nll_reduction).backward()
+    logits = answer_logits(base, Rows.of(base, batch))
+    answer_nll(logits, batch.target, method.nll_reduction, batch.group_prompts).sum().backward()
     counter.label(GRADIENTS, (parameter.grad for parameter in parameters))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

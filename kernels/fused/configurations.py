@@ -7,6 +7,7 @@ to 16; shared memory fits every chip from compute capability 8.0 on. None was ti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 # Programs that keep every multiprocessor of a large GPU busy, and those that many can take. Not read off the device:
 # how work is split decides the order of the sums.
@@ -53,6 +54,24 @@ def split_finely(size: int, block: int, fewest: int) -> tuple[int, int]:
     return split(size, block, blocks(blocks(size, block), max(blocks(size, block) // max(fewest, 1), 1)))
 
 
+class Counts(NamedTuple):
+    """How many groups there are, and rows of the longest and of all: the groups differ in size where that is less than
+    all could have.
+    """
+
+    groups: int
+    longest: int
+    total: int
+
+    @property
+    def ragged(self) -> bool:
+        return self.total < self.groups * self.longest
+
+    def blocks(self, height: int) -> int:
+        """Most blocks of rows with something in them; exact where the groups are equal."""
+        return min(self.groups * blocks(self.longest, height), blocks(self.total, height) + self.groups - 1)
+
+
 # A warp group's tensor cores take 64 rows at a time. Wider factors leave room for fewer in shared memory.
 def _elementwise(rank: int) -> Launch:
     rows = {8: 64, 16: 64, 32: 32, 64: 16}[padded(rank, 8)]
@@ -62,18 +81,18 @@ def _elementwise(rank: int) -> Launch:
 _SMALL = Launch({"ROWS": 16, "COLUMNS": 32}, warps=2, stages=1)
 
 
-def elementwise(rank: int, rows: int, columns: int, groups: int) -> Launch:
+def elementwise(rank: int, rows: Counts, columns: int) -> Launch:
     """Of the kernels that sample, and that differentiate samples: small tiles where large ones would be few."""
     launch = _elementwise(rank)
     if columns % launch.blocks["COLUMNS"]:  # masks take registers
         launch = replace(launch, blocks={**launch.blocks, "ROWS": min(launch.blocks["ROWS"], 32)})
-    tiles = blocks(rows, launch.blocks["ROWS"]) * blocks(columns, launch.blocks["COLUMNS"]) * groups
+    tiles = rows.blocks(launch.blocks["ROWS"]) * blocks(columns, launch.blocks["COLUMNS"])
     return _SMALL if tiles < FEWEST_PROGRAMS else launch
 
 
-def project(width: int, tokens: int, groups: int) -> Launch:
+def project(width: int, tokens: Counts) -> Launch:
     """`width`: of all pairs' ranks."""
-    few = blocks(tokens, 64) * groups * (PROJECTION_PARTS // 2) < FEWEST_PROGRAMS
+    few = tokens.blocks(64) * (PROJECTION_PARTS // 2) < FEWEST_PROGRAMS
     depth = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}[width]
     return Launch({"ROWS": 16 if few or width > 128 else 64, "DEPTH": depth}, warps=4, stages=3 if width <= 64 else 2)
 

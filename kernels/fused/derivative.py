@@ -30,7 +30,9 @@ def needs(x: bool, factors: Sequence[bool], dy: Tensor | None, dkl: Tensor | Non
 def gradients_of_factors(
     da: Tensor | None, db: Tensor | None, factors: Sequence[Tensor], wanted: Wanted
 ) -> list[Tensor | None]:
-    """The factors' gradients, one each, from those of the pairs that were wanted; theta's summed over their groups."""
+    """The factors' gradients, one each, from those of the pairs that were wanted; theta's summed over the groups that
+    share it.
+    """
     found: list[Tensor | None] = [None] * len(factors)
     _, phi, theta = wanted
     if phi or theta:

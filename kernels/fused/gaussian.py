@@ -10,9 +10,13 @@ exist in registers only. Formulas: `reference`.
 A program owns a block of rows, whose factors it splits once, and walks a chunk of columns. What several programs have a
 part of is stored in parts, and the last of them to end adds these up, always in the same order.
 
-A leading G (episodes side by side) is the last axis of every grid; theta's factors have group stride 0 where they are
-shared. All row factors have one row stride and unit stride along the rank (in one tensor, a distance from pair to pair
-as well); all column factors have one column stride and one rank stride.
+Groups (episodes side by side) are the last axis of every grid. Their rows lie one after another, see
+`tiles.rows_of_group`. Phi's factors and the sums have a G; theta's are shared, but for the row factors of activations.
+A program beyond the last row of a group that is smaller than others leaves nothing to be added up, and nobody waits for
+it.
+
+All row factors have one row stride and unit stride along the rank (in one tensor, a distance from pair to pair as
+well); all column factors have one column stride and one rank stride.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from abmll.kernels.fused.tiles import (
     normal_tile,
     packed16,
     packed_dot,
+    rows_of_group,
     split16,
     split_columns,
     split_rows,
@@ -74,50 +79,57 @@ def _rows_tile(pointer, rows, M, stride, parts, part_stride, RANK: tl.constexpr,
 
 
 @triton.jit
-def _store_sums(kl, prior, sums_ptr, kl_ptr, prior_ptr, ticket_ptr, program, programs):
-    """One partial sum of KL and one of -log prior a program; the last to arrive adds them up."""
+def _store_sums(kl, prior, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, program, programs):
+    """One partial sum of KL and one of -log prior a program of this group; its last to arrive adds them up."""
+    group = tl.program_id(2)
+    sums_ptr += 2 * group.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1)
     tl.store(sums_ptr + program, kl)
     tl.store(sums_ptr + programs + program, prior)
-    if last_to_arrive(ticket_ptr, programs):
+    if last_to_arrive(tickets_ptr + group, programs):
         kl_sums = tl.zeros((256,), tl.float32)
         prior_sums = tl.zeros((256,), tl.float32)
         for start in range(0, programs, 256):
             at = start + tl.arange(0, 256)
             kl_sums += tl.load(sums_ptr + at, mask=at < programs, other=0.0, cache_modifier=".cg")
             prior_sums += tl.load(sums_ptr + programs + at, mask=at < programs, other=0.0, cache_modifier=".cg")
-        tl.store(kl_ptr, tl.sum(kl_sums))
-        tl.store(prior_ptr, tl.sum(prior_sums))
+        tl.store(kl_ptr + group, tl.sum(kl_sums))
+        tl.store(prior_ptr + group, tl.sum(prior_sums))
 
 
 # Numbers that differ from step to step or batch to batch: nothing is compiled anew for them.
 VARYING = [
-    "M", "G", "first_row", "mask_group", "slot_rows", "chunk_tiles", "layer", "parts", "part_stride", "dp_group",
-    "dp_pair",
+    "size", "all_rows", "first_row", "slot_rows", "chunk_tiles", "layer", "parts", "part_stride", "dp_pair",
+    "dkl_stride", "dprior_stride",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sample_kernel(
     y_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, p_ptr, mask_ptr, names_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr,
-    M, N, first_row, y_group, y_stride, p_group, p_theta_group, p_stride, p_pair, parts, part_stride,
-    q_group, q_theta_group, q_stride, q_rank, mask_group, chunk_tiles,
+    bounds_ptr, size, N, first_row, y_stride, p_stride, p_theta_stride, p_pair, parts, part_stride,
+    q_group, q_stride, q_rank, chunk_tiles,
     layer, scaling, offset, deviation, prior_shape, prior_rate,
-    RANK: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
-    KEEP: tl.constexpr, SUMS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
+    ADD: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A sample of Z [G, M, N], added to what y [G, M, N] holds (ADD) or written over it.
+    """A sample of Z, the rows of all groups one after another, added to what y holds (ADD) or written over it.
 
-    The row factors are sums of `parts` tensors; KEEP: the sums of all PAIRS are stored, p [G, M, PAIRS * RANK]. SUMS:
-    KL and -log prior, by way of sums [2, programs] and the first ticket. `first_row` is the place of row 0 in the
-    noise, which `names` [G, 3] and the layer name.
+    The row factors are sums of `parts` tensors; KEEP: the sums of all PAIRS are stored, p [rows, PAIRS * RANK]. From
+    group to group theta's go on by p_theta_stride a row: 0 where they are shared. SUMS: each group's KL and -log prior,
+    by way of sums [G, 2, programs] and the first G tickets. `first_row` is the place of a group's row 0 in the noise,
+    which `names` [G, 3] and the layer name.
     """
     row_block = tl.program_id(0)
     chunk = tl.program_id(1)
     group = tl.program_id(2)
     far_group = group.to(tl.int64)
+    before, M = rows_of_group(bounds_ptr, group, size, RAGGED)
+    if RAGGED and row_block * ROWS >= M:
+        return
     rows = row_block * ROWS + tl.arange(0, ROWS)
-    p_0 += far_group * p_group
-    p_1 += far_group * p_group + p_pair
+    p_0 += before * p_stride
+    p_1 += before * p_stride + p_pair
     q_0 += far_group * q_group
     q_1 += far_group * q_group
     p_mean = _rows_tile(p_0, rows, M, p_stride, parts, part_stride, RANK, R)
@@ -126,16 +138,14 @@ def sample_kernel(
     low_high, low_rest = split_rows(scaling * p_low * TO_BITS)
     inverse_deviation = 1.0 / deviation
     WIDTH: tl.constexpr = PAIRS * RANK
-    p_ptr += far_group * M * WIDTH
+    p_ptr += before * WIDTH
     keeps = KEEP and chunk == 0
     if keeps:
         store_factor_tile(p_ptr, p_mean, rows, M, WIDTH, 1, RANK, R)
         store_factor_tile(p_ptr + RANK, p_low, rows, M, WIDTH, 1, RANK, R)
     if PAIRS == 4:
-        p_2 += far_group * p_theta_group + 2 * p_pair
-        p_3 += far_group * p_theta_group + 3 * p_pair
-        q_2 += far_group * q_theta_group
-        q_3 += far_group * q_theta_group
+        p_2 += before * p_theta_stride + 2 * p_pair
+        p_3 += before * p_theta_stride + 3 * p_pair
         p_mean = _rows_tile(p_2, rows, M, p_stride, parts, part_stride, RANK, R)
         p_low = _rows_tile(p_3, rows, M, p_stride, parts, part_stride, RANK, R)
         if keeps:
@@ -147,7 +157,7 @@ def sample_kernel(
         kl_rows = tl.zeros((ROWS,), tl.float32)
         prior_rows = tl.zeros((ROWS,), tl.float32)
 
-    y_rows = y_ptr + far_group * y_group + rows.to(tl.int64)[:, None] * y_stride
+    y_rows = y_ptr + before * y_stride + rows.to(tl.int64)[:, None] * y_stride
     for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tl.cdiv(N, COLUMNS))):
         first = tile * COLUMNS
         columns = first + tl.arange(0, COLUMNS)
@@ -181,11 +191,11 @@ def sample_kernel(
             prior_rows += tl.sum(prior, axis=1)
 
     if SUMS:
-        counted = _counted(mask_ptr + far_group * mask_group, rows, M, HAS_MASK)
+        counted = _counted(mask_ptr + before, rows, M, HAS_MASK)
         kl_sum = 0.5 * tl.sum(tl.where(counted, kl_rows, 0.0))
         prior_sum = tl.sum(tl.where(counted, prior_rows, 0.0))
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = (group * tl.num_programs(1) + chunk) * tl.num_programs(0) + row_block
+        row_blocks = tl.cdiv(M, ROWS)
+        program, programs = chunk * row_blocks + row_block, row_blocks * tl.num_programs(1)
         _store_sums(kl_sum, prior_sum, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, program, programs)
 
 
@@ -240,55 +250,63 @@ def _accumulate_tile(
 @triton.jit(do_not_specialize=VARYING)
 def adjoint_kernel(
     dz_ptr, z_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, mask_ptr, names_ptr, dkl_ptr, dprior_ptr,
-    parts_ptr, dp_ptr, dq_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr,
-    M, N, G, first_row, dz_group, dz_stride, z_group, z_stride, p_group, p_theta_group, p_stride, p_pair,
-    q_group, q_theta_group, q_stride, q_rank, mask_group, slot_rows, chunk_tiles,
-    dp_group, dp_pair, dp_stride,
+    parts_ptr, dp_ptr, dq_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, bounds_ptr,
+    size, all_rows, N, first_row, dz_stride, z_stride, p_stride, p_theta_stride, p_pair, q_group, q_stride, q_rank,
+    dkl_stride, dprior_stride, slot_rows, chunk_tiles, dp_pair, dp_stride,
     layer, scaling, offset, deviation, prior_shape, prior_rate,
-    RANK: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_DZ: tl.constexpr, SAMPLE: tl.constexpr, DIVERGENCE: tl.constexpr, KL: tl.constexpr, PRIOR: tl.constexpr,
-    DP_PHI: tl.constexpr, DP_THETA: tl.constexpr, DQ_PHI: tl.constexpr, DQ_THETA: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_DZ: tl.constexpr, SAMPLE: tl.constexpr, DIVERGENCE: tl.constexpr, KL: tl.constexpr,
+    PRIOR: tl.constexpr, DP_PHI: tl.constexpr, DP_THETA: tl.constexpr, DQ_PHI: tl.constexpr, DQ_THETA: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adjoints of the low-rank pairs over one slot of rows (grid axis 0) and one chunk of columns (axis 1).
+    """Adjoints of the low-rank pairs over one slot of a group's rows (grid axis 0) and one chunk of columns (axis 1).
 
-    dz [G, M, N] with unit stride along N: the adjoint of Z (HAS_DZ); dkl, dprior: upstream gradients of the sums of KL
-    (KL) and -log prior (PRIOR; DIVERGENCE: of either). Written for the pairs asked for, phi's before theta's:
-        dp [pairs][G, M, RANK]            of the row factors, by strides; by way of parts [chunks, G, M, pairs * RANK]
+    dz [T, N] with unit stride along N: the adjoint of Z (HAS_DZ), T (`all_rows`) the rows of all groups; dkl, dprior:
+    upstream gradients of each group's KL (KL) and -log prior (PRIOR; DIVERGENCE: of either), one number or G. Written
+    for the pairs asked for, phi's before theta's:
+        dp [pairs][T, RANK]               of the row factors, by strides; by way of parts [chunks, T, pairs * RANK]
         dq [slots, pairs, G][N, RANK]     of the column factors, in their own strides, partial: to be summed over slots
-        kl, prior                         the sums (SUMS), by way of sums [2, programs]
-        z [G, M, N]                       the sample itself, drawn again (SAMPLE)
-    Ticket 0 is the sums', then one a slot and group. EXACT: products of fp32's accuracy, for an fp32 model. Else they
-    have the 16 leading bits of either factor: dz itself has 8 or 11.
+        kl, prior                         each group's sums (SUMS), by way of sums [G, 2, programs]
+        z [T, N]                          the sample itself, drawn again (SAMPLE)
+    The first G tickets are the sums', then one a group and slot. Row factors as in `sample_kernel`. EXACT: products of
+    fp32's accuracy, for an fp32 model. Else they have the 16 leading bits of either factor: dz itself has 8 or 11.
     """
     slot = tl.program_id(0)
     chunk = tl.program_id(1)
     group = tl.program_id(2)
     far_group = group.to(tl.int64)
-    p_0 += far_group * p_group
-    p_1 += far_group * p_group + p_pair
-    p_2 += far_group * p_theta_group + 2 * p_pair
-    p_3 += far_group * p_theta_group + 3 * p_pair
+    before, M = rows_of_group(bounds_ptr, group, size, RAGGED)
+    p_0 += before * p_stride
+    p_1 += before * p_stride + p_pair
+    p_2 += before * p_theta_stride + 2 * p_pair
+    p_3 += before * p_theta_stride + 3 * p_pair
     q_0 += far_group * q_group
     q_1 += far_group * q_group
-    q_2 += far_group * q_theta_group
-    q_3 += far_group * q_theta_group
-    dz_ptr += far_group * dz_group
-    z_ptr += far_group * z_group
+    dz_ptr += before * dz_stride
+    z_ptr += before * z_stride
     DP_WIDTH: tl.constexpr = (2 * DP_PHI + 2 * DP_THETA) * RANK
     THETA_FIRST: tl.constexpr = 2 * DP_PHI
-    own_parts = parts_ptr + (chunk.to(tl.int64) * G + group) * M * DP_WIDTH
-    pair_stride = G.to(tl.int64) * N * RANK
+    parts_ptr += before * DP_WIDTH
+    own_parts = parts_ptr + chunk.to(tl.int64) * all_rows * DP_WIDTH
+    pair_stride = tl.num_programs(2).to(tl.int64) * N * RANK
     dq_phi = dq_ptr + slot * (2 * DQ_PHI + 2 * DQ_THETA) * pair_stride + far_group * N * RANK
     dq_theta = dq_phi + 2 * DQ_PHI * pair_stride
     # x alone needs theta's row adjoints, and has no more bits than one part of them
     NEAR: tl.constexpr = DP_THETA and not DQ_THETA and not EXACT
+    if RAGGED and slot * slot_rows >= M:
+        if DQ_PHI or DQ_THETA:  # they are summed over all slots
+            for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tl.cdiv(N, COLUMNS))):
+                columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                for pair in tl.static_range(2 * DQ_PHI + 2 * DQ_THETA):
+                    zero = tl.zeros((COLUMNS, R), tl.float32)
+                    store_factor_tile(dq_phi + pair * pair_stride, zero, columns, N, q_stride, q_rank, RANK, R)
+        return
     inverse_deviation = 1.0 / deviation
     if DIVERGENCE:
-        dkl = tl.load(dkl_ptr) if KL else 0.0
-        mask_ptr += far_group * mask_group
+        dkl = tl.load(dkl_ptr + group * dkl_stride) if KL else 0.0
+        mask_ptr += before
     if PRIOR:
-        dprior = tl.load(dprior_ptr)
+        dprior = tl.load(dprior_ptr + group * dprior_stride)
     if SUMS:
         kl_rows = tl.zeros((ROWS,), tl.float32)
         prior_rows = tl.zeros((ROWS,), tl.float32)
@@ -419,10 +437,10 @@ def adjoint_kernel(
         if DQ_PHI or DQ_THETA:
             tl.debug_barrier()  # the next rows add to what other threads of this program may have stored
 
-    if DP_PHI or DP_THETA:  # known to the compiler, unlike what follows  # noqa: SIM102
-        if last_to_arrive(tickets_ptr + 1 + group * tl.num_programs(0) + slot, tl.num_programs(1)):
-            parts_ptr += far_group * M * DP_WIDTH
-            dp_ptr += far_group * dp_group
+    if DP_PHI or DP_THETA:
+        slot_ticket = tickets_ptr + tl.num_programs(2) + group * tl.num_programs(0) + slot
+        if last_to_arrive(slot_ticket, tl.num_programs(1)):
+            dp_ptr += before * dp_stride
             for row_start in range(slot * slot_rows, row_end, ROWS):
                 rows = row_start + tl.arange(0, ROWS)
                 for pair in tl.static_range(2 * DP_PHI + 2 * DP_THETA):
@@ -432,11 +450,11 @@ def adjoint_kernel(
                     total = tl.zeros((ROWS, R), tl.float32)
                     for _ in range(tl.num_programs(1)):
                         total += tl.load(source, mask=inside, other=0.0, cache_modifier=".cg")
-                        source += G.to(tl.int64) * M * DP_WIDTH
+                        source += all_rows.to(tl.int64) * DP_WIDTH
                     store_factor_tile(dp_ptr + pair * dp_pair, total, rows, row_end, dp_stride, 1, RANK, R)
     if SUMS:
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = (group * tl.num_programs(1) + chunk) * tl.num_programs(0) + slot
+        slots = tl.cdiv(M, slot_rows)
+        program, programs = chunk * slots + slot, slots * tl.num_programs(1)
         _store_sums(
             0.5 * tl.sum(kl_rows), tl.sum(prior_rows), sums_ptr, kl_ptr, prior_ptr, tickets_ptr, program, programs
         )

@@ -23,6 +23,11 @@ GOALS = (
     Goal("sample_kernel", "outer step", 45),
     Goal("adjoint_kernel", "inner step", 80),
     Goal("adjoint_kernel", "outer step", 70),
+    # several episodes in one forward pass cost no more
+    Goal("sample_kernel", "unequal groups, inner step", 70),
+    Goal("sample_kernel", "unequal groups, outer step", 45),
+    Goal("adjoint_kernel", "unequal groups, inner step", 80),
+    Goal("adjoint_kernel", "unequal groups, outer step", 70),
 )
 
 

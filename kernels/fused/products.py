@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from abmll.kernels.fused.tiles import factor_tile, narrowed, near16, operand16, split16, store_factor_tile
+from abmll.kernels.fused.tiles import (
+    factor_tile,
+    narrowed,
+    near16,
+    operand16,
+    rows_of_group,
+    split16,
+    store_factor_tile,
+)
 
 
 @triton.jit
@@ -26,18 +34,20 @@ def _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK: tl.constexpr, PAIRS: tl.const
 
 
 # Numbers that differ from batch to batch: nothing is compiled anew for them.
-VARYING = ["T", "G", "slots", "tickets"]
+VARYING = ["size", "all_rows", "slots", "tickets"]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def project_kernel(
-    x_ptr, a_0, a_1, a_2, a_3, p_ptr, tickets_ptr, T, K, G, x_group, x_stride, part_depth, tickets,
-    PAIRS: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, a_0, a_1, a_2, a_3, p_ptr, tickets_ptr, bounds_ptr, size, all_rows, K, x_stride, part_depth, tickets,
+    PAIRS: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, RAGGED: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """p = x A^T of all pairs over one part of K (grid axis 1), to be summed: p [parts, G, T, PAIRS * RANK].
+    """p = x A^T of all pairs over one part of K (grid axis 1), to be summed: p [parts, T, PAIRS * RANK].
 
-    x [G, T, K] with unit stride along K; a_0, a_1 phi's [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4). The first
-    program clears the tickets that later kernels draw (see `tiles.last_to_arrive`).
+    x [T, K] with unit stride along K, T (`all_rows`) the rows of all groups, see `tiles.rows_of_group`; a_0, a_1 phi's
+    [G, RANK, K]; a_2, a_3 theta's [RANK, K] (PAIRS 4). The first program clears the tickets that later kernels draw
+    (see `tiles.last_to_arrive`).
 
     A bf16 x meets A in three bf16 parts (3 x 8 bits hold fp32's 24), so that nothing is lost. Tensor cores truncate
     when they add to an accumulator, which over all of K would show: each block starts from zero and is added by plain
@@ -45,12 +55,15 @@ def project_kernel(
     """
     group = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) + part + tl.program_id(2) == 0:
         for start in range(0, tickets, 256):
             at = start + tl.arange(0, 256)
             tl.store(tickets_ptr + at, 0, mask=at < tickets)
-    x_rows = x_ptr + group * x_group + rows.to(tl.int64)[:, None] * x_stride
+    before, T = rows_of_group(bounds_ptr, group, size, RAGGED)
+    if RAGGED and tl.program_id(0) * ROWS >= T:
+        return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x_rows = x_ptr + before * x_stride + rows.to(tl.int64)[:, None] * x_stride
     a_0 += group * RANK * K
     a_1 += group * RANK * K
     p = tl.zeros((ROWS, W), tl.float32)
@@ -68,7 +81,7 @@ def project_kernel(
         else:
             p += tl.dot(x.to(tl.float32), a, input_precision="tf32x3")
     WIDTH: tl.constexpr = PAIRS * RANK
-    p_ptr += (part * G.to(tl.int64) + group) * T * WIDTH
+    p_ptr += (part * all_rows.to(tl.int64) + before) * WIDTH
     store_factor_tile(p_ptr, p, rows, T, WIDTH, 1, WIDTH, W)
 
 
@@ -84,15 +97,17 @@ def _sum_of_slots(dq_ptr, total_ptr, block, size, slots, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    dp_ptr, x_ptr, a_0, a_1, a_2, a_3, dx_ptr, da_ptr, dq_ptr, db_ptr, T, K, G, x_group, x_stride, a_group,
+    dp_ptr, x_ptr, a_0, a_1, a_2, a_3, dx_ptr, da_ptr, dq_ptr, db_ptr, bounds_ptr, size, K, x_stride, a_group,
     k_blocks, dq_size, slots,
     PAIRS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr,
-    OWN: tl.constexpr, DX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
+    OWN: tl.constexpr, DX: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
     """dA = dp^T x for COUNT pairs from the FIRST on, dx = dp A (DX): a block of K a program, the first k_blocks ones.
 
-    dp [G, T, PAIRS * RANK]; x [G, T, K]; da [COUNT, G, RANK, K]; dx [G, T, K] in x's dtype, the base product's part
-    still to come. The programs behind sum the adjoints of the column factors: dq [slots, dq_size] to db [dq_size].
+    dp [T, PAIRS * RANK], x [T, K] of all groups' rows; da [COUNT, G, RANK, K]; dx [T, K] in x's dtype, the base
+    product's part still to come. The programs behind sum the adjoints of the column factors: dq [slots, dq_size] to db
+    [dq_size].
     """
     group = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
@@ -104,12 +119,13 @@ def gradient_kernel(
         ks = block * COLUMNS + tl.arange(0, COLUMNS)
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
         WIDTH: tl.constexpr = PAIRS * RANK
-        dp_ptr += group * T * WIDTH
-        x_ptr += group * x_group
+        before, T = rows_of_group(bounds_ptr, group, size, RAGGED)
+        dp_ptr += before * WIDTH
+        x_ptr += before * x_stride
         a_0 += group * a_group
         a_1 += group * a_group
         if DX:
-            dx_ptr += group * T * K
+            dx_ptr += before * K
             a = _stacked_tile(a_0, a_1, a_2, a_3, ks, K, RANK, PAIRS, W)
             if not EXACT:
                 a_high, a_rest = split16(a)
@@ -141,6 +157,7 @@ def gradient_kernel(
                     da += tl.dot(own, x.to(tl.float32), input_precision="tf32x3")
         if COUNT > 0:
             at = tl.arange(0, OWN)
-            offsets = (at // RANK) * G.to(tl.int64) * RANK * K + (at % RANK).to(tl.int64) * K
-            da_tile = da_ptr + group * RANK * K + offsets[:, None] + ks[None, :]
+            pair = (at // RANK) * tl.num_programs(1) + group
+            offsets = (pair * RANK + at % RANK) * K
+            da_tile = da_ptr + offsets[:, None] + ks[None, :]
             tl.store(da_tile, da, mask=(at < COUNT * RANK)[:, None] & (ks < K)[None, :])

@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
 
-from abmll.kernels import NoiseKey
+from abmll.kernels import Groups, NoiseKey
 from abmll.kernels.fused import activation, configurations, instructions, launch, plans
 from abmll.kernels.fused import weight as weight_operators
 from abmll.kernels.fused.chips import CHIPS, WARP, warps_held
@@ -47,6 +47,7 @@ STACK_LIMIT = 64
 CASES = (*(f"bfloat16:{rank}" for rank in (8, 16, 32, 64)), "float16:8", "float32:8")
 SETTINGS = [2.0, -20.0, 1.0, 0.01]
 NAMED = (SETTINGS, NoiseKey(0, 0).rows(1, "cpu"), 5)  # a layer that is neither 1 nor a multiple of 16
+UNEQUAL = (48, 32)  # rows of two groups
 # Of these every use is listed, of the others what training launches.
 IN_FULL = ("bfloat16:8", "bfloat16:16", "float32:8")
 # Modules whose kernels are recorded.
@@ -127,10 +128,13 @@ def recorded_launches() -> Iterator[list[Launched]]:
             setattr(module, name, kernel)
 
 
-def _factors(rank: int, inputs: int, outputs: int, need_phi: bool = False, need_theta: bool = False) -> list[Tensor]:
-    """Phi's and theta's, as the operators take them."""
+def _factors(
+    rank: int, inputs: int, outputs: int, need_phi: bool = False, need_theta: bool = False, lead: tuple[int, ...] = ()
+) -> list[Tensor]:
+    """Phi's, with a dimension for groups or without, and theta's, as the operators take them."""
     shapes = ((rank, inputs), (outputs, rank)) * 2
-    return [torch.zeros(shape, requires_grad=need) for need in (need_phi, need_theta) for shape in shapes]
+    phi = [torch.zeros(*lead, *shape, requires_grad=need_phi) for shape in shapes]
+    return phi + [torch.zeros(shape, requires_grad=need_theta) for shape in shapes]
 
 
 def _activation_step(
@@ -144,26 +148,29 @@ def _activation_step(
     mask: bool = True,
     ready: bool = False,
     sizes: tuple[int, int, int] = (80, 128, 96),
+    groups: tuple[int, ...] | None = None,
 ) -> None:
     """One projection of the activation posterior with its derivatives: the calls of `projection` and of autograd.
 
     sizes: T, K, N. Token mask, no bias and one group are a training step's usual arguments. `ready`: the base product
-    is made elsewhere.
+    is made elsewhere. `groups`: how many of T are whose.
     """
     tokens, inputs, outputs = sizes
+    split = () if groups is None else (groups, Groups.of(groups, "cpu").bounds)
     x = torch.zeros(1, tokens, inputs, dtype=dtype, requires_grad=need_x)
     weight = None if ready else torch.zeros(outputs, inputs, dtype=dtype)
     vector = x.new_zeros(outputs) if bias else None
     product = x.new_zeros(1, tokens, outputs) if ready else None
     counted = torch.ones(1, tokens, dtype=torch.bool) if mask else None
-    factors = _factors(rank, inputs, outputs, need_phi, need_theta)[: 4 if terms == "none" else 8]
-    with_sums = terms == "divergence"
-    y, p, _, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *NAMED, with_sums)
+    lead = () if groups is None else (len(groups),)
+    factors = _factors(rank, inputs, outputs, need_phi, need_theta, lead)[: 4 if terms == "none" else 8]
+    named = (*NAMED, terms == "divergence")
+    y, p, _, kl, _ = activation.activation_forward(x, weight, vector, product, counted, factors, *named, *split)
     if need_x or need_phi or need_theta:
         (y.float().sum() + kl.sum()).backward()
     if terms == "theta":
         with torch.no_grad():
-            activation.activation_theta_gradient(x, p, counted, factors, SETTINGS, 1.0, 1.0)
+            activation.activation_theta_gradient(x, p, counted, factors, SETTINGS, 1.0, 1.0, *split)
 
 
 def _activation_theta_alone(dtype: torch.dtype, rank: int) -> None:
@@ -206,6 +213,10 @@ USES: dict[str, Callable[[torch.dtype, int], None]] = {
     "inner step, bias, no mask": partial(_activation_step, bias=True, mask=False),
     "all gradients": partial(_activation_step, need_theta=True),
     "odd sizes": partial(_activation_step, sizes=(61, 123, 125)),
+    "unequal groups, inner step": partial(_activation_step, mask=False, groups=UNEQUAL),
+    "unequal groups, outer step": partial(
+        _activation_step, terms="theta", need_x=False, need_phi=False, mask=False, groups=UNEQUAL
+    ),
     "weight, inner step": _weight_step,
     "weight, inner step, first layer": partial(_weight_step, need_x=False),
     "weight, outer step": _weight_outer_step,

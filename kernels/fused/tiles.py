@@ -87,6 +87,18 @@ def normal_tile(rows, first_column, columns, name_ptr, layer, WIDTH: tl.constexp
 
 
 @triton.jit
+def rows_of_group(bounds_ptr, group, size, RAGGED: tl.constexpr):
+    """(rows before it, rows) of a group in matrices that hold all groups' rows one after another: `size` for each or,
+    RAGGED, from bounds[group] to bounds[group + 1].
+    """
+    if RAGGED:
+        before = tl.load(bounds_ptr + group)
+        return before.to(tl.int64), tl.load(bounds_ptr + group + 1) - before
+    else:
+        return group.to(tl.int64) * size, size
+
+
+@triton.jit
 def factor_tile(pointer, rows, row_limit, row_stride, rank_stride, RANK: tl.constexpr, R: tl.constexpr):
     """fp32 tile [len(rows), R] of a factor [row_limit, RANK] with any strides; zero beyond either."""
     ranks = tl.arange(0, R)

@@ -19,9 +19,11 @@ from torch import Tensor
 from abmll.kernels import (
     FrozenLinear,
     GaussianFactors,
+    Groups,
     LowRank,
     NoiseKey,
     PosteriorSettings,
+    Projection,
     posterior_projection,
     theta_gradient,
 )
@@ -50,6 +52,11 @@ class Inputs:
     bias: Tensor | None
     phi: GaussianFactors
     theta: GaussianFactors
+    sizes: tuple[int, ...] | None = None  # of groups of unequal size
+
+    @property
+    def groups(self) -> Groups | None:
+        return None if self.sizes is None else Groups.of(self.sizes, self.x.device)
 
     @property
     def base(self) -> FrozenLinear:
@@ -58,6 +65,11 @@ class Inputs:
     @property
     def factors(self) -> list[Tensor]:
         return [factor for side in (self.phi, self.theta) for pair in side for factor in pair]
+
+    def alone(self, group: int) -> Inputs:
+        """One of the groups of unequal size, as inputs without groups."""
+        own = [factor[group] for factor in self.factors[:4]]
+        return replace(self, sizes=None).with_leaves(self.x.split(self.sizes)[group], *own, *self.factors[4:])
 
     def with_leaves(self, x: Tensor, *factors: Tensor) -> Inputs:
         """The same with other x and factors, in the order of `LEAVES`."""
@@ -77,11 +89,20 @@ def settings() -> PosteriorSettings:
 
 
 def draw_inputs(
-    tokens=3, inputs=4, outputs=5, rank=2, dtype=torch.float64, groups: int | None = None, size=0.3, seed=0
+    tokens: int | tuple[int, ...] = 3,
+    inputs=4,
+    outputs=5,
+    rank=2,
+    dtype=torch.float64,
+    groups: int | None = None,
+    size=0.3,
+    seed=0,
 ) -> Inputs:
+    """`tokens`: of each of the `groups`, if there are any; several numbers: of groups of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)  # factors are never 16-bit
-    lead = () if groups is None else (groups,)
+    sizes = tokens if isinstance(tokens, tuple) else None
+    lead = (len(sizes),) if sizes else () if groups is None else (groups,)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -90,8 +111,9 @@ def draw_inputs(
         shapes = ((*lead, rank, inputs), (*lead, outputs, rank))
         return GaussianFactors(*(LowRank(*(size * draw(*shape).to(wide) for shape in shapes)) for _ in range(2)))
 
-    x, weight, bias = draw(*lead, tokens, inputs), draw(outputs, inputs), draw(outputs)
-    return Inputs(x.to(dtype), weight.to(dtype), bias.to(dtype), factors(*lead), factors())
+    x = draw(sum(sizes), inputs) if sizes else draw(*lead, tokens, inputs)
+    weight, bias = draw(outputs, inputs), draw(outputs)
+    return Inputs(x.to(dtype), weight.to(dtype), bias.to(dtype), factors(*lead), factors(), sizes)
 
 
 @pytest.fixture
@@ -146,12 +168,16 @@ class Harness:
         generator = torch.Generator().manual_seed(7)
         shape = (*inputs.x.shape[:-1], inputs.weight.shape[0])
         dy = torch.randn(shape, generator=generator).to(inputs.x.dtype).to(self.device)
-        scalars = {"kl": 0.75, "prior": 0.25}
-        return {name: dy if name == "y" else torch.tensor(scalars[name], device=self.device) for name in names}
+        lead = inputs.phi.mean.a.shape[:-2]
+        each = 1 + torch.arange(lead.numel(), dtype=torch.float32, device=self.device).view(lead) / 4
+        sums = {"kl": 0.75 * each, "prior": 0.25 * each}
+        return {name: dy if name == "y" else sums[name] for name in names}
 
-    def project(self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER):
+    def project(
+        self, inputs: Inputs, backend="triton", mask=None, terms="divergence", key=KEY, layer=LAYER, groups=None
+    ) -> Projection:
         arguments = (inputs.x, inputs.base, inputs.phi, inputs.theta, self.settings, key, layer)
-        return posterior_projection(self.posterior, *arguments, mask, terms, backend)
+        return posterior_projection(self.posterior, *arguments, mask, terms, backend, groups or inputs.groups)
 
     def run(
         self,
@@ -193,7 +219,7 @@ class Harness:
     def theta(self, inputs: Inputs, backend="triton", mask=None, projection=None) -> Outcome:
         """Theta's local gradient and the two sums."""
         arguments = (inputs.x, inputs.phi, inputs.theta, self.settings, 0.75, 0.25, mask, projection, backend)
-        gradient, kl, prior = theta_gradient(self.posterior, *arguments)
+        gradient, kl, prior = theta_gradient(self.posterior, *arguments, inputs.groups)
         factors = [factor for pair in gradient for factor in pair]
         return {"kl": kl, "prior": prior, **dict(zip(FACTORS[4:], factors, strict=True))}
 

@@ -161,9 +161,10 @@ def test_gradients_asked_for(harness, wanted, loss):
 def test_only_what_is_asked_for_is_computed(activation, monkeypatch):
     called = []
 
-    def gradients(dp, x, a, dq, first, count, need_x):
+    def gradients(*arguments):
+        count, need_x = arguments[-2:]
         called.extend(["dx"] * need_x + ["factors"] * (count > 0))
-        return original(dp, x, a, dq, first, count, need_x)
+        return original(*arguments)
 
     original = launch.gradients
     monkeypatch.setattr(launch, "gradients", gradients)

@@ -45,10 +45,10 @@ def scratch(monkeypatch) -> list[tuple[str, torch.Size, torch.dtype, weakref.ref
         note("sample", y)
         return sample(rows, columns, y, *arguments)
 
-    def noting_adjoint(rows, columns, width, dz, *arguments):
+    def noting_adjoint(rows, columns, stretches, width, dz, *arguments):
         note("adjoint", dz)
-        note("sample", arguments[8])
-        return adjoint(rows, columns, width, dz, *arguments)
+        note("sample", arguments[-2])
+        return adjoint(rows, columns, stretches, width, dz, *arguments)
 
     monkeypatch.setattr(launch, "sample", noting_sample)
     monkeypatch.setattr(launch, "adjoint", noting_adjoint)

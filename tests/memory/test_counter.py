@@ -126,8 +126,7 @@ def test_phases_and_components_of_a_checkpointed_step():
         # two moments of phi and of theta, and AdamW's counters of 4 bytes
         assert phases[phase][STATES] == pytest.approx(4 * theta, rel=0.01)
     assert phases[BACKWARD]["gradients"] <= phases[OPTIMIZER]["gradients"] == theta
-    noise_names = 3 * 8  # which the outer step's forward pass makes anew
-    assert phases[OPTIMIZER][KEPT] == phases[OUTER][KEPT] + noise_names < 50  # the rest: the step's own terms
+    assert phases[OPTIMIZER][KEPT] == phases[OUTER][KEPT] < 50  # the step's own terms
     assert phases[FORWARD][KEPT] < phases[RECOMPUTATION][KEPT]
 
 

@@ -85,7 +85,8 @@ def check_steps(steps: list[OuterStep], run: Run, *overrides: str) -> None:
 
         def kept(learner, visit):
             found = update(learner, visit)
-            episodes.append(_copy(found.gradient))
+            for slot in range(len(visit.episodes)):
+                episodes.append(_copy({name: value[slot] for name, value in found.gradient.items()}))
             return found
 
         patch.setattr(session.parts.method, "update", kept)

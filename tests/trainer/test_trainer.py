@@ -41,6 +41,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def is_reset(adapters) -> bool:
+    return all(torch.equal(phi, adapters.theta[name].expand_as(phi)) for name, phi in adapters.phi.items())
+
+
 def record_gradients(trainer: Trainer, monkeypatch) -> list[dict[str, Tensor]]:
     """Whatever the engine is given from now on."""
     given, step = [], trainer.engine.step
@@ -54,11 +58,13 @@ def poison(session: Session, monkeypatch, bad: set[int], update: int = 0) -> dic
     nll, original, gradients = learner.nll, method.update, {}
 
     def poisoned_update(learner, visit):
+        factors = torch.tensor([float("nan") if index in bad else 1.0 for index in visit.episodes])
         with monkeypatch.context() as patch:
-            if visit.episode.index in bad and visit.index == update:
-                patch.setattr(learner, "nll", lambda logits, batch: nll(logits, batch) * float("nan"))
+            if visit.index == update:
+                patch.setattr(learner, "nll", lambda logits, batch: nll(logits, batch) * factors)
             found = original(learner, visit)
-        gradients[visit.episode.index] = copy(found.gradient)
+        for slot, index in enumerate(visit.episodes):
+            gradients[index] = copy({name: value[slot] for name, value in found.gradient.items()})
         return found
 
     monkeypatch.setattr(method, "update", poisoned_update)
@@ -95,7 +101,7 @@ def test_phi_equals_theta_after_every_step_and_theta_is_the_optimizers(run, monk
             for step in range(5):
                 trainer._outer_step(step)
                 assert same(steps[step].gradient, given[step])
-                assert same(adapters.phi, adapters.theta)
+                assert is_reset(adapters)
                 assert not any(value.requires_grad for value in adapters.theta.values())
         check_optimizer(steps, session)
 
@@ -105,12 +111,12 @@ def test_updates_start_at_theta_without_gradients_for_it(run, monkeypatch):
         adapters, update, seen = session.parts.learner.adapters, session.parts.method.update, []
 
         def looking(learner, visit):
-            seen.append(same(adapters.phi, adapters.theta))
+            seen.append(is_reset(adapters))
             seen.append(not any(value.requires_grad for value in adapters.theta.values()))
             before = copy(adapters.theta)
             found = update(learner, visit)
             seen.append(same(before, adapters.theta))
-            seen.append(not same(adapters.phi, adapters.theta))
+            seen.append(not is_reset(adapters))
             return found
 
         monkeypatch.setattr(session.parts.method, "update", looking)
@@ -165,20 +171,12 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("overrides", METHODS.values(), ids=METHODS)
 def test_an_update_reads_nothing_from_the_device(run, monkeypatch, overrides):
-    """The one read of an episode is its row of the table. Left out: AdamW's step counters, which are on the CPU in any
-    case, and transformers' own look for packed sequences, one a forward pass.
-    """
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    """The one read of several episodes side by side is their rows of the table."""
     with run.session(*overrides) as session:
-        trainer = session.trainer
-        learner, reads = session.parts.learner, Reads()
-        monkeypatch.setattr(
-            learner, "optimizer", lambda lr, parameters=None: torch.optim.SGD(list(learner.adapters.phi.values()), lr)
-        )
-        trainer.inner_optimizer = learner.optimizer(1e-3)
-        episode = trainer.sampler.episode(0)
+        trainer, reads = session.trainer, Reads()
+        visit = trainer._visit([trainer.sampler.episode(index) for index in (0, 1)], 0)
         with reads:
-            trainer._update(episode, 0, 0)
+            trainer._update(visit)
         assert reads.count == 0
         with reads:
             float(torch.ones(()))
