@@ -117,12 +117,6 @@ def gathered_bytes(model: nn.Module) -> tuple[int, int]:
     return forward, backward
 
 
-def local_tensors(model: nn.Module) -> Iterable[Tensor]:
-    """What this rank holds of the parameters and buffers."""
-    for _, tensor in _tensors(model):
-        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _own(unit: nn.Module) -> Iterable[DTensor]:
     """A unit's sharded parameters without those of the units inside it."""
     yield from (p for p in unit.parameters(recurse=False) if isinstance(p, DTensor))

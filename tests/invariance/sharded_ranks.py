@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
@@ -30,7 +31,7 @@ from abmll.lockstep import Lockstep, in_step
 from abmll.memory.episode import read_ledger, run_episode
 from abmll.memory.storages import StorageCounter
 from abmll.models.load import load_model
-from abmll.models.sharding import gathered_bytes, local_tensors
+from abmll.models.sharding import gathered_bytes
 from abmll.rescore import evaluate
 from abmll.trainer import Trainer
 
@@ -112,7 +113,10 @@ class Script:
             received.zero_()
             model(torch.arange(6)[None], use_cache=False).logits.sum().backward()
         self.facts[name] = {
-            "bytes": sum(tensor.nbytes for tensor in local_tensors(model)),
+            "bytes": sum(
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+                for tensor in (*model.parameters(), *model.buffers())
+            ),
             "received": [forward, received.sum().item()],
             "expected": gathered_bytes(model),
         }

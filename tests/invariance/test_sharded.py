@@ -63,6 +63,13 @@ def test_a_sharded_base_learns_what_a_whole_one_does(ranks, kind, how):
     Run(folder / f"{kind} {how}").same_as(whole)
 
 
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_one_rank_with_itself(make_run, posterior):
+    kind = ("trainer.episodes=2", f"adapters.posterior={posterior}")
+    shared = make_run("sharded").train(*kind, "model.sharding=full")
+    shared.same_as(make_run("whole").train(*kind))
+
+
 def test_a_run_goes_on_with_the_base_whole(ranks):
     folder, _ = ranks
     Run(folder / "resumed").same_as(Run(folder / "activation replicated"))
