@@ -144,11 +144,11 @@ class StorageCounter(TorchDispatchMode):
         self.storages.append(made)
         self.now += size
         self._note(phase)
+        return made
 
     def _note(self, phase: str) -> None:
         if phase not in self.peaks or self.now > self.peaks[phase].size:
             self.peaks[phase] = Peak(self.now, self._time)
-        return made
 
     def _died(self, key: int) -> None:
         _, storage = self._known.pop(key)

@@ -93,6 +93,18 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> list[FSDPModule]:
     return units
 
 
+def forget_pass(model: PreTrainedModel) -> None:
+    """After an error in a forward pass, on all ranks at the same place: the next one begins as if it had not been.
+
+    Nothing where the base is whole. RuntimeError where this PyTorch cannot.
+    """
+    decoder = model.get_decoder()
+    if isinstance(decoder, FSDPModule):
+        if not hasattr(decoder, "reset_iter_state"):
+            raise RuntimeError(f"{KEY}: this torch {torch.__version__} cannot go on after an error in a forward pass")
+        decoder.reset_iter_state()
+
+
 def check_adapted(layers: dict[str, nn.Module]) -> None:
     """ValueError where an adapter reads a weight that is whole only inside its own layer's call: the output layer's."""
     for name, layer in layers.items():

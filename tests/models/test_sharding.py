@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.models.architectures import architecture_config, random_model
-from abmll.models.sharding import check_adapted, gathered_bytes, load_sharded
+from abmll.models.sharding import check_adapted, forget_pass, gathered_bytes, load_sharded
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,22 @@ def test_layers_that_cannot_be_recomputed_cannot_be_gathered(rank, monkeypatch):
     monkeypatch.setattr("abmll.models.sharding.GradientCheckpointingLayer", nn.Bilinear)
     with pytest.raises(ValueError, match=r"a model of type 'llama' has no decoder of layers to gather one at a time"):
         load()
+
+
+def test_a_failed_pass_is_forgotten(rank):
+    """As where a way of packed attention does not run."""
+    model, tokens = load(), torch.arange(5)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        attention = model.model.layers[1].self_attn
+        hook = attention.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("no kernel")))
+        with pytest.raises(OSError, match="no kernel"):
+            model(tokens)
+        hook.remove()
+        assert not isinstance(attention.q_proj.weight, DTensor)  # gathered, and in the middle of it
+        forget_pass(model)
+        assert isinstance(attention.q_proj.weight, DTensor)
+        assert torch.equal(model(tokens).logits, expected)
 
 
 def test_only_units_themselves_cannot_be_adapted(rank):
