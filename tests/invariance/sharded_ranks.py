@@ -39,6 +39,7 @@ from abmll.trainer import Trainer
 UNEQUAL = ("trainer.episodes=5", "tasks.builtin.test_tasks=3", "tasks.builtin.test_examples=7", "eval.batch_size=3")
 ACTIVATION = (*UNEQUAL, "eval.every=2")
 WEIGHT = (*UNEQUAL, "adapters.posterior=weight", "eval.samples=2", "trainer.tasks_per_step=3")
+BESIDE = (*UNEQUAL, "trainer.parallel_episodes=2")
 FIRST_ORDER = (*UNEQUAL, "method.meta_gradient=first_order", "method.outer_batch=query")
 SHARDED = "model.sharding=full"
 
@@ -175,7 +176,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     script = Script(folder)
     abmll.run.in_step = script.keep
-    for name, overrides in {"activation": ACTIVATION, "weight": WEIGHT, "first order": FIRST_ORDER}.items():
+    kinds = {"activation": ACTIVATION, "weight": WEIGHT, "first order": FIRST_ORDER, "side by side": BESIDE}
+    for name, overrides in kinds.items():
         script.train(f"{name} replicated", *overrides)
         script.train(f"{name} sharded", *overrides, SHARDED)
         script.train(f"{name} recomputed", *overrides, SHARDED, "trainer.activation_checkpointing=true")

@@ -53,7 +53,7 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("kind", ["activation", "weight", "first order"])
+@pytest.mark.parametrize("kind", ["activation", "weight", "first order", "side by side"])
 @pytest.mark.parametrize("how", ["sharded", "recomputed"])
 def test_a_sharded_base_learns_what_a_whole_one_does(ranks, kind, how):
     """Theta, step lines and scores; also where the second rank has no episode or task left, or other batches."""
