@@ -1,6 +1,9 @@
 """Checkpoints that survive a kill at any moment: a folder with its final name is whole (`abmll.files`).
 
-Base weights are not stored. All ranks must see the same folder.
+Theta and its optimizer are in it once, whole, so that a run goes on with another number of ranks. Beside them lies what
+is a rank's own: the inner optimizer, and the generators' states. (Nothing that a run computes draws from those: noise
+and data are functions of integers. They are restored for code that a user adds.) Base weights are not stored. All ranks
+must see the same folder.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class CheckpointStore:
         torch.save({**rank_state, "rng": _rng_state()}, partial / f"rank-{self.ranks.rank:05d}.pt")
         self.ranks.barrier()
         if self.ranks.is_main:
-            state = {**state, "step": step, "world_size": self.ranks.world_size, "zero_stage": engine.zero_stage}
+            state = {**state, "step": step, "world_size": self.ranks.world_size}
             (partial / STATE).write_text(json.dumps(state, indent=1))
             publish(partial, final)
             self._prune(final)
@@ -61,22 +64,16 @@ class CheckpointStore:
 
         All ranks call this; the main rank looks, so that all of them take the same one.
         """
-        return self.ranks.from_main(self._newest_whole() if self.ranks.is_main else None)
+        return self.ranks.from_main(newest_whole(self.folder) if self.ranks.is_main else None)
 
-    def load(self, checkpoint: Checkpoint, engine: ThetaEngine) -> dict[str, Any]:
-        """All ranks: theta and its optimizer into the engine, this rank's RNG restored; returns its rank_state."""
-        written_by, stage = checkpoint.state["world_size"], checkpoint.state["zero_stage"]
-        if written_by != self.ranks.world_size:
-            raise ValueError(
-                f"--resume: {checkpoint.folder} was written by {written_by} ranks and this run has "
-                f"{self.ranks.world_size}; start it with {written_by}, or start another run with output=FOLDER"
-            )
-        if stage != engine.zero_stage:
-            raise ValueError(
-                f"--resume: {checkpoint.folder} was written at ZeRO stage {stage} and trainer.deepspeed has stage "
-                f"{engine.zero_stage}; name a file with stage {stage}, or start another run with output=FOLDER"
-            )
+    def load(self, checkpoint: Checkpoint, engine: ThetaEngine) -> dict[str, Any] | None:
+        """All ranks: theta and its optimizer into the engine. Returns what this rank saved, its generators restored.
+
+        None where another number of ranks wrote the checkpoint: what was a rank's own is nobody's then.
+        """
         engine.load(checkpoint.folder)
+        if checkpoint.state["world_size"] != self.ranks.world_size:
+            return None
         rank_state = _read(checkpoint.folder / f"rank-{self.ranks.rank:05d}.pt")
         _restore_rng(rank_state.pop("rng"))
         return rank_state
@@ -84,30 +81,33 @@ class CheckpointStore:
     def states(self) -> list[dict[str, Any]]:
         """The trainer's states in the checkpoints that are kept, as far as they can be read."""
         states = []
-        for folder in self._steps():
+        for folder in _steps(self.folder):
             try:
                 states.append(json.loads((folder / STATE).read_text()))
             except (OSError, ValueError):
                 continue
         return states
 
-    def _newest_whole(self) -> Checkpoint | None:
-        for folder in reversed(self._steps()):
-            problem = damage(folder)
-            if problem is None:
-                return Checkpoint(folder, json.loads((folder / STATE).read_text()))
-            warnings.warn(f"checkpoint {folder}: {problem}; trying the one before", stacklevel=2)
-        return None
-
     def _prune(self, newest: Path) -> None:
         """Keep the newest few. Those of later steps go: the run went back before them, as they were damaged."""
-        later = [folder for folder in self._steps() if folder.name > newest.name]
-        earlier = [folder for folder in self._steps() if folder.name <= newest.name]
+        later = [folder for folder in _steps(self.folder) if folder.name > newest.name]
+        earlier = [folder for folder in _steps(self.folder) if folder.name <= newest.name]
         for folder in (*later, *earlier[: -self.keep]):
             remove_whole(folder)
 
-    def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{PREFIX}*"))
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint in RUN/checkpoints; warns of each damaged one that it skips."""
+    for step in reversed(_steps(folder)):
+        problem = damage(step)
+        if problem is None:
+            return Checkpoint(step, json.loads((step / STATE).read_text()))
+        warnings.warn(f"checkpoint {step}: {problem}; trying the one before", stacklevel=2)
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+from abmll.files import TEMPORARY
 from abmll.resident import bound_caches
+from abmll.slurm import adopt_slurm
+from abmll.watch import Watch, start_watch
 
 # Ranks meet only at the end of an evaluation, and their tasks differ in size: DeepSpeed's 10 minutes are too short.
+# (Nobody waits so long for a rank that died: see abmll.watch.)
 PATIENCE = timedelta(hours=2)
+# Seconds for a file to be seen on another machine: NFS remembers for 30 that a folder was not there.
+VISIBLE = 45.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Ranks:
 
 
 _set_here: list[str] = []  # names of environment variables
+_watch: Watch | None = None
 
 
 def local_ranks() -> int:
@@ -68,7 +79,9 @@ def local_ranks() -> int:
 
 
 def start_ranks() -> Ranks:
-    """Join the process group that `deepspeed` or `torchrun` prepared; alone without one (plain `python`)."""
+    """Join the process group that `deepspeed`, `torchrun` or `srun` prepared; alone without one (plain `python`)."""
+    global _watch
+    adopt_slurm()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -78,7 +91,7 @@ def start_ranks() -> Ranks:
         _set_here.extend(alone)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", gpu_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -88,13 +101,70 @@ def start_ranks() -> Ranks:
                 max(1, (os.cpu_count() or 1) // local_ranks())
             )  # ranks of one machine share its cores
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
+    if ranks.world_size > 1:
+        _watch = start_watch(ranks.rank, ranks.gather)
+    return ranks
 
 
-def stop_ranks() -> None:
-    """Leave the process group, so that the process can join another one."""
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+def gpu_index(local_rank: int, visible: int) -> int:
+    """This rank's GPU among those that it sees: SLURM may show each rank its own one only."""
+    return local_rank if visible > 1 else 0
+
+
+def stop_ranks(error: BaseException | None = None) -> None:
+    """Leave the process group, so that the process can join another one. `error`: what this rank stops for."""
+    global _watch
+    if _watch:
+        _watch.leave(error)
+    try:
+        if dist.is_initialized():
+            deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+    finally:
+        if _watch:
+            _watch.close()  # not before: leaving the group may have to wait for a rank that is no longer there
+            _watch = None
     deepspeed.comm.comm.cdb = None
     while _set_here:
         os.environ.pop(_set_here.pop(), None)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The process group for as long as a command takes; the other ranks are told if it fails."""
+    ranks = start_ranks()
+    try:
+        yield ranks
+    except BaseException as error:
+        stop_ranks(error)
+        raise
+    stop_ranks()
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """ValueError, on all ranks, where one of them does not see what the main one writes to the (existing) folder."""
+    if ranks.world_size == 1:
+        return
+    main_folder, mark = ranks.from_main((str(folder), secrets.token_hex(8)))
+    file = folder / f"{TEMPORARY}shared"
+    if ranks.is_main:
+        file.write_text(mark)
+    ranks.barrier()
+    seen = ranks.gather((socket.gethostname(), _appears(file, mark)))
+    if ranks.is_main:
+        file.unlink()
+    blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(seen) if not sees]
+    if blind:
+        raise ValueError(
+            f"output: {main_folder}: {', '.join(blind)} cannot read what rank 0 on {seen[0][0]} writes there; name a "
+            "folder that all machines share"
+        )
+
+
+def _appears(file: Path, text: str) -> bool:
+    deadline = time.monotonic() + VISIBLE
+    while not (file.is_file() and file.read_text() == text):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

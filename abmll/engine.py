@@ -8,16 +8,22 @@ each episode: a ZeRO optimizer would overwrite the reset with its flat master co
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from abmll.config.schema import LoggingConfig
 from abmll.profiling import phase
+
+# Of a checkpoint: theta by name, its optimizer's moments as NAME.KIND, and what is counted.
+THETA, MOMENTS, COUNTS = "theta.safetensors", "moments.safetensors", "counts.json"
 
 
 class _Theta(nn.Module):
@@ -112,14 +118,87 @@ class ThetaEngine:
             self.engine.monitor.write_events([(name, value, step) for name, value in events.items()])
 
     def save(self, folder: Path) -> None:
-        """All ranks: write theta, its optimizer and its shards into folder/engine."""
-        self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """All ranks: gather theta's optimizer from their shards; the main rank writes it and theta, whole and by name.
+
+        Nothing in the files depends on the number of ranks or the ZeRO stage. Communicates.
+        """
+        main = deepspeed.comm.get_rank() == 0
+        moments: dict[str, Tensor] = {}
+        for kind in sorted(self._state.keys() - {"step"}):  # in one order on all ranks
+            for name, parameter in self.theta.items():
+                whole = self._moment(parameter, kind)
+                if main:
+                    moments[f"{name}.{kind}"] = whole.cpu()
+        if main:
+            theta = {name: value.detach().cpu().contiguous() for name, value in self.theta.items()}
+            save_file(theta, folder / THETA)
+            save_file(moments, folder / MOMENTS)
+            counts = {
+                "optimizer_steps": float(self._state["step"]) if moments else None,
+                "engine_steps": self.engine.global_steps,  # the monitors' abscissas
+                "engine_samples": self.engine.global_samples,
+            }
+            (folder / COUNTS).write_text(json.dumps(counts, indent=1))
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
-        if loaded is None:  # DeepSpeed only warns
-            raise ValueError(f"checkpoint {folder}: DeepSpeed finds no state in it; remove the folder and resume again")
-        self._set_trainable(False)
+        """All ranks: go on from what `save` wrote, with any number of ranks and at any ZeRO stage.
+
+        ValueError where the files hold another theta than this run's.
+        """
+        theta, moments = load_file(folder / THETA), load_file(folder / MOMENTS)
+        counts = json.loads((folder / COUNTS).read_text())
+        kinds = {name.rpartition(".")[2] for name in moments}
+        shapes = {name: value.shape for name, value in self.theta.items()}
+        of_moments = {f"{name}.{kind}": shape for name, shape in shapes.items() for kind in kinds}
+        for file, found, expected in ((THETA, theta, shapes), (MOMENTS, moments, of_moments)):
+            if {name: value.shape for name, value in found.items()} != expected:
+                raise ValueError(
+                    f"checkpoint {folder}: {file}: holds other parameters than this run's theta; is model.name still "
+                    "the same model? If it is to be another one, start another run with output=FOLDER"
+                )
+        with torch.no_grad():
+            for name, parameter in self.theta.items():
+                parameter.copy_(theta[name])
+        if moments:
+            self._make_state(kinds, counts["optimizer_steps"])
+        for name, value in moments.items():
+            name, _, kind = name.rpartition(".")
+            self._set_moment(self.theta[name], kind, value)
+        self.engine.global_steps, self.engine.global_samples = counts["engine_steps"], counts["engine_samples"]
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """torch's own: over theta at stage 0, else over this rank's part of theta, laid flat."""
+        return self.engine.optimizer.optimizer if self.zero_stage else self.engine.optimizer
+
+    @property
+    def _state(self) -> dict[str, Tensor]:
+        """The optimizer's state of one parameter; empty before the first step, and of SGD."""
+        return next(iter(self._optimizer.state.values()), {})
+
+    def _make_state(self, kinds: set[str], steps: float) -> None:
+        """The state that the optimizer would make in its first step, after `steps` steps, its moments zero."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        states = {
+            index: {"step": torch.tensor(steps), **{kind: torch.zeros_like(parameter) for kind in kinds}}
+            for index, parameter in enumerate(parameters)
+        }
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if self.zero_stage:  # which parameter has which fragment of the flat moments
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if self.zero_stage:
+            return safe_get_full_optimizer_state(parameter, kind)
+        return self._optimizer.state[parameter][kind]
+
+    def _set_moment(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        if self.zero_stage:
+            safe_set_full_optimizer_state(parameter, value, kind)
+        else:
+            self._optimizer.state[parameter][kind].copy_(value)
 
     def _set_trainable(self, trainable: bool) -> None:
         for parameter in self.theta.values():

@@ -10,6 +10,7 @@ import torch
 
 from abmll.adapters import projection_backend
 from abmll.build import measure_prompts, prompt_tasks, read_tasks
+from abmll.checkpoint import newest_whole
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
 from abmll.distributed import local_ranks
@@ -20,7 +21,7 @@ from abmll.memory.table import summary
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.quantization import check_quantization
-from abmll.run import check_folder
+from abmll.run import as_checkpointed, check_folder
 from abmll.tasks.prompt import Prompter
 from abmll.trainer import tasks_per_step
 
@@ -61,6 +62,14 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         check_folder(Path(config.output), resume, overwrite)
         return config.output
 
+    def checkpoint() -> str:
+        nonlocal config
+        found = newest_whole(Path(config.output) / "checkpoints")
+        if found is None:
+            return "none, so the run starts from the beginning"
+        config = as_checkpointed(config, found, world_size)
+        return f"{found.folder}, written by {found.state['world_size']} ranks"
+
     def monitors() -> str:
         return ", ".join(check_monitors(config.logging)) or "none"
 
@@ -100,6 +109,8 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     lines.append(f"ok      configuration: {config_path}")
     check("output", output)
+    if resume:
+        check("checkpoint", checkpoint)
     check("ranks", ranks)
     check("deepspeed", deepspeed)
     check("monitors", monitors)

@@ -1,4 +1,6 @@
-"""What a run shows and writes while it goes: a bar with time left, a step line, metrics.jsonl, the monitors."""
+"""What a run shows and writes while it goes: a bar with time left, a step line, the monitors; metrics.jsonl, a line an
+outer step, and episodes.jsonl, a line an episode.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,14 +65,16 @@ class Progress:
 
     def __init__(self, folder: Path, config: LoggingConfig, is_main: bool, engine: ThetaEngine):
         self.path, self.config, self.is_main, self.engine = folder / "metrics.jsonl", config, is_main, engine
+        self.episodes_path = folder / "episodes.jsonl"
         self.bar: tqdm | None = None
         self.warned_of_kl = False
 
     def rewind(self, step: int) -> None:
         """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
-        if self.is_main and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        for path in (self.path, self.episodes_path) if self.is_main else ():
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_whole(path, "".join(f"{line}\n" for line in kept))
 
     def start(self, step: int, total: int) -> None:
         if self.is_main:
@@ -99,6 +104,12 @@ class Progress:
         if self.is_main:
             with self.path.open("a") as stream:
                 stream.write(json.dumps(record) + "\n")
+
+    def write_episodes(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append lines to episodes.jsonl."""
+        if self.is_main:
+            with self.episodes_path.open("a") as stream:
+                stream.writelines(json.dumps(record) + "\n" for record in records)
 
     def say(self, text: str) -> None:
         """A line above the bar."""

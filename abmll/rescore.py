@@ -7,7 +7,7 @@ from pathlib import Path
 
 from abmll.build import build
 from abmll.config import Refused, load_config
-from abmll.distributed import start_ranks, stop_ranks
+from abmll.distributed import joined_ranks
 from abmll.evaluation import Evaluator
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
@@ -29,8 +29,7 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
     if not config_path.is_file():
         raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
     config = load_config(config_path, overrides, scoring=True)
-    ranks = start_ranks()
-    try:
+    with joined_ranks() as ranks:
         try:
             theta, facts = load_summary(folder / "final")
             parts = build(config, config_path, ranks.device, scoring=True)
@@ -53,5 +52,3 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
             print(f"{folder / 'final'}, after step {facts['step']}\n\n{score_table(evaluations)}")
             if output:
                 Path(output).write_text(json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
-    finally:
-        stop_ranks()

@@ -15,21 +15,21 @@ from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
-from abmll.distributed import Ranks, local_ranks, start_ranks, stop_ranks
+from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.files import damage, remove_whole, sweep, write_whole
 from abmll.lockstep import in_step
 from abmll.memory import Plan, plan_run
 from abmll.memory.capacity import device_capacity
-from abmll.methods import Pretrained
+from abmll.methods import METHODS, Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.report import derived_numbers, score_table
 from abmll.summary import load_summary, save_summary
-from abmll.trainer import Position, Trainer
+from abmll.trainer import Position, Trainer, tasks_per_step
 
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.
@@ -45,6 +45,7 @@ WRITTEN = (
     "monitor",
     "profile",
     "metrics.jsonl",
+    "episodes.jsonl",
     "scores.json",
     "scores.md",
     "config.yaml",
@@ -184,8 +185,7 @@ class Session:
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:
     """The command `launch/train.py`. ConfigError or Refused for a mistake of the user's, TrainingDiverged for NaNs."""
     config = load_config(config_path, overrides)
-    ranks = start_ranks()
-    try:
+    with joined_ranks() as ranks:
         try:
             session, checkpoint = open_session(config, config_path, ranks, resume, overwrite)
         except ValueError as error:  # later ones are no mistakes of the user's, and keep their traceback
@@ -198,8 +198,6 @@ def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool,
             table = score_table(evaluations)
             write_whole(session.folder / "scores.md", table)
             session.progress.say(f"\n{table}\n{_where(session.folder)}")
-    finally:
-        stop_ranks()
 
 
 def open_session(
@@ -209,6 +207,11 @@ def open_session(
     folder = Path(config.output)
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
     check_folder(folder, resume, overwrite)
+    store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
+    checkpoint = store.newest_whole() if resume else None
+    as_given = with_absolute_paths(config, config_path)
+    if checkpoint is not None:
+        config = as_checkpointed(config, checkpoint, ranks.world_size)
     parts = build(config, config_path, ranks.device)
     ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
@@ -218,7 +221,6 @@ def open_session(
     theta = learner.adapters.theta
     optimizer = method.outer_optimizer(theta.values())
     engine = ThetaEngine(theta, optimizer, deepspeed_config, config.logging, folder)
-    store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
     progress = Progress(folder, config.logging, ranks.is_main, engine)
     sampler = parts.tasks.sampler(config, method)
     trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress)
@@ -228,18 +230,21 @@ def open_session(
     )
     session = Session(config, folder, ranks, parts, engine, evaluator, trainer, progress, plan)
     trainer.validate, trainer.after_save = session.validate, session.prune_best
-    checkpoint = store.newest_whole() if resume else None
     progress.say(derived_numbers(config, parts, trainer, ranks, plan))
     if checkpoint is not None:
-        _check_same_run(config, checkpoint)
         trainer.resume(checkpoint)
         session.check_best()
         progress.say(f"resumed from {checkpoint.folder}, after step {trainer.position.step} of {trainer.num_steps}")
+        written_by, number = checkpoint.state["world_size"], trainer.tasks_per_step
+        if written_by != ranks.world_size or number != tasks_per_step(as_given.trainer, ranks.world_size):
+            progress.say(
+                f"{written_by} ranks wrote it, {ranks.world_size} go on: an outer step has {number} episodes as before"
+            )
     elif resume:
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
     if ranks.is_main:
-        save_config(with_absolute_paths(config, config_path), folder / "config.yaml")
+        save_config(as_given, folder / "config.yaml")
     return session, checkpoint
 
 
@@ -279,22 +284,51 @@ def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
             else:
                 path.unlink(missing_ok=True)
     ranks.barrier()
+    check_shared(folder, ranks)
 
 
-def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
+def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> Config:
+    """The configuration with as many episodes an outer step as the checkpoint's run had: the sequence depends on it.
+
+    ValueError where this is not the same run, or these ranks cannot go on with it.
+    """
+    if "tasks_per_step" not in checkpoint.state:
+        raise ValueError(
+            f"--resume auto: {checkpoint.folder} was written by an older version, which cannot be continued; start "
+            "another run with output=FOLDER"
+        )
+    _check_same_run(config, checkpoint, world_size)
+    number = checkpoint.state["tasks_per_step"]
+    if number < world_size:
+        raise ValueError(
+            f"--resume auto: {checkpoint.folder} has {number} episodes an outer step, and this run {world_size} ranks: "
+            f"some would idle; start it with at most {number}, or start another run with output=FOLDER"
+        )
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"tasks_per_step": number})})
+
+
+def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     saved, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
+    saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
+    if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
+        del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
+    fixed = FIXED_KEYS
+    if METHODS[config.method.name].inner_loop and not config.method.reset_inner_optimizer:  # each rank has its moments
+        fixed += ("ranks",)
+        saved["ranks"], now["ranks"] = checkpoint.state["world_size"], world_size
     different = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in dict.fromkeys((*now, *saved))
-        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in FIXED_KEYS)
+        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in fixed)
         and key not in MAY_CHANGE
         and saved.get(key) != now.get(key)
     ]
     if different:
+        kept = " (method.reset_inner_optimizer: false keeps moments on each rank)" if "ranks" in now else ""
         raise ValueError(
             "--resume auto: the configuration differs from the checkpoint's:\n  "
             + "\n  ".join(different)
-            + "\nset these back, or start another run with output=FOLDER"
+            + f"\nset these back{kept}, or start another run with output=FOLDER"
         )
 
 

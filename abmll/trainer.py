@@ -90,7 +90,8 @@ class Trainer:
         """Continue exactly where the checkpoint was written."""
         rank_state = self.store.load(checkpoint, self.engine)
         self.position = Position(**checkpoint.state["position"])
-        self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
+        if rank_state is not None:
+            self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
         self.learner.adapters.reset_phi()
         self.progress.rewind(self.position.step)
 
@@ -111,6 +112,7 @@ class Trainer:
             release_freed(self.ranks.device)
             self._count_nonfinite(table)
             self.progress.report(self._report(table, time.perf_counter() - started))
+            self.progress.write_episodes(self._episode_records(table))
             if self.after_step:
                 self.after_step()
             self._stop_if_diverged()
@@ -222,9 +224,20 @@ class Trainer:
             skipped=self.position.skipped_episodes,
         )
 
+    def _episode_records(self, table: Tensor) -> list[dict[str, Any]]:
+        """Each episode's own terms; of one with NaN or Inf the fact alone, as JSON has neither."""
+        first, records = (self.position.step - 1) * self.tasks_per_step, []
+        for slot, (visited, finite, *values) in enumerate(table.tolist()):
+            if visited:
+                place = {"step": self.position.step, "episode": first + slot, "task": self.sampler.task(first + slot)}
+                terms = {name: float(f"{v:.6g}") for name, v in zip(COLUMNS[2:], values, strict=True)} if finite else {}
+                records.append({**place, "finite": bool(finite), **terms})
+        return records
+
     @phase("checkpoint")
     def _save(self) -> None:
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
+        state["tasks_per_step"] = self.tasks_per_step  # where the configuration leaves it to the ranks
         rank_state = {"inner_optimizer": self.inner_optimizer.state_dict()}
         self.store.save(self.position.step, self.engine, state, rank_state)
         if self.after_save:

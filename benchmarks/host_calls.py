@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from triton.runtime import KernelInterface
 from abmll.kernels import (
     FrozenLinear,
     GaussianFactors,
+    Groups,
     LowRank,
     NoiseKey,
     PosteriorSettings,
@@ -35,23 +36,28 @@ WITHOUT_A_KERNEL = (
 
 
 class Inputs:
-    """A projection's arguments as an adapted layer has them: phi's factors are parameters, theta's need no gradient."""
+    """A projection's arguments as an adapted layer has them: phi's factors are parameters, theta's need no gradient.
 
-    def __init__(self, tokens: int, inputs: int, outputs: int):
+    `sizes`: tokens of each of several groups, each with factors of its own.
+    """
+
+    def __init__(self, tokens: int, inputs: int, outputs: int, sizes: Sequence[int] | None = None):
+        lead = () if sizes is None else (len(sizes),)
+        self.groups = None if sizes is None else Groups.of(sizes, "cpu")
         self.x = torch.randn(1, tokens, inputs, dtype=torch.bfloat16, requires_grad=True)
         self.weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)
         shapes = ((RANK, inputs), (outputs, RANK)) * 2
-        self.phi = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        self.phi = [torch.nn.Parameter(torch.randn(*lead, *shape)) for shape in shapes]
         self.theta = [torch.nn.Parameter(torch.randn(shape), requires_grad=False) for shape in shapes]
         self.mask = torch.ones(1, tokens, dtype=torch.bool)
-        self.names = NoiseKey(1, 2).rows(1, "cpu")
-        self.dy, self.dkl = torch.randn(1, tokens, outputs, dtype=torch.bfloat16), torch.ones(())
+        self.names = NoiseKey(1, 2).rows(len(sizes or (tokens,)), "cpu")
+        self.dy, self.dkl = torch.randn(1, tokens, outputs, dtype=torch.bfloat16), torch.ones(lead)
 
     def call(self, posterior: str) -> tuple[Tensor, Tensor]:
         phi, theta = (GaussianFactors(LowRank(*f[:2]), LowRank(*f[2:])) for f in (self.phi, self.theta))
         base = FrozenLinear(self.weight)
         arguments = (self.x, base, phi, theta, SETTINGS, self.names, LAYER, self.mask)
-        return posterior_projection(posterior, *arguments, backend="triton")[:2]
+        return posterior_projection(posterior, *arguments, backend="triton", groups=self.groups)[:2]
 
     def step(self, posterior: str) -> None:
         torch.autograd.backward(self.call(posterior), (self.dy, self.dkl))
@@ -76,7 +82,7 @@ class Inputs:
         tickets = launch.new_tickets(1, self.x.device)
         between = (tickets, self.weight)
         if posterior == "activation":
-            p = torch.zeros(1, self.x.shape[1], 4 * RANK)
+            p = torch.zeros(self.x.shape[1], 4 * RANK)
             between = (p, tickets, self.weight, self.mask)
         flags = (True, True, False)
         factors = [*self.phi, *self.theta]
@@ -110,8 +116,8 @@ def _tensors(nested: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
-def count(posterior: str) -> dict[str, object]:
-    """Operators, allocations and launches of a forward and backward pass at a real size."""
+def count(posterior: str, sizes: Sequence[int] | None = None) -> dict[str, object]:
+    """Operators, allocations and launches of a forward and backward pass at a real size; `sizes`: of its groups."""
     launches: list[str] = []
 
     class Recorder:
@@ -126,7 +132,7 @@ def count(posterior: str) -> dict[str, object]:
         setattr(launch, name, Recorder(kernel))
     try:
         with FakeTensorMode(), assume_gpu():
-            inputs = Inputs(*COUNTED)
+            inputs = Inputs(*COUNTED, sizes)
             with CallCounter() as counter:
                 inputs.step(posterior)
     finally:

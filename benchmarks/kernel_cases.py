@@ -124,8 +124,9 @@ class Inputs:
 
     @property
     def cotangents(self) -> tuple[Tensor, Tensor]:
-        """Gradients of y and of the KL."""
-        return self.dy, torch.full((), self.kl_weight, dtype=compute_dtype(self.x), device=self.x.device)
+        """Gradients of y and of the KL, each group's."""
+        lead = self.x.shape[:-2]
+        return self.dy, torch.full(lead, self.kl_weight, dtype=compute_dtype(self.x), device=self.x.device)
 
     def upcast(self) -> Inputs:
         """The same numbers in float64."""

@@ -81,7 +81,7 @@ class Projection(NamedTuple):
     """A sampled projection y [..., T, N] and what its posterior adds to the objective, in nats: a number, or one for
     each group [G] where phi has groups.
 
-    `kl` and `negative_log_prior` are None where they were not asked for. `low_rank` [G, T, 4r] holds A x of all pairs
+    `kl` and `negative_log_prior` are None where they were not asked for. `low_rank` [T, 4r] holds A x of all pairs
     where a fast version keeps them for theta's gradient; it is nobody else's business.
     """
 

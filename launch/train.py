@@ -24,7 +24,9 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from abmll.config import ConfigError, Refused, load_config  # behind the parser: --help should not wait for torch
+    from abmll.slurm import adopt_slurm
 
+    adopt_slurm()
     rank = int(os.environ.get("RANK", 0))
     diverged: type[Exception] | tuple = ()  # known once the trainer is imported
     try:

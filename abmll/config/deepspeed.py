@@ -12,6 +12,7 @@ from .errors import ConfigError, did_you_mean, duplicates, show
 _OWNED = {
     "optimizer": "theta's AdamW is built from method.outer_lr, method.adam_betas and method.weight_decay; remove it",
     "scheduler": "the learning rates are constant; remove it and set method.outer_lr",
+    "checkpoint": "the trainer writes its checkpoints itself; remove it and set trainer.checkpoint_every",
     "train_batch_size": "it follows from tasks.batch_size and the number of ranks; remove it",
     "train_micro_batch_size_per_gpu": "it follows from tasks.batch_size; remove it",
 }
@@ -21,7 +22,7 @@ _KNOWN = (
     *("zero_optimization", "gradient_clipping", "gradient_accumulation_steps", "communication_data_type"),
     *("prescale_gradients", "gradient_predivide_factor", "seq_parallel_communication_data_type", "data_types"),
     *("zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"),
-    *("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "checkpoint", "seed"),
+    *("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "seed"),
     *_OWNED,
     *_PRECISION,
 )

@@ -172,6 +172,7 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         batch = side_by_side([make_batch(config.tasks.batch_size, config.tasks.max_tokens)] * beside)
         keys = [rows_of_keys([NoiseKey(0, step)] * beside, batch.input_ids.device) for step in range(2)]
         learner.adapters.reset_phi(beside)
+        counter.label(ADAPTERS, learner.adapters.phi.values())
     several = (config.trainer.tasks_per_step or 1) > setup.world_size * beside
     with counter.stage(WARM_UP):
         engine.step({name: torch.zeros_like(value) for name, value in learner.adapters.theta.items()})

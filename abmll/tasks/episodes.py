@@ -15,6 +15,8 @@ from abmll.tasks.examples import PromptedTask
 from abmll.tasks.shuffle import EndlessShuffle
 from abmll.tasks.task import Batch, Episode, PromptedExample
 
+POOLED = "pooled"  # in the place of a task's name
+
 
 class EpisodeSampler:
     """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen.
@@ -49,6 +51,11 @@ class EpisodeSampler:
     def examples_per_visit(self) -> int:
         return (self.inner_steps + self.query) * self.batch_size
 
+    def task(self, index: int) -> str:
+        """The name of an episode's task, without drawing its examples."""
+        (number,) = self._order.take(index, 1)
+        return self.tasks[number].name
+
     def episode(self, index: int) -> Episode:
         epoch = index // self.episodes_per_epoch
         (number,) = self._order.take(index, 1)
@@ -77,9 +84,12 @@ class PooledSampler(EpisodeSampler):
         *self._starts, size = accumulate((len(task.train) for task in self.tasks), initial=0)  # of each task's places
         self._places = EndlessShuffle(size, seed, "pooled")
 
+    def task(self, index: int) -> str:
+        return POOLED
+
     def episode(self, index: int) -> Episode:
         places = self._places.take(index * self.examples_per_visit, self.examples_per_visit)
-        return self._join(index, index // self.episodes_per_epoch, "pooled", self._take(places))
+        return self._join(index, index // self.episodes_per_epoch, POOLED, self._take(places))
 
     def _take(self, places: list[int]) -> list[PromptedExample]:
         wanted: dict[int, list[int]] = {}

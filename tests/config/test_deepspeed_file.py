@@ -35,6 +35,7 @@ def test_good_settings(problems):
     [
         ({"optimizer": {"type": "Adam"}}, "optimizer: {'type': 'Adam'}: theta's AdamW"),
         ({"scheduler": {}}, "scheduler: {}: the learning rates are constant; remove it"),
+        ({"checkpoint": {}}, "checkpoint: {}: the trainer writes its checkpoints itself; remove it"),
         ({"train_batch_size": 8}, "train_batch_size: 8: it follows"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu: 8: it follows"),
         ({"fp16": {"enabled": True}}, "fp16: {'enabled': True}: theta is trained in fp32; remove it"),

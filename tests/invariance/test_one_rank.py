@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 from outer_steps import check_steps, recording
-from runs import Run
+from runs import Run, Stopped, stop_before
 from torch.testing import assert_close
 
 FULL = ("method.meta_gradient=first_order", "method.outer_batch=query", "trainer.episodes=4")
 
 
-def settled(run: Run, *overrides: str) -> Run:
-    return run.train(*FULL, *overrides)
+def settled(run: Run, *overrides: str, resume: bool = False) -> Run:
+    return run.train(*FULL, *overrides, resume=resume)
+
+
+def deepspeed_file(folder: Path, stage: int) -> str:
+    """The override that names an engine's settings, written to the folder."""
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}))
+    return f"trainer.deepspeed={path}"
 
 
 @pytest.mark.parametrize("posterior", ["activation", "weight"])
@@ -29,6 +40,19 @@ def test_zero_stages(make_run, stage):
     with recording() as steps:
         settled(make_run(), f"trainer.deepspeed=configs/deepspeed/zero{stage}.json", "trainer.tasks_per_step=2")
     check_steps(steps, make_run("again"), *FULL, "trainer.tasks_per_step=2")
+
+
+def test_zero_stages_in_turn(make_run, monkeypatch, tmp_path):
+    """Resumed at another stage, a run takes the steps that it would have taken."""
+    run, kind = make_run(), ("trainer.tasks_per_step=2", "trainer.episodes=12", "trainer.checkpoint_every=1")
+    with recording() as steps:
+        for stage, end in ((2, 2), (0, 3), (1, 4), (2, 6)):
+            with monkeypatch.context() as patch:
+                if end < 6:
+                    stop_before(patch, end)
+                with pytest.raises(Stopped) if end < 6 else nullcontext():
+                    settled(run, *kind, deepspeed_file(tmp_path, stage), resume=end > 2)
+    check_steps(steps, make_run("again"), *FULL, *kind)
 
 
 def test_checkpoints_and_validations_change_nothing(make_run):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,12 +25,17 @@ def main() -> None:
     folder, ports = Path(arguments[0]), iter(arguments[1:])
     torch.set_num_threads(1)
 
+    taken: dict[str, list] = {}  # the steps of each run, over its resumptions
+
     def train(name: str, *overrides: str, **keywords: bool) -> None:
         os.environ["MASTER_PORT"] = next(ports)
         with recording() as steps:
-            Run(folder / name).train(*overrides, **keywords)
+            try:
+                Run(folder / name).train(*overrides, **keywords)
+            finally:
+                taken.setdefault(name, []).extend(map(tuple, steps))
         if os.environ["RANK"] == "0":
-            torch.save(list(map(tuple, steps)), folder / f"{name}.steps")
+            torch.save(taken[name], folder / f"{name}.steps")
 
     train("zero2")
     train("zero0", "trainer.deepspeed=configs/deepspeed/zero0.json")
@@ -38,18 +44,34 @@ def main() -> None:
 
     outer_step = Trainer._outer_step
 
-    def stop_and_resume(kind: str, *overrides: str) -> None:
-        """A run stopped at its third step and resumed, and one that was left alone."""
-        Trainer._outer_step = lambda trainer, step: stop() if step == 2 else outer_step(trainer, step)
+    def train_until(step: int, *arguments: str, **keywords: bool) -> None:
+        Trainer._outer_step = lambda trainer, at: stop() if at == step else outer_step(trainer, at)
         try:
-            train(f"{kind}stopped", *overrides, "trainer.checkpoint_every=1")
+            train(*arguments, "trainer.checkpoint_every=1", **keywords)
         except Stopped:
             Trainer._outer_step = outer_step
+
+    def stop_and_resume(kind: str, *overrides: str) -> None:
+        """A run stopped at its third step and resumed, and one that was left alone."""
+        train_until(2, f"{kind}stopped", *overrides)
         train(f"{kind}stopped", *overrides, "trainer.checkpoint_every=1", resume=True)
         train(f"{kind}whole", *overrides, "trainer.checkpoint_every=1")
 
     stop_and_resume("", "method.reset_inner_optimizer=false")
     stop_and_resume("weight ", "adapters.posterior=weight", "trainer.activation_checkpointing=true")
+
+    # two ranks, one at another ZeRO stage, and two again; the second waits meanwhile
+    train_until(1, "moved", "trainer.episodes=8")
+    if os.environ["RANK"] == "0":
+        os.environ["WORLD_SIZE"] = "1"
+        train_until(3, "moved", "trainer.episodes=8", "trainer.deepspeed=configs/deepspeed/zero0.json", resume=True)
+        os.environ["WORLD_SIZE"] = "2"
+        (folder / "moved.ready").touch()
+    else:
+        next(ports)
+        while not (folder / "moved.ready").exists():
+            time.sleep(0.1)
+    train("moved", "trainer.episodes=8", resume=True)
 
     (folder / f"done-{os.environ['RANK']}").touch()
     if os.environ["RANK"] == "1":

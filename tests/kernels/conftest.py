@@ -336,6 +336,15 @@ def activation(device) -> Harness:
     return Harness("activation", device)
 
 
+@pytest.fixture
+def poison():
+    """torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def fresh_plans():
     """Of configurations that a test changes nothing is remembered."""

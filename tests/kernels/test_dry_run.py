@@ -24,9 +24,10 @@ def test_every_operator_has_a_body():
     assert torch.ops.abmll.weight_backward.default.name() in BODIES  # what a dispatch mode sees
 
 
-def test_bodies_allocate_what_the_operators_return(harness):
+@pytest.mark.parametrize("sizes", [None, (4, 2)], ids=["equal", "unequal"])
+def test_bodies_allocate_what_the_operators_return(harness, sizes):
     """For all operators: shapes, dtypes and the GPU's product, on fake CPU tensors; no kernel runs."""
-    for operator, arguments in operator_calls(harness):
+    for operator, arguments in operator_calls(harness, sizes):
         with FakeTensorMode() as mode:
             fake = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
             expected = operator(*fake)

@@ -230,7 +230,13 @@ def test_outer_step_builds_no_graph(harness):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "rank", "groups"),
-    [(1024, 4096, 4096, 8, None), (1000, 3584, 512, 16, None), (300, 1024, 2816, 64, 4), (5000, 1030, 1030, 32, None)],
+    [
+        (1024, 4096, 4096, 8, None),
+        (1000, 3584, 512, 16, None),
+        (300, 1024, 2816, 64, 4),
+        (5000, 1030, 1030, 32, None),
+        ((700, 64, 259, 1), 4096, 1024, 8, None),
+    ],
     ids=str,
 )
 def test_large(harness, tokens, inputs, outputs, rank, groups, dtype):

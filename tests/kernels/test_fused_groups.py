@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from abmll.kernels import Groups, NoiseKey
 from abmll.kernels.fused import activation as activation_operators
-from abmll.kernels.fused import configurations, gaussian, launch, products
+from abmll.kernels.fused import configurations, gaussian, launch, plans, products
 from abmll.kernels.fused.configurations import Counts
 from abmll.kernels.fused.resources import UNEQUAL, _activation_step, recorded_launches
 
@@ -34,7 +34,7 @@ def parts(outcome: dict, group: int, sizes: tuple[int, ...]) -> dict:
     [(SIZES[0], BF16, None), (SIZES[1], FP32, "random"), (SIZES[2], FP16, None), (SIZES[3], BF16, "random")],
     ids=str,
 )
-def test_unequal_groups(harness, monkeypatch, sizes, dtype, mask, blocks):
+def test_unequal_groups(harness, poison, monkeypatch, sizes, dtype, mask, blocks):
     if blocks == "small":
         small_blocks(monkeypatch)
     inputs = harness.inputs(sizes, 33, 18, rank=2, dtype=dtype)
@@ -213,6 +213,19 @@ def test_compiled_surroundings_of_unequal_groups(harness):
     for found, expected in zip(compiled, gradients(step), strict=True):
         assert torch.equal(found, expected)
     assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("sizes", [(700, 200, 100, 24), (4096, *(32,) * 7), (128, 1)], ids=str)
+def test_programs_with_something_to_do_fill_a_large_gpu(sizes):
+    counts = Counts(len(sizes), max(sizes), sum(sizes))
+    project = plans.project(8, 4, counts, 4096)
+    sample = plans.sample(8, 4, counts, 4096, True, True, True, False)
+    wanted = plans.Wanted(True, True, True, False)
+    adjoint = plans.adjoint(8, counts, 4096, wanted, False, False, True, False, True, False, False)
+    heights = project.options["ROWS"], sample.options["ROWS"], adjoint.slot_rows
+    for plan, height in zip((project, sample, adjoint), heights, strict=True):
+        filled = sum(configurations.blocks(size, height) for size in sizes) * plan.grid[1]
+        assert configurations.FEWEST_PROGRAMS <= filled <= plan.grid[0] * plan.grid[1] * plan.grid[2]
 
 
 @pytest.mark.parametrize("height", [16, 64])

@@ -28,18 +28,9 @@ def surrounded(tensor: Tensor) -> Tensor:
     return buffer[1024 : 1024 + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-@pytest.fixture
-def poison():
-    """torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "rank", "dtype", "groups"),
-    [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None)],
+    [(1, 1, 1, 1, FP16, None), (5, 48, 16, 3, BF16, 2), (33, 7, 18, 17, FP32, None), ((40, 5), 20, 18, 3, BF16, None)],
 )
 def test_every_element_is_written_and_none_beyond_is_read(
     harness, poison, tokens, inputs, outputs, rank, dtype, groups
@@ -313,35 +304,37 @@ def test_compiled_surroundings(harness, in_memory, graphs):
     assert 1 <= counter.frame_count <= graphs
 
 
-def operator_calls(harness):
-    """(operator, arguments): the operator with a derivative first."""
-    inputs = harness.inputs(tokens=3, inputs=5, outputs=4, dtype=BF16, groups=2)
-    mask, dy = harness.mask(inputs, "random"), harness.upstream(inputs)["y"]
-    dsums = torch.tensor([0.5, 0.25], device=harness.device).unbind()
+def operator_calls(harness, sizes=None):
+    """(operator, arguments): the operator with a derivative first. `sizes`: of two groups, if they are unequal."""
+    inputs = harness.inputs(tokens=sizes or 3, inputs=5, outputs=4, dtype=BF16, groups=2)
+    mask, (dy, *dsums) = harness.mask(inputs, "random"), harness.upstream(inputs).values()
+    split = () if sizes is None else (list(sizes), inputs.groups.bounds)
     settings, names = list(harness.settings), (NoiseKey(2**64 - 5, 7).rows(2, harness.device), 3)
     factors = inputs.factors
     x, *leaves = (leaf.detach().requires_grad_(True) for leaf in (inputs.x, *factors))
     tickets = torch.zeros(1 + 16 * 2, dtype=torch.int32, device=harness.device)
     if harness.posterior == "activation":
-        p = activation_operators.activation_project(inputs.x, factors)
-        forward = (x, *inputs.base, None, mask, leaves, settings, *names, True)
+        p = activation_operators.activation_project(inputs.x, factors, *split)
+        forward = (x, *inputs.base, None, mask, leaves, settings, *names, True, *split)
         backward = (dy, *dsums, inputs.x, p, tickets, inputs.weight, mask, factors, settings, *names, True, True, True)
         yield activation_operators.activation_forward, forward
-        yield activation_operators.activation_backward, backward
-        yield activation_operators.activation_project, (inputs.x, factors)
-        theta = (inputs.x, p, mask, factors, settings, 0.5, 0.25)
+        yield activation_operators.activation_backward, (*backward, *split)
+        yield activation_operators.activation_project, (inputs.x, factors, *split)
+        theta = (inputs.x, p, mask, factors, settings, 0.5, 0.25, *split)
         yield activation_operators.activation_theta_gradient, theta
     else:
-        forward = (x, *inputs.base, None, leaves, settings, *names, True)
+        forward = (x, *inputs.base, None, leaves, settings, *names, True, *split[:1])
         backward = (dy, *dsums, inputs.x, tickets, inputs.weight, factors, settings, *names, True, True, True)
+        backward += split[:1]
         yield weight_operators.weight_forward, forward
         yield weight_operators.weight_backward, backward
         yield weight_operators.weight_theta_gradient, (factors, settings, 0.5, 0.25)
 
 
-def test_operators_are_registered_rightly(harness):
+@pytest.mark.parametrize("sizes", [None, (4, 2)], ids=["equal", "unequal"])
+def test_operators_are_registered_rightly(harness, sizes):
     """PyTorch's own checks: schema, fake shapes; and of the first its derivative, traced with dynamic shapes."""
-    forward, *others = operator_calls(harness)
+    forward, *others = operator_calls(harness, sizes)
     torch.library.opcheck(*forward)
     for operator, arguments in others:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

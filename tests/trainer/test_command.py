@@ -82,6 +82,19 @@ def test_an_unknown_key_is_answered_with_the_likely_one_at_once(run):
     assert "inner_steps?" in found.stderr and "episodes?" in found.stderr
 
 
+def test_validate_of_a_resume_looks_at_the_checkpoint(run: Run, command, capsys):
+    asked = ("--validate", "--resume", "auto", "trainer.episodes=3")
+    assert command(*asked) == 0
+    assert "ok      checkpoint: none, so the run starts from the beginning" in capsys.readouterr().out
+    run.train("trainer.tasks_per_step=3", "trainer.episodes=3")
+    assert command(*asked) == 0
+    out = capsys.readouterr().out
+    assert f"ok      checkpoint: {run.folder}/checkpoints/step-00000001, written by 1 ranks" in out
+    assert "ok      ranks: 3 episodes an outer step on 1 ranks" in out
+    assert command(*asked, "seed=1") == 2
+    assert "FAILED  checkpoint: --resume auto: the configuration differs" in capsys.readouterr().out
+
+
 def test_help_does_not_wait_for_torch():
     found = call(without_torch("--help"), timeout=20)
     assert found.returncode == 0, found.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from runs import Run
@@ -133,3 +135,22 @@ def test_moments_that_pass_on_need_one_after_another(run):
 def test_padded_prompts_need_one_after_another(run):
     with pytest.raises(ValueError, match=r"trainer\.parallel_episodes: 2: prompts are padded .* model\.attention=auto"):
         run.train("trainer.parallel_episodes=2", "model.attention=eager")
+
+
+def test_every_episode_has_a_line_of_its_own(make_run, monkeypatch):
+    lines = {}
+    for parallel in (1, 2):
+        numbers = (f"trainer.parallel_episodes={parallel}", "trainer.tasks_per_step=2", "trainer.episodes=3", *SMOOTH)
+        run = make_run(str(parallel))
+        with run.session(*numbers) as session:
+            poison(session, monkeypatch, bad={1})
+            session.trainer.run()
+            tasks = [session.trainer.sampler.episode(index).task for index in range(3)]
+        lines[parallel] = [json.loads(line) for line in (run.folder / "episodes.jsonl").read_text().splitlines()]
+    for one, other, task in zip(lines[1], lines[2], tasks, strict=True):
+        assert one.pop("task") == other.pop("task") == task
+        assert other == pytest.approx(one, rel=BOUND)
+    assert [(line["step"], line["episode"], line["finite"]) for line in lines[2]] == [
+        (1, 0, True), (1, 1, False), (2, 2, True),
+    ]  # fmt: skip
+    assert "kl" not in lines[2][1] and lines[2][0]["kl"] > 0 < lines[2][0]["real_tokens"]

@@ -1,0 +1,83 @@
+"""Two real ranks without a launcher, which would end one when the other dies: as on two machines."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import torch
+from runs import Run, environment, free_port
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="NCCL takes one rank a GPU; for the CPU set CUDA_VISIBLE_DEVICES="
+    ),
+]
+
+
+STARTED = 250  # seconds; the very first start compiles DeepSpeed's operation
+
+
+@pytest.fixture
+def two_ranks(run: Run):
+    """Start the command on two ranks; `only_second` are the second's own arguments."""
+    port, started = str(free_port()), []
+
+    def start(*arguments: str, only_second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+        for rank in (0, 1):
+            group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+            group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            command = run.command(*arguments, *(only_second if rank else ()))
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, env={**environment(), **group}, **pipes))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def trains(run: Run, process: subprocess.Popen) -> None:
+    """Wait until steps are made."""
+    path, deadline = run.folder / "metrics.jsonl", time.monotonic() + STARTED
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other_at_once(run, two_ranks, victim):
+    """It is stopped first, so that the other waits for it in the average over theta's gradient."""
+    processes = two_ranks("trainer.episodes=100000", "trainer.checkpoint_every=1")
+    trains(run, processes[0])
+    processes[victim].send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    other = processes[1 - victim]
+    assert other.poll() is None  # a slow rank ends nobody
+    processes[victim].kill()
+    killed = time.monotonic()
+    _, errors = other.communicate(timeout=30)
+    print(f"{time.monotonic() - killed:.1f} s")
+    assert other.returncode not in (0, -signal.SIGKILL)
+    assert f"error (rank {1 - victim}): rank {victim} on {socket.gethostname()} died" in errors
+
+
+def test_a_mistake_on_one_rank_alone_ends_both(two_ranks):
+    first, second = two_ranks(only_second=("trainer.deepspeed=nowhere.json",))
+    _, errors = second.communicate(timeout=STARTED)
+    assert second.returncode == 2 and "error (rank 1): trainer.deepspeed: " in errors
+    _, errors = first.communicate(timeout=STARTED)
+    assert first.returncode != 0
+    assert f"error (rank 0): rank 1 on {socket.gethostname()} failed: Refused: trainer.deepspeed: " in errors
+
+
+def test_divergence_is_told_as_such(two_ranks):
+    for process in two_ranks("method.inner_lr=1e30", "trainer.episodes=20", "trainer.max_nonfinite=2"):
+        _, errors = process.communicate(timeout=STARTED)
+        assert process.returncode == 1
+        assert "error: 2 episodes in a row gave NaN or Inf" in errors and "error (rank" not in errors

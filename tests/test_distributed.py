@@ -1,0 +1,89 @@
+"""What ranks find out about each other before a run starts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from abmll import distributed
+from abmll.distributed import Ranks, check_shared, gpu_index
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    meeting: threading.Barrier
+    items: dict[int, object]
+
+    def gather(self, item):
+        self.items[self.rank] = item
+        self.barrier()
+        items = [self.items[rank] for rank in range(self.world_size)]
+        self.barrier()
+        return items
+
+    def barrier(self):
+        self.meeting.wait(10)
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """check_shared on two ranks with their folders; what it raised on each."""
+
+    def check(*folders):
+        monkeypatch.setattr(Threads, "meeting", threading.Barrier(2), raising=False)
+        monkeypatch.setattr(Threads, "items", {}, raising=False)
+
+        def one(rank: int) -> str:
+            try:
+                check_shared(folders[rank], Threads(rank, 2, torch.device("cpu")))
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, (0, 1)))
+
+    monkeypatch.setattr(distributed, "VISIBLE", 0.5)
+    return check
+
+
+def test_one_folder_is_shared(check, tmp_path):
+    assert check(tmp_path, tmp_path) == ["", ""]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_folders_of_the_same_name_on_two_machines_are_told_apart(check, tmp_path, there):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    if there:  # and holds what an earlier run left
+        theirs.mkdir()
+        (theirs / ".partial-shared").write_text("another mark")
+    found = check(ours, theirs)
+    assert found[0] == found[1]
+    assert found[0].startswith(f"output: {ours}: rank 1 on ") and found[0].endswith("a folder that all machines share")
+
+
+def test_a_folder_that_is_seen_late_is_shared(check, tmp_path):
+    ours, link = tmp_path / "ours", tmp_path / "link"
+    ours.mkdir()
+
+    def appear() -> None:
+        time.sleep(0.2)
+        link.symlink_to(ours)
+
+    late = threading.Thread(target=appear)
+    late.start()
+    assert check(ours, link) == ["", ""]
+    late.join()
+
+
+def test_a_rank_takes_its_own_gpu():
+    """All GPUs are visible, or, as SLURM may bind them, the rank's own one."""
+    assert [gpu_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert gpu_index(3, 1) == 0
