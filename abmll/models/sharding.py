@@ -116,10 +116,10 @@ def check_adapted(layers: dict[str, nn.Module]) -> None:
 
 
 def gathered_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes that a rank receives from the others in a forward pass, and in a backward pass (which frees the output
-    layer's and gathers it again, as all others but the embeddings').
+    """Bytes that a rank receives from the others in a forward pass, and in a backward pass, which gathers all again but
+    the embeddings. Nothing is sent here.
 
-    Counted from the shapes: a group of R ranks sends each one R - 1 parts of R, padded to equal rows.
+    Counted from the shapes: of R ranks, R - 1 send each a part, of rows that are filled up to equal numbers.
     """
     forward = backward = 0
     for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
@@ -140,7 +140,7 @@ def _own(unit: nn.Module) -> Iterable[DTensor]:
 def _received(parameter: DTensor) -> int:
     ranks = parameter.device_mesh.size()
     rows = -(-parameter.shape[0] // ranks)
-    return (ranks - 1) * rows * parameter[0].numel() * parameter.element_size()
+    return (ranks - 1) * rows * parameter.shape[1:].numel() * parameter.element_size()
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
