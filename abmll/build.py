@@ -15,6 +15,7 @@ from abmll.learner import Learner
 from abmll.methods import Method, build_method
 from abmll.models.load import load_model
 from abmll.models.packing import is_packed
+from abmll.models.sharding import check_adapted
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 from abmll.tasks.examples import PromptCounts, PromptedTask
 from abmll.tasks.prompt import Limits, Prompter
@@ -101,5 +102,6 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
     tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
+    check_adapted(adapters.layers)
     learner = Learner(model, adapters, config.method, None if scoring else len(tasks.train), config.tasks.batch_size)
     return Parts(model, learner, method, tasks)

@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +36,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    before_exchange: Callable[[], None] = lambda: None  # where the base is sharded, see `abmll.lockstep`
 
     @property
     def is_main(self) -> bool:
@@ -46,12 +47,14 @@ class Ranks:
 
     def sum_table(self, table: torch.Tensor) -> torch.Tensor:
         """Elementwise sum over ranks of a small table; every rank gets the result, on the CPU."""
+        self.before_exchange()
         table = table.to(self.device)
         dist.all_reduce(table)
         return table.cpu()
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's picklable item, in the order of ranks, on every rank."""
+        self.before_exchange()
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
@@ -61,6 +64,7 @@ class Ranks:
         return self.gather(item)[0]
 
     def barrier(self) -> None:
+        self.before_exchange()
         dist.barrier()
 
 

@@ -10,6 +10,7 @@ from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import summary
 from abmll.models.quantization import num_parameters
+from abmll.models.sharding import gathered_bytes
 from abmll.trainer import Trainer
 
 # Scores in the tables: name, heading, factor. Accuracies and F1 in percent.
@@ -33,6 +34,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     form = config.model.dtype if config.model.quantization == "none" else config.model.quantization
     rows = {
         "model": f"{config.model.name}, {base:,} frozen parameters in {form} on {ranks.device}",
+        **_sharding(parts, config, ranks),
         "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} "
         f"trained parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
         "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
@@ -50,6 +52,14 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
     return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
+
+
+def _sharding(parts: Parts, config: Config, ranks: Ranks) -> dict[str, str]:
+    if config.model.sharding == "none":
+        return {}
+    forward, backward = (size / 1e9 for size in gathered_bytes(parts.model))
+    told = f"over {ranks.world_size} ranks; each receives {forward:.3g} GB in a forward pass, {backward:.3g} GB in a"
+    return {"sharding": f"{told} backward pass"}
 
 
 def _backend(parts: Parts, config: Config) -> tuple[str, str]:

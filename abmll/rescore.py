@@ -9,6 +9,7 @@ from abmll.build import build
 from abmll.config import Refused, load_config
 from abmll.distributed import joined_ranks
 from abmll.evaluation import Evaluator
+from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.report import score_table
@@ -32,6 +33,7 @@ def evaluate(run: str, overrides: list[str], output: str | None) -> None:
         try:
             theta, facts = load_summary(folder / "final")
             parts = build(config, config_path, ranks.device, scoring=True)
+            ranks = in_step(ranks, config.model, parts.learner)
             parts.learner.adapters.load_theta(theta)
             plan = plan_on(ranks, config, {})  # no engine runs here
         except ValueError as error:

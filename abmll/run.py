@@ -19,6 +19,7 @@ from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.files import damage, remove_whole, sweep, write_whole
+from abmll.lockstep import in_step
 from abmll.memory import Plan, plan_run
 from abmll.memory.capacity import device_capacity
 from abmll.methods import METHODS, Pretrained
@@ -33,7 +34,7 @@ from abmll.trainer import Position, Trainer, tasks_per_step
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
-MAY_CHANGE = ("adapters.backend",)  # how the same numbers are computed
+MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
 # All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
@@ -212,6 +213,7 @@ def open_session(
     if checkpoint is not None:
         config = as_checkpointed(config, checkpoint, ranks.world_size)
     parts = build(config, config_path, ranks.device)
+    ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
     checkpoint_layers(parts.model, plan.checkpointing)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake

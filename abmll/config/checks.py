@@ -37,6 +37,12 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         f"model.name={config.model.name} has no revisions; remove it, or name a hub model",
         "model.name",
     )
+    rule(
+        config.model.sharding == "full" and config.model.quantization != "none",
+        "model.sharding",
+        f"not with packed weights (model.quantization={config.model.quantization}); set one of the two to none",
+        "model.quantization",
+    )
 
     rule(
         config.method.outer_batch == "query"

@@ -22,13 +22,16 @@ class ModelConfig(Section):
 
     name: str = Field(
         description="Hub id; local folder; path of a .gguf file; `package:NAME/FILE`, a file inside an installed "
-        "package; or `random:ARCHITECTURE` (tiny, llama3-8b, qwen2-7b), random weights."
+        "package; or `random:ARCHITECTURE` (tiny, llama3-8b, llama3-70b, qwen2-7b), random weights."
     )
     revision: str | None = Field(None, description="Revision of a hub model.")
     # no float16: gradients through an fp16 model underflow without loss scaling
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: frozen layers in 4 bits, by bitsandbytes; products and the rest in dtype."
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none", description="full: every rank holds a part of the frozen weights, and gathers them layer by layer."
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
 

@@ -22,33 +22,44 @@ def show_plan(config: Config, config_path: str, ranks: int, gpu: bool) -> bool:
         f"{tasks.batch_size} prompts of {tasks.max_tokens} tokens; on a {'GPU' if gpu else 'CPU'}, counted in GB (1e9 "
         "bytes)"
     )
-    plan = plan_run(config, architecture, deepspeed, gpu=gpu)
+    # a sharded base is planned for its ranks; else each rank takes about what one alone does
+    shared = ranks if config.model.sharding == "full" else 1
+    plan = plan_run(config, architecture, deepspeed, shared, gpu)
     if plan.ledger is None:
         raise ValueError(f"model.name: {config.model.name!r}: {verdict(plan)}; measure it with --profile on a GPU")
     alike = (plan.checkpointing,)  # what stands beside it is counted with the same
-    plans = {f"{config.method.name}, 1 rank": plan}
-    if ranks > 1:
+    on_shared = f"{shared} rank{'s' if shared > 1 else ''}"
+    plans = {f"{config.method.name}, {on_shared}": plan}
+    if ranks > shared:
         plans[f"{config.method.name}, {ranks} ranks"] = plan_run(
             config, architecture, deepspeed, ranks, gpu, policies=alike
         )
     if config.method.name != BASELINE:
         method = config.method.model_copy(update={"name": BASELINE})
         baseline = config.model_copy(update={"method": method})
-        plans[f"plain LoRA ({BASELINE}), 1 rank"] = plan_run(baseline, architecture, deepspeed, gpu=gpu, policies=alike)
+        baseline_plan = plan_run(baseline, architecture, deepspeed, shared, gpu, policies=alike)
+        plans[f"plain LoRA ({BASELINE}), {on_shared}"] = baseline_plan
     print(f"\nEach rank's peak\n\n{peak_table({name: found.ledger for name, found in plans.items()})}")
-    print(f"\n{config.method.name}, 1 rank, by phase\n\n{phase_table(plan.ledger)}")
+    print(f"\n{config.method.name}, {on_shared}, by phase\n\n{phase_table(plan.ledger)}")
     print(f"\nLargest at the peak\n\n{largest_table(plan.ledger)}")
     print(f"\n{decisions(plan)}\n{verdict(plan)}")
     if not plan.fits:
-        _show_remedies(plan)
+        _show_remedies(plan, ranks)
     return plan.fits
 
 
-def _show_remedies(plan: Plan) -> None:
+def _show_remedies(plan: Plan, ranks: int) -> None:
     print("\nTried:")
     fitting = False
     for remedy in remedies(plan):
         fitting |= remedy.plan.fits
         print(f"  {' '.join(remedy.overrides)}\n      {verdict(remedy.plan)}; {decisions(remedy.plan)}")
+    model = plan.setup.config.model
+    if not fitting and ranks > 1 and model.sharding == model.quantization == "none":
+        config = plan.setup.config.model_copy(update={"model": model.model_copy(update={"sharding": "full"})})
+        setup = plan.setup
+        sharded = plan_run(config, setup.architecture, setup.deepspeed, ranks, setup.gpu)
+        fitting = sharded.fits
+        print(f"  model.sharding=full on {ranks} ranks\n      {verdict(sharded)}; {decisions(sharded)}")
     if not fitting:
         print(f"Nothing of this is enough for {plan.budget / GB:g} GB: take a smaller model, or a larger GPU")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from abmll.adapters import inject_adapters
@@ -23,6 +24,7 @@ from abmll.learner import Learner, StepTerms
 from abmll.memory import attention
 from abmll.memory.engine import CountedEngine
 from abmll.memory.fake import as_on_gpu, counted
+from abmll.memory.sharding import imagined_ranks, shard_counted
 from abmll.memory.storages import (
     ADAPTATION,
     ADAPTERS,
@@ -140,8 +142,9 @@ def count_episode(setup: Setup) -> Ledger:
     Uncountable where the model's code asks tensors for their numbers.
     """
     try:
-        with counted(setup.gpu) as counter:
-            scored = run_episode(setup, counter)
+        ranks = imagined_ranks(setup.config.model.sharding, setup.world_size)
+        with ranks as mesh, counted(setup.gpu) as counter:
+            scored = run_episode(setup, counter, mesh)
             return read_ledger(counter, scored)
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("adapters."):
@@ -152,14 +155,15 @@ def count_episode(setup: Setup) -> Ledger:
         raise Uncountable(f"{type(error).__name__}: {reason}") from error
 
 
-def run_episode(setup: Setup, counter: Counting) -> int | None:
+def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None) -> int | None:
     """The episode itself, on whatever tensors are made here: fake ones, or real ones to measure or to test the counter.
 
-    Under `torch.device`, on that device. Returns the size of the scoring batch that was taken.
+    Under `torch.device`, on that device. `mesh`: the ranks that a sharded base is spread over; all of them call this.
+    Returns the size of the scoring batch that was taken.
     """
     config = setup.config
     with counter.stage(LOAD):
-        model = make_model(setup, counter)
+        model = make_model(setup, counter, mesh)
         learner, method = _adapted(model, setup, counter)
         build_optimizer = partial(_outer_optimizer, method, setup.gpu)
         engine = CountedEngine(learner.adapters.theta, build_optimizer, setup.deepspeed, setup.world_size, counter)
@@ -217,11 +221,12 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values()]
 
 
-def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
+def make_model(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None) -> PreTrainedModel:
     """The frozen base model, its attention as it would be on the device."""
     config = setup.config
     implementation, quantized = _attention(setup), config.model.quantization != "none"
-    with counter.stage(WARM_UP if quantized else LOAD):  # a 4-bit model is read layer by layer, never whole
+    # a 4-bit model is read layer by layer, and a sharded one tensor by tensor: neither is ever whole
+    with counter.stage(WARM_UP if quantized or mesh is not None else LOAD):
         model = AutoModelForCausalLM.from_config(
             deepcopy(setup.architecture),  # transformers writes the attention's name into it
             dtype=getattr(torch, config.model.dtype),
@@ -230,6 +235,9 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
         fake = detect_fake_mode([next(model.parameters())]) is not None
         if quantized:
             (pack_shapes if fake else quantize)(model, model.dtype)
+        model.requires_grad_(False).eval()
+        if mesh is not None:
+            shard_counted(model, mesh, counter)
     if implementation != "eager":
         if fake and setup.gpu:
             model.set_attn_implementation(attention.register())
@@ -238,7 +246,7 @@ def make_model(setup: Setup, counter: Counting) -> PreTrainedModel:
         else:
             packing.pack_prompts(model)
     counter.label_model(WEIGHTS, model)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _attention(setup: Setup) -> str:

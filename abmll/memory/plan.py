@@ -142,7 +142,7 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"tasks.max_tokens": config.tasks.max_tokens // 2}
     if config.model.dtype == "float32":
         yield {"model.dtype": "bfloat16"}
-    if config.model.quantization == "none":
+    if config.model.quantization == config.model.sharding == "none":
         yield {"model.quantization": "nf4"}
 
 

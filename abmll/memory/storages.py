@@ -1,8 +1,9 @@
 """Every storage's birth and death: what is alive, since when, for what, and who made it.
 
 A `StorageCounter` sees each operator that PyTorch dispatches, on real tensors and on fake ones alike, and keeps a weak
-reference to each storage that it finds among the results. Views and in-place results are storages that it knows. Not
-seen is what an operator's own C++ code allocates and frees again inside one call.
+reference to each storage that it finds among the results. Views and in-place results are storages that it knows. One
+that is resized, as those of a sharded base are at each gathering, ends, and another of its kind begins. Not seen is
+what an operator's own C++ code allocates and frees again inside one call.
 
 (`torch.distributed._tools.MemTracker` works alike; it is private, knows no operators' scratch and no makers.)
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +32,9 @@ TRAINING = (FORWARD, RECOMPUTATION, BACKWARD, OPTIMIZER, OUTER)
 PHASES = (LOAD, *TRAINING, ADAPTATION, SCORING)
 
 WEIGHTS, ADAPTERS, STATES, ENGINE, GRADIENTS = "weights", "adapters", "optimizer states", "engine buffers", "gradients"
+GATHERED = "gathered layers"  # of a sharded base
 KEPT, SCRATCH, TEMPORARY = "kept for the backward pass", "operators' scratch", "temporaries"
-COMPONENTS = (WEIGHTS, ADAPTERS, STATES, ENGINE, GRADIENTS, KEPT, SCRATCH, TEMPORARY)
+COMPONENTS = (WEIGHTS, GATHERED, ADAPTERS, STATES, ENGINE, GRADIENTS, KEPT, SCRATCH, TEMPORARY)
 
 
 @dataclass(eq=False, slots=True)
@@ -119,24 +122,29 @@ class StorageCounter(TorchDispatchMode):
 
     def _see(self, found: Any, name: str) -> None:
         for tensor in _tensors(found):
+            if isinstance(tensor, DTensor):  # stands for its part on this rank, which is seen itself
+                continue
             if tensor.device.type != "meta":  # shapes alone
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
                     self._born(storage, tensor, name)
 
     def _born(self, storage: torch.UntypedStorage, tensor: Tensor, name: str) -> None:
-        key, size = storage._cdata, -(-storage.nbytes() // self.granularity) * self.granularity
-        phase = self._now_in()
-        self._time += 1
-        made = Storage(
-            size, self._maker(name), f"{list(tensor.shape)} {str(tensor.dtype)[6:]}", phase, self._passage, self._time
-        )
-        self.storages.append(made)
-        self._known[key] = (weakref.ref(storage, lambda _: self._died(key)), made)
+        key, what = storage._cdata, f"{list(tensor.shape)} {str(tensor.dtype)[6:]}"
+        reference = weakref.ref(storage, lambda _: self._died(key))
+        self._known[key] = (reference, self._begin(storage, self._maker(name), what))
         if self._body is not None:
             self._body.made.append(key)
+
+    def _begin(self, storage: torch.UntypedStorage, maker: str, what: str, component: str | None = None) -> Storage:
+        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        phase = self._now_in()
+        self._time += 1
+        made = Storage(size, maker, what, phase, self._passage, self._time, component)
+        self.storages.append(made)
         self.now += size
         self._note(phase)
+        return made
 
     def _note(self, phase: str) -> None:
         if phase not in self.peaks or self.now > self.peaks[phase].size:
@@ -144,12 +152,22 @@ class StorageCounter(TorchDispatchMode):
 
     def _died(self, key: int) -> None:
         _, storage = self._known.pop(key)
+        self._end(storage)
+        if self._body is not None and key in self._body.made:
+            self._body.freed.append(storage)
+
+    def _end(self, storage: Storage) -> None:
         self._now_in()
         self._time += 1
         storage.died, storage.death_passage = self._time, self._passage
-        if self._body is not None and key in self._body.made:
-            self._body.freed.append(storage)
         self.now -= storage.size
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            reference, before = self._known[storage._cdata]
+            self._end(before)
+            after = self._begin(storage, before.maker, before.what, before.component)
+            self._known[storage._cdata] = (reference, after)
 
     def _now_in(self) -> str:
         """The phase of this moment, as autograd and the optimizers tell it; a new passage begins where it changes."""
@@ -188,12 +206,14 @@ class StorageCounter(TorchDispatchMode):
         """Say what living tensors are for: it holds for their whole life, the past included."""
         for tensor in tensors:
             if tensor is not None:
+                tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 self._see(tensor, "given")
                 self._known[tensor.untyped_storage()._cdata][1].component = component
 
     def label_model(self, component: str, model: nn.Module) -> None:
         """Label its parameters and buffers, each made by the module that holds it."""
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             self.label(component, [tensor])
             self._known[tensor.untyped_storage()._cdata][1].maker = _pattern(name)
 
@@ -218,16 +238,25 @@ class StorageCounter(TorchDispatchMode):
         def stop(*_: Any) -> None:
             self._optimizing -= 1
 
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            found = resize(storage, size)
+            self._resized(storage)
+            return found
+
         hooks = [
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),  # a recomputation stops in the middle of a layer
             register_optimizer_step_pre_hook(start),
             register_optimizer_step_post_hook(stop),
         ]
+        torch.UntypedStorage.resize_ = resized
         try:
             with self:
                 yield self
         finally:
+            torch.UntypedStorage.resize_ = resize
             for hook in hooks:
                 hook.remove()
 

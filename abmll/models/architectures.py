@@ -54,6 +54,21 @@ def _llama3_8b() -> PreTrainedConfig:
     )
 
 
+def _llama3_70b() -> PreTrainedConfig:
+    """As in the config.json of meta-llama/Meta-Llama-3-70B."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
 def _qwen2_7b() -> PreTrainedConfig:
     """As in the config.json of Qwen/Qwen2-7B-Instruct; the architecture itself has biases on q, k and v."""
     return Qwen2Config(
@@ -69,7 +84,7 @@ def _qwen2_7b() -> PreTrainedConfig:
     )
 
 
-ARCHITECTURES = {"tiny": _tiny, "llama3-8b": _llama3_8b, "qwen2-7b": _qwen2_7b}
+ARCHITECTURES = {"tiny": _tiny, "llama3-8b": _llama3_8b, "llama3-70b": _llama3_70b, "qwen2-7b": _qwen2_7b}
 
 
 def architecture_config(name: str) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -33,6 +34,7 @@ from abmll.models.quantization import (
     quantize,
     weight_bytes,
 )
+from abmll.models.sharding import load_sharded
 from abmll.models.source import Source, resolve
 
 
@@ -45,6 +47,26 @@ def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrai
     architecture, tokenizer = model_config(config), load_tokenizer(config)  # before the weights: errors cost less here
     dtype, attention = getattr(torch, config.dtype), attention_implementation(config, device, architecture)
     check_quantization(config, device)
+    load = partial(_whole, config, source, architecture, dtype, attention)
+    if config.sharding == "full":
+        model = load_sharded(partial(load, torch.device("cpu")), architecture, device, dtype, attention)
+    else:
+        model = load(device)
+    keep_trainable(model.requires_grad_(False).eval())
+    check_supported(model)
+    pack_prompts(model)
+    return model, tokenizer
+
+
+def _whole(
+    config: ModelConfig,
+    source: Source,
+    architecture: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model with all of its weights on one device."""
     with _model_errors(config, source), _quiet():
         if source.kind == "random":
             model = random_model(architecture, device, dtype, attention)
@@ -52,11 +74,7 @@ def load_model(config: ModelConfig, device: torch.device | str) -> tuple[PreTrai
             model = _pretrained(config, source, architecture, device, dtype, attention)
         if config.quantization != "none" and source.kind in ("random", "gguf"):
             quantize(model, dtype)
-        model.to(device)
-    keep_trainable(model.requires_grad_(False).eval())
-    check_supported(model)
-    pack_prompts(model)
-    return model, tokenizer
+        return model.to(device)
 
 
 def _pretrained(
@@ -133,6 +151,7 @@ def describe(config: ModelConfig) -> str:
         pack_shapes(model, getattr(torch, config.dtype))
     what = {"hub": "from the hub", "folder": "from a folder", "gguf": "from a GGUF file", "random": "random weights"}
     form = config.dtype if config.quantization == "none" else f"{config.quantization} and {config.dtype}"
+    form += ", sharded over the ranks" if config.sharding == "full" else ""
     return (
         f"{config.name} ({what[source.kind]}): {architecture.model_type}, {text.num_hidden_layers} layers, "
         f"hidden size {text.hidden_size}, {count / 1e6:,.1f} M parameters, {weight_bytes(model) / 1e9:.2f} GB in {form}"

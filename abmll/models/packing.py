@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from abmll.kernels import Groups
+from abmll.models.sharding import forget_pass
 
 logger = logging.getLogger("abmll.models")
 
@@ -193,6 +194,7 @@ def pack_prompts(model: PreTrainedModel) -> str | None:
             logger.info("packed prompts, %s: not the model's own numbers", way)
         except Exception as error:  # whatever a model's code does with arguments that it does not expect
             logger.info("packed prompts, %s: %s", way, error)
+            forget_pass(model)
         model.set_attn_implementation(before)
     return None
 

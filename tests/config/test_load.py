@@ -219,3 +219,8 @@ def test_paths_are_looked_up_in_three_places(tmp_path, monkeypatch):
         (place / "x.json").touch()
         assert resolve_path("x.json", config) == place / "x.json"
     assert resolve_path(root / "x.json", config) == root / "x.json"
+
+
+def test_a_packed_base_is_not_sharded(write):
+    (found,) = problems(write(GOOD), ["model.sharding=full", "model.quantization=nf4"])
+    assert "model.sharding: 'full': not with packed weights (model.quantization=nf4); set one of the two" in found

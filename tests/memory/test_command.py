@@ -46,6 +46,22 @@ def test_plan_tries_what_would_make_a_run_fit(plan, capsys):
     assert "Nothing of this is enough for 1e-09 GB" in out
 
 
+def test_plan_is_made_for_the_ranks_that_share_the_base(plan, capsys):
+    assert plan("--ranks", "4", "model.sharding=full", "tasks.max_tokens=64") == 0
+    out = capsys.readouterr().out
+    assert "GB in float32, sharded over the ranks" in out
+    assert "| GB | abmll, 4 ranks | plain LoRA (lora), 4 ranks |" in out and "abmll, 4 ranks, by phase" in out
+    assert "| gathered layers | " in out and "fits 40 GB: " in out
+
+
+def test_plan_tries_to_share_the_base_where_nothing_else_helps(plan, capsys):
+    small = ("--device", "cpu", "tasks.max_tokens=32", "tasks.batch_size=1", "model.dtype=bfloat16", ZERO0)
+    assert plan("--ranks", "8", *small, "memory.budget_gb=1e-9") == 1
+    assert "model.sharding=full on 8 ranks\n      DOES NOT FIT 1e-09 GB: " in capsys.readouterr().out
+    assert plan("--ranks", "1", *small, "memory.budget_gb=1e-9") == 1
+    assert "model.sharding" not in capsys.readouterr().out
+
+
 def test_plan_tells_mistakes(plan, capsys):
     assert plan("adapters.modules=[q_prj]") == 2
     assert "error: adapters.modules: q_prj: " in capsys.readouterr().err

