@@ -27,6 +27,7 @@ from abmll.watch import Watch, start_watch
 PATIENCE = timedelta(hours=2)
 # Seconds for a file to be seen on another machine: NFS remembers for 30 that a folder was not there.
 VISIBLE = 45.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,17 @@ def stop_ranks(error: BaseException | None = None) -> None:
         if _watch:
             _watch.close()  # not before: leaving the group may have to wait for a rank that is no longer there
             _watch = None
+    _remove_buffer()
     deepspeed.comm.comm.cdb = None
     while _set_here:
         os.environ.pop(_set_here.pop(), None)
+
+
+def _remove_buffer() -> None:
+    """The 66 MB of shared memory that DeepSpeed's operation for CPU ranks makes for this one, and leaves behind."""
+    told = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    name = "_".join(map(str, ("deepspeed_allreduce_buffer", os.getuid(), *told)))
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 @contextmanager

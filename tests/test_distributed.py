@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -87,3 +88,16 @@ def test_a_rank_takes_its_own_gpu():
     """All GPUs are visible, or, as SLURM may bind them, the rank's own one."""
     assert [gpu_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert gpu_index(3, 1) == 0
+
+
+def test_what_deepspeed_leaves_in_shared_memory_is_removed(monkeypatch, tmp_path):
+    """This rank's own, of this group: others may still be at work."""
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", tmp_path)
+    for name, value in {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4321", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    prefix = f"deepspeed_allreduce_buffer_{os.getuid()}_10.0.0.7_"
+    for name in ("4321_0", "4321_1", "4322_1"):
+        (tmp_path / f"{prefix}{name}").touch()
+    distributed.stop_ranks()
+    assert sorted(path.name.removeprefix(prefix) for path in tmp_path.iterdir()) == ["4321_0", "4322_1"]
+    distributed.stop_ranks()  # gone already

@@ -32,6 +32,8 @@ def two_ranks(tmp_path_factory):
     started = time.monotonic()
     found = call([*command, str(folder), *ports[1:]], timeout=300)
     assert all((folder / f"done-{rank}").exists() for rank in (0, 1)), found.stdout + found.stderr
+    # 66 MB for each rank of each start
+    assert not [path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
     return lambda name: Run(folder / name), found, time.monotonic() - started
 
 
