@@ -68,7 +68,7 @@ def test_rows_of_every_contender(throughput, threads, monkeypatch, tmp_path, cap
 def test_baselines_take_the_same_steps(load, work, name):
     """The first NLLs are the frozen model's, also in a second round where an adapter starts anew; K steps a task."""
     pytest.importorskip("peft")
-    measuring, contenders = load("throughput_rows.measure"), load("throughput_contenders")
+    measuring, contenders = load("throughput_rows.measure"), load("throughput_rows.contenders")
     right = measuring._nll_of(contenders.make("frozen", 4, work), work)
     run = contenders.make(name, 1, work)
     for again in range(2):
