@@ -55,7 +55,8 @@ def test_two_ranks(tmp_path, scaling):
     assert found["outer step", "all-reduce"] == 4 * 12 * 8
     assert "Nothing in the inner loop: met. Theta's gradient once: met" in done.stdout
     again = subprocess.run([sys.executable, SCRIPT, "--report", str(path)], capture_output=True, text=True)
-    assert again.stdout == done.stdout
+    # DeepSpeed writes a line with the time before ours
+    assert again.stdout.partition("random:tiny")[1:] == done.stdout.partition("random:tiny")[1:]
 
 
 def test_traffic_is_counted_by_phase(scaling, load, tmp_path):
