@@ -1,0 +1,13 @@
+"""Parts of scaling.py: a rank's process, counting of what it sends, the projection, the tables.
+
+Transformers would take kernels.py beside this folder for an optional package called `kernels`: once this package is
+found, the folder around it is no longer searched.
+"""
+
+import sys
+from pathlib import Path
+
+import provenance  # noqa: F401  found while the folder is searched, known afterwards
+
+_AROUND = Path(__file__).resolve().parent.parent
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != _AROUND]
