@@ -9,6 +9,7 @@ from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import summary
+from abmll.models.packing import is_packed
 from abmll.models.quantization import num_parameters
 from abmll.models.sharding import gathered_bytes
 from abmll.trainer import Trainer
@@ -29,7 +30,9 @@ _TOO_LONG = {"drop": "dropped", "truncate": "truncated"}
 def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, plan: Plan) -> str:
     """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
     tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
-    per_step = trainer.tasks_per_step * parts.method.passes_per_episode
+    beside, each = config.trainer.parallel_episodes, -(-trainer.tasks_per_step // ranks.world_size)
+    prompts = trainer.tasks_per_step * parts.method.passes_per_episode * config.tasks.batch_size
+    passes = -(-each // beside) * parts.method.passes_per_episode
     base = num_parameters(parts.model) - adapters.num_parameters()
     form = config.model.dtype if config.model.quantization == "none" else config.model.quantization
     rows = {
@@ -44,10 +47,11 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         f"{sum(len(task.train) for task in tasks.train):,} training and "
         f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "
         f"{config.tasks.max_tokens} tokens, longer ones {_TOO_LONG[config.tasks.too_long]} (--validate counts them)",
-        "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks "
-        f"({trainer.num_episodes:,} episodes, {trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",
-        "tokens a step": f"at most {per_step * config.tasks.batch_size * config.tasks.max_tokens:,} in {per_step} "
-        "forward passes",
+        "prompts": "packed" if is_packed(parts.model) else "padded, which is all that this attention takes",
+        "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks"
+        f"{f', {beside} side by side' if beside > 1 else ''} ({trainer.num_episodes:,} episodes, "
+        f"{trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",
+        "tokens a step": f"at most {prompts * config.tasks.max_tokens:,} in {passes} forward passes on each rank",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)

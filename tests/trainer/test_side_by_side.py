@@ -108,9 +108,13 @@ def test_a_nan_in_one_leaves_the_others_to_the_bit(make_run, monkeypatch):
         torch.testing.assert_close(value, mean, rtol=1e-6, atol=0)
 
 
-def test_null_tasks_a_step_are_those_that_fit_side_by_side(run):
+def test_null_tasks_a_step_are_those_that_fit_side_by_side(run, capsys):
     with run.session("trainer.parallel_episodes=3") as session:
         assert session.trainer.tasks_per_step == 3
+    header = capsys.readouterr().out
+    assert "prompts         packed\n" in header and "2 of 3 episodes on 1 ranks, 3 side by side (6 episodes" in header
+    passes = session.parts.method.passes_per_episode
+    assert f"in {passes} forward passes on each rank" in header
 
 
 def test_a_run_goes_on_with_another_number_beside(make_run):
