@@ -32,7 +32,9 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place. Items are dealt round robin: rank r owns the indices with index % world_size == r."""
+    """This process's place. Of items that need no balance (see `abmll.dealing`) rank r owns those with
+    index % world_size == r.
+    """
 
     rank: int
     world_size: int

@@ -78,7 +78,7 @@ class Evaluator:
         self.batch_size, self.parallel_tasks = batch_size, parallel_tasks
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
-        """All ranks call this with the same tasks. ValueError where predictions are not finite."""
+        """All ranks call this with the same tasks. Scores are NaN where a prediction is."""
         work = [(task.test if split == "test" else task.validation).work(self.config.max_examples) for task in tasks]
         own = [tasks[number] for number in deal(work, self.ranks.world_size)[self.ranks.rank]]
         mine = {}

@@ -46,7 +46,6 @@ def _by_prompt(
     **named: Any,
 ) -> tuple[Tensor, None]:
     """SDPA: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, D]. Prompts of one length go together."""
-    named.pop("position_ids", None)
     longest = max(prompts.sizes)
     if min(prompts.sizes) == longest:
         packed = (t.squeeze(0).unflatten(1, (len(prompts), longest)).transpose(0, 1) for t in (query, key, value))
@@ -69,62 +68,58 @@ def _window(tokens: int, sliding_window: int | None, near: Tensor) -> Tensor | N
     return full.tril().triu(1 - sliding_window)[None, None]
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """[1, H, T, D] as [T, H, D]."""
-    return [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]
+# q [T, H, D], k and v [T, Hkv, D], bounds of the prompts, the longest, scale, window (-1: none), softcap -> [T, H, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, int, float | None], Tensor]
 
 
-def _by_flash_attn(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    prompts: Groups,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+def _flash_attn(q, k, v, bounds, longest, scale, window, softcap) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    longest, window = max(prompts.sizes), -1 if sliding_window is None else sliding_window - 1
-    found = flash_attn_varlen_func(
-        *_rows(query, key, value), prompts.bounds, prompts.bounds, longest, longest, softmax_scale=scaling, causal=True,
-        window_size=(window, 0 if sliding_window is not None else -1), softcap=softcap or 0.0,
+    return flash_attn_varlen_func(
+        q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True,
+        window_size=(window, -1 if window < 0 else 0), softcap=softcap or 0.0,
     )  # fmt: skip
-    return found.unsqueeze(0), None
 
 
-def _by_torch(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    prompts: Groups,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+def _torch_varlen(q, k, v, bounds, longest, scale, window, softcap) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None:
         raise ValueError("torch's attention of several lengths has no softcap")
-    longest, window = max(prompts.sizes), -1 if sliding_window is None else sliding_window - 1
-    shared = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
-    found = varlen_attn(
-        *_rows(query, key, value), prompts.bounds, prompts.bounds, longest, longest, scale=scaling,
-        window_size=(window, 0), **shared,
-    )  # fmt: skip
-    return found.unsqueeze(0), None
+    shared = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(window, 0), **shared)
+
+
+def _at_once(kernel: Kernel) -> Callable:
+    """Attention by a kernel for sequences of several lengths."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        prompts: Groups,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        window = -1 if sliding_window is None else sliding_window - 1
+        found = kernel(*rows, prompts.bounds, max(prompts.sizes), scaling, window, softcap)
+        return found.unsqueeze(0), None
+
+    return attend
 
 
 # transformers takes every name with "flash" in it for one of its own
-_WAYS: dict[str, Callable] = {"fa2": _by_flash_attn, "torch": _by_torch, "prompt": _by_prompt}
+_WAYS: dict[str, Callable] = {
+    "fa2": _at_once(_flash_attn),
+    "torch": _at_once(_torch_varlen),
+    "prompt": _by_prompt,
+}
 
 
 def register(way: str, attend: Callable | None = None) -> str:
@@ -135,11 +130,9 @@ def register(way: str, attend: Callable | None = None) -> str:
     name, packed = PREFIX + way, attend or _WAYS[way]
 
     def attention(module: nn.Module, *tensors: Tensor, prompts: Groups | None = None, **named: Any):
-        return (
-            _by_row(module, *tensors, **named)
-            if prompts is None
-            else packed(module, *tensors, prompts=prompts, **named)
-        )
+        if prompts is None:
+            return _by_row(module, *tensors, **named)
+        return packed(module, *tensors, prompts=prompts, **named)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     return name

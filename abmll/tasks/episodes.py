@@ -57,15 +57,19 @@ class EpisodeSampler:
         return self.tasks[number].name
 
     def episode(self, index: int) -> Episode:
+        batches = tuple(_batches(self._examples(index), self.batch_size, self.letter_ids))
+        query = batches[-1] if self.query else None
+        return Episode(index, index // self.episodes_per_epoch, self.task(index), batches[: self.inner_steps], query)
+
+    def num_tokens(self, index: int) -> int:
+        """Of an episode's prompts, without making its batches."""
+        return sum(len(example.token_ids) for example in self._examples(index))
+
+    def _examples(self, index: int) -> list[PromptedExample]:
         epoch = index // self.episodes_per_epoch
         (number,) = self._order.take(index, 1)
-        task = self.tasks[number]
         places = self._data[number].take(epoch * self.examples_per_visit, self.examples_per_visit)
-        return self._join(index, epoch, task.name, task.train.take(places))
-
-    def _join(self, index: int, epoch: int, name: str, examples: list[PromptedExample]) -> Episode:
-        batches = tuple(_batches(examples, self.batch_size, self.letter_ids))
-        return Episode(index, epoch, name, batches[: self.inner_steps], batches[-1] if self.query else None)
+        return self.tasks[number].train.take(places)
 
 
 class PooledSampler(EpisodeSampler):
@@ -87,11 +91,8 @@ class PooledSampler(EpisodeSampler):
     def task(self, index: int) -> str:
         return POOLED
 
-    def episode(self, index: int) -> Episode:
+    def _examples(self, index: int) -> list[PromptedExample]:
         places = self._places.take(index * self.examples_per_visit, self.examples_per_visit)
-        return self._join(index, index // self.episodes_per_epoch, POOLED, self._take(places))
-
-    def _take(self, places: list[int]) -> list[PromptedExample]:
         wanted: dict[int, list[int]] = {}
         for place in places:
             wanted.setdefault(bisect_right(self._starts, place) - 1, []).append(place)

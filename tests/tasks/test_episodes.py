@@ -49,6 +49,23 @@ def test_episode_depends_on_its_index_only(kind, query):
 
 
 @pytest.mark.parametrize("kind", [EpisodeSampler, PooledSampler])
+@pytest.mark.parametrize("query", [False, True])
+def test_what_is_known_of_an_episode_without_its_batches(kind, query):
+    lengths = (3, 9, 5, 2, 7)
+    rows = [PromptedExample((1,) * length, 0, 2) for length in lengths]
+    tasks = [
+        PromptedTask(name, TrainingExamples(name, rows, list), ScoredExamples((), list), ScoredExamples((), list))
+        for name in ("one", "two")
+    ]
+    sampler, seen = kind(tasks, LETTER_IDS, 0, 2, 2, query), set()
+    for index in range(8):
+        episode = sampler.episode(index)
+        assert (sampler.num_tokens(index), sampler.task(index)) == (episode.num_tokens, episode.task)
+        seen.add(episode.num_tokens)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("kind", [EpisodeSampler, PooledSampler])
 def test_shapes_and_fields(kind):
     episode = make(kind, query=True).episode(9)
     assert (episode.index, episode.epoch) == (9, 2)
