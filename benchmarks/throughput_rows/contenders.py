@@ -64,7 +64,8 @@ class Notes:
     rows: int = 0  # that the linear layers see in the gradient steps, padding included
 
 
-Round = Callable[[], Notes]
+# `learning`: theta moves behind each episode, where there is one; else every episode begins at the same
+Round = Callable[..., Notes]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _frozen(work: Work, groups: int) -> Round:
     model = work.own_model()
     model.enable_input_require_grads()
 
-    def run() -> Notes:
+    def run(learning: bool = True) -> Notes:
         notes = Notes()
         for episodes in work.parts(groups):
             for step, own in enumerate(zip(*(episode.support for episode in episodes), strict=True)):
@@ -145,7 +146,7 @@ def _abmll(work: Work, groups: int, posterior: str, backend: str) -> Round:
     inner, outer = learner.optimizer(config.inner_lr), method.outer_optimizer(adapters.theta.values())
     passes = config.inner_steps + 1
 
-    def run() -> Notes:
+    def run(learning: bool = True) -> Notes:
         notes = Notes()
         phi_step = learner.phi_step
 
@@ -167,7 +168,8 @@ def _abmll(work: Work, groups: int, posterior: str, backend: str) -> Round:
             finite = torch.stack(update.outer).isfinite().all(dim=0).tolist()  # the episode's only wait
             for name, gradient in update.total(finite).items():
                 adapters.theta[name].grad = gradient / sum(finite)
-            outer.step()
+            if learning:
+                outer.step()
             outer.zero_grad(set_to_none=True)
             notes.nll.append(update.inner[0].nll)
             notes.rows += sum(Rows.of(learner.model, batch).inputs["input_ids"].numel() for batch in visit.support)
@@ -216,7 +218,7 @@ def _peft(work: Work, name: str) -> Round:
         else:
             torch._foreach_copy_(trained[0], start)
 
-    def run() -> Notes:
+    def run(learning: bool = True) -> Notes:
         notes = Notes()
         for number, episode in enumerate(work.episodes):
             began = work.clock.now()

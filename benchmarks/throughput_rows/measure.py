@@ -47,7 +47,7 @@ def measure(work: Work, chosen: list[Contender], rounds: int, real_tokens: int) 
 
 def _nll_of(run: Round, work: Work) -> torch.Tensor:
     with torch.enable_grad():
-        notes = run()
+        notes = run(learning=False)
     work.clock.wait()
     return torch.cat(notes.nll).float().cpu()
 

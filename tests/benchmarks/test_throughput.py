@@ -78,6 +78,16 @@ def test_baselines_take_the_same_steps(load, work, name):
     assert len(notes.steps) == 4 * 2 and len(notes.swaps) == 4 * (2 if "CPU" in name else 1)
 
 
+def test_every_episode_begins_at_the_same_theta_until_it_learns(load, work):
+    measuring, contenders = load("throughput_rows.measure"), load("throughput_rows.contenders")
+    right = measuring._nll_of(contenders.make("frozen", 4, work), work)
+    run = contenders.make("activation", 1, work)
+    for _ in range(2):
+        torch.testing.assert_close(torch.cat(run(learning=False).nll), right, rtol=1e-3, atol=0)  # but for the noise
+    first = torch.cat(run().nll)
+    assert not torch.equal(first[1:], torch.cat(run(learning=False).nll)[1:])
+
+
 def test_plain_pytorch_is_a_contender_on_a_gpu(throughput):
     arguments = throughput._parser().parse_args([*TINY, "--groups", "1", "8", "--posterior", "weight"])
     chosen = throughput._chosen(arguments, torch.device("cuda"))
@@ -91,8 +101,8 @@ def test_a_wrong_contender_is_not_timed(load, work, monkeypatch):
         if name == "frozen":
             return run
 
-        def double():
-            notes = run()
+        def double(**how):
+            notes = run(**how)
             notes.nll = [2 * nll for nll in notes.nll]
             return notes
 
