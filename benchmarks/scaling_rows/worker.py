@@ -38,6 +38,9 @@ class EqualEpisodes:
     def task(self, index: int) -> str:
         return f"made up {index}"
 
+    def num_tokens(self, index: int) -> int:
+        return self.config.method.inner_steps * self.config.tasks.batch_size * self.tokens
+
     def episode(self, index: int) -> Episode:
         generator = torch.Generator().manual_seed(SEED + index)
         batches = tuple(self._batch(generator) for _ in range(self.config.method.inner_steps))
