@@ -170,7 +170,7 @@ def _end(log: Path, lines: int = 8) -> str:
 def _flat(config) -> list[tuple[str, object]]:
     sections = config.model_dump()
     return [
-        (f"{section}.{key}", value)
+        (f"{section}.{key}" if key else section, value)
         for section, values in sections.items()
-        for key, value in (values.items() if isinstance(values, dict) else [(section, values)])
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     ]
