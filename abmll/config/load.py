@@ -17,6 +17,7 @@ from .errors import ConfigError, did_you_mean, show
 from .messages import Key, describe, dotted, key_of
 from .schema import Config
 
+_NOTHING = object()
 _SOME_MODEL = {"name": "random:tiny"}  # stands for a model that is not set, so that the rest can be judged
 
 
@@ -25,17 +26,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
 
     An override is `section.key=value`; its value is YAML, so that `tasks.train=[a, b]` and `eval.every=null` work.
     Values are taken as they are written: `3` is no text and `true` no number; only whole numbers serve as numbers.
+    A file may say `base: OTHER.yaml`, and then holds only what differs from it; the other may have a base itself.
     `scoring`: the configuration serves to score tasks, and need not name any to train on.
 
     Raises ConfigError (a ValueError) with one line for every unknown key, wrong value, malformed override and broken
     rule between keys.
     """
     problems: list[str] = []
-    data: dict = {}
+    layers: list[tuple[str, dict]] = []
     try:
-        data = _with_sections(yaml_text.read_mapping(_existing_file(path)))
+        layers = _layers(path)
     except ConfigError as error:
         problems += error.problems
+    data: dict = {}
+    for _, layer in reversed(layers):
+        data = _merged(data, layer)
     readable = not problems
 
     overridden: list[Key] = []
@@ -50,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
     data.setdefault("model", {})
     data = _as_tuples(data)
     for key, line in _all_problems(data, readable, scoring):
-        place = "override" if any(key[: len(part)] == part for part in overridden) else str(path)
+        place = "override" if any(key[: len(part)] == part for part in overridden) else _file_of(key, layers, path)
         problems.append(f"{place}: {line}")
     if problems:
         raise ConfigError(problems)
@@ -103,6 +108,46 @@ def _existing_file(path: str | Path) -> Path:
         similar = difflib.get_close_matches(path.name, names, n=3) or names
         hint = f"in {path.parent} there is {', '.join(similar) or 'no YAML file'}; check the path"
     raise ConfigError([f"{path}: no such configuration file; {hint}"])
+
+
+def _layers(path: str | Path) -> list[tuple[str, dict]]:
+    """(file, what it says) of the file and of what it is based on, itself first."""
+    layers, seen = [], []
+    while path is not None:
+        try:
+            path = _existing_file(path)
+        except ConfigError as error:
+            where = f"{layers[-1][0]}: base: " if layers else ""
+            raise ConfigError(f"{where}{line}" for line in error.problems) from None
+        if path.resolve() in seen:
+            files = ", ".join(name for name, _ in layers)
+            raise ConfigError([f"{layers[-1][0]}: base: {path}: a circle ({files}); remove one of their bases"])
+        seen.append(path.resolve())
+        data = _with_sections(yaml_text.read_mapping(path))
+        base = data.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError([f"{path}: base: {show(base)}: must be text; name one YAML file"])
+        layers.append((str(path), data))
+        path = None if base is None else resolve_path(base, path)
+    return layers
+
+
+def _merged(below: dict, above: dict) -> dict:
+    """What is above, and of what is below the keys that it does not set. A list is one value."""
+    both = [key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)]
+    return {**below, **above, **{key: _merged(below[key], above[key]) for key in both}}
+
+
+def _file_of(key: Key, layers: list[tuple[str, dict]], path: str | Path) -> str:
+    """The file that set a key, or the nearest section around it."""
+    for length in range(len(key), 0, -1):
+        for name, data in layers:
+            inside = data
+            for part in key[:length]:
+                inside = inside.get(str(part), _NOTHING) if isinstance(inside, dict) else _NOTHING
+            if inside is not _NOTHING:
+                return name
+    return str(path)
 
 
 def _with_sections(data: dict) -> dict:
