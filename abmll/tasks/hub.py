@@ -72,7 +72,8 @@ def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] 
             task.path, task.name, revision=task.revision, data_files=_plain(task.data_files), split=split
         )
     except Exception as error:  # the library raises half a dozen types; all are the user's to act on
-        faults.add(key, f"{key}: {task.path}, split {split}: {error}{_remedy(error)}")
+        cause = f" ({error.__cause__})" if error.__cause__ else ""  # "an error occurred" says nothing of itself
+        faults.add(key, f"{key}: {task.path}, split {split}: {error}{cause}{_remedy(error)}")
         return None
     wrong = list(RowReader(task).wrong_columns(rows.column_names))
     for line in wrong:

@@ -28,12 +28,10 @@ class RowReader:
     def wrong_columns(self, columns: list[str]) -> Iterator[str]:
         """`key: what is wrong` for every template that is malformed or names a column that is not there."""
         task = self.task
+        own = isinstance(task.options, tuple)
         templates = [("input", task.input), ("holdout_by", task.holdout_by or "")]
-        fields = [("label", task.label), *(("required", field) for field in task.required)]
-        if isinstance(task.options, str):
-            fields.append(("options", task.options))
-        else:
-            templates += [("options", option) for option in task.options]
+        templates += [("options", option) for option in task.options if own]
+        fields = []
         for key, template in templates:
             try:
                 names = [name for _, name, _, _ in self._template.parse(template) if name is not None]
@@ -41,6 +39,8 @@ class RowReader:
                 yield f"{key}: {template!r}: {error}; write {{column}}, and {{{{ for a brace"
                 continue
             fields += [(key, name) for name in names if not (key == "input" and _column(name) == "options")]
+        fields += [("label", task.label), *(("required", field) for field in task.required)]
+        fields += [] if own else [("options", task.options)]
         for key, field in fields:
             if _column(field) not in columns:
                 hint = similar([_column(field)], columns)
