@@ -86,8 +86,8 @@ class HubTask(Section):
     """
 
     path: str
-    name: str | None = None
-    revision: str | None = None
+    name: str | None = Field(None, description="Configuration of the data set.")
+    revision: str | None = Field(None, description="refs/convert/parquet: the hub's copy of a loading script's data.")
     data_files: str | dict[str, str] | None = None
     train_split: str = "train"
     validation_split: str | None = None

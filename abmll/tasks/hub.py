@@ -10,6 +10,8 @@ from abmll.tasks.rows import Row, RowReader
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example, Task
 
+PARQUET_COPY = "refs/convert/parquet"  # a revision that the hub makes of every data set
+
 
 def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collection[str] | None = None) -> Found:
     """Loads the named tasks; those without an entry in `hub` are returned in `missing`.
@@ -67,10 +69,11 @@ def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] 
     """The rows of a split; None, and why is added to `faults`, where they cannot be had or lack a column."""
     from datasets import load_dataset  # slow to import, and needed by this source only
 
+    # The hub's Parquet copy knows no configurations: each is a folder there, and its name would be refused
+    name, folder = (None, task.name) if task.revision == PARQUET_COPY else (task.name, None)
+    files = _plain(task.data_files)
     try:
-        rows = load_dataset(
-            task.path, task.name, revision=task.revision, data_files=_plain(task.data_files), split=split
-        )
+        rows = load_dataset(task.path, name, revision=task.revision, data_dir=folder, data_files=files, split=split)
     except Exception as error:  # the library raises half a dozen types; all are the user's to act on
         cause = f" ({error.__cause__})" if error.__cause__ else ""  # "an error occurred" says nothing of itself
         faults.add(key, f"{key}: {task.path}, split {split}: {error}{cause}{_remedy(error)}")
@@ -124,7 +127,7 @@ def _plain(data_files: str | dict[str, str] | None) -> str | dict[str, str] | No
 def _remedy(error: Exception) -> str:
     text = str(error).lower()
     if "script" in text or "trust_remote_code" in text:
-        return " (the data set comes as a loading script; set revision: refs/convert/parquet to read its Parquet copy)"
+        return f" (the data set comes as a loading script; set revision: {PARQUET_COPY} to read its Parquet copy)"
     if isinstance(error, ConnectionError) or "reach" in text or "offline" in text:
         return " (no way to the hub: run it where there is a network, with HF_HUB_OFFLINE unset, and copy the folder)"
     return ""

@@ -37,7 +37,8 @@ def hub(tmp_path, monkeypatch):
         for split, rows in splits.items():
             datasets.Dataset.from_list(rows).to_parquet(place(path, name) / f"{split}.parquet")
 
-    def load_dataset(path, name=None, *, revision=None, data_files=None, split=None):
+    def load_dataset(path, name=None, *, revision=None, data_dir=None, data_files=None, split=None):
+        name = data_dir if revision == "refs/convert/parquet" else name  # its folders are the configurations
         asked.append((path, name, split))
         if not place(path, name).is_dir():
             raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
