@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "config", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",

@@ -20,7 +20,7 @@ QWEN = sorted((ROOT / "configs" / "qwen2-7b").glob("*.yaml"))
 
 
 def test_the_runs_of_the_paper_and_the_quickstart_are_there():
-    assert {path.stem for path in RUNS} == SETS | {"quickstart"}
+    assert {path.stem for path in RUNS} == SETS | {"quickstart", "tiny"}
     assert {path.stem for path in QWEN} == SETS
     assert {path.stem for path in LISTS} == SETS
 
@@ -48,7 +48,7 @@ def test_header_gives_the_commands_of_this_file(path):
     commands = [line for line in header.splitlines() if "launch/" in line and "prepare.py" not in line]
     assert len(commands) >= 4
     assert all(name in command for command in commands)
-    for flag in ("--validate", "--num_gpus 8", "--resume auto"):
+    for flag in ("--validate", "--num_accelerators 2" if path.stem == "tiny" else "--num_gpus 8", "--resume auto"):
         assert any(flag in command for command in commands), flag
     if path.stem in SETS:
         assert f"python launch/prepare.py --tasks {path.stem} --out {load_config(path).tasks.folder}\n" in header
