@@ -48,11 +48,13 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
     rule(
         config.method.outer_batch == "query"
         and config.method.meta_gradient == "kl"
+        and config.method.kl_estimate == "closed_form"
         and config.adapters.posterior == "weight",
         "method.outer_batch",
         "theta's gradient reads no batch in the weight posterior; set method.outer_batch=reuse, or "
         "method.meta_gradient=first_order",
         "method.meta_gradient",
+        "method.kl_estimate",
         "adapters.posterior",
     )
 

@@ -63,6 +63,9 @@ class MethodConfig(Section):
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
     inner_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Of phi, in training and on unseen tasks.")
     beta: float = Field(1e-8, ge=0, description="Weight of the KL and of the prior.")
+    kl_estimate: Literal["closed_form", "sample"] = Field(
+        "closed_form", description="sample: log q(z) - log p(z) of the drawn z, as the authors' code has it."
+    )
     test_kl: bool = Field(True, description="Whether the objective on an unseen task has the KL too.")
     prior_shape: float = Field(1.0, gt=0, description="a0 of the Gamma prior on the precision.")
     prior_rate: float = Field(0.01, gt=0, description="b0 of the Gamma prior on the precision.")
