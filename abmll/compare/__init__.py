@@ -1,0 +1,1 @@
+"""Comparisons between methods: a grid of runs, and what their scores say."""
