@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "config", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",
@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=["abmll", "abmll.kernels", "abmll.kernels.fused", *(f"abmll.{name}" for name in SUBPACKAGES)],
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
+    package_data={"abmll.compare": ["paper.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -39,13 +40,16 @@ setup(
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
+        # tables and plots of comparisons; pandas and pyarrow come with datasets
+        "compare": ["scipy>=1.15", "matplotlib>=3.8", "pandas>=2.2"],
         "test": [
             "pytest>=8.0",
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "scipy>=1.11",
+            "scipy>=1.15",
             "matplotlib>=3.8",
+            "pandas>=2.2",
             "tensorboard>=2.17",
             "ruff>=0.8",
             "bitsandbytes>=0.46.1",

@@ -89,7 +89,13 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
             if rivals.empty:
                 continue
             family = [
-                {**place, "condition": condition, "label": label, "metric": metric.name, **_difference(mine, rivals, metric)}
+                {
+                    **place,
+                    "condition": condition,
+                    "label": label,
+                    "metric": metric.name,
+                    **_difference(mine, rivals, metric),
+                }
                 for label, mine in own.groupby("label", sort=False)
                 for metric in MAIN
             ]
@@ -133,7 +139,9 @@ def sweeps(comparison: Comparison) -> dict[str, pd.DataFrame]:
         rows = [row for place, part in groups(scores) for row in _setting_sweep(place, part, key, comparison.settings)]
         found[key] = pd.DataFrame(rows)
     for family in dict.fromkeys(scores.loc[scores["value"].notna(), "family"]):
-        found[family] = pd.DataFrame([row for place, part in groups(scores) for row in _score_sweep(place, part, family)])
+        found[family] = pd.DataFrame(
+            [row for place, part in groups(scores) for row in _score_sweep(place, part, family)]
+        )
     return {name: frame for name, frame in found.items() if len(frame)}
 
 
@@ -173,7 +181,9 @@ def task_values(own: pd.DataFrame, metric: Metric) -> pd.Series:
     return means.dropna() if metric.partial else means
 
 
-def estimates(own: pd.DataFrame, metrics: tuple[Metric, ...], prefix: str = "", with_seeds: bool = False) -> dict[str, float]:
+def estimates(
+    own: pd.DataFrame, metrics: tuple[Metric, ...], prefix: str = "", with_seeds: bool = False
+) -> dict[str, float]:
     """Of one label: for each metric its mean, its interval, and where asked for its standard deviation over seeds."""
     found: dict[str, float] = {}
     for metric in metrics:
@@ -188,7 +198,9 @@ def estimates(own: pd.DataFrame, metrics: tuple[Metric, ...], prefix: str = "", 
 
 def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
     """The label of the best mean and its rows; one that diverged is the best only if all did."""
-    means = {label: metric.better * task_values(own, metric).mean(skipna=False) for label, own in rivals.groupby("label")}
+    means = {
+        label: metric.better * task_values(own, metric).mean(skipna=False) for label, own in rivals.groupby("label")
+    }
     best = max(means, key=lambda label: -math.inf if math.isnan(means[label]) else means[label])
     return best, rivals[rivals["label"] == best]
 
@@ -207,7 +219,9 @@ def _difference(mine: pd.DataFrame, rivals: pd.DataFrame, metric: Metric) -> dic
     }
 
 
-def _setting_sweep(place: dict[str, Any], part: pd.DataFrame, key: str, settings: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _setting_sweep(
+    place: dict[str, Any], part: pd.DataFrame, key: str, settings: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     part = part[part["condition"] == STANDARD]
     for method, own in part.groupby("method", sort=False):
         differ = varied(own, settings)

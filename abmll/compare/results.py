@@ -55,7 +55,9 @@ def load_comparison(folder: Path) -> Comparison:
     try:
         listed = json.loads((folder / COMPARISON).read_text())
     except OSError as error:
-        raise ValueError(f"comparison {folder}: no {COMPARISON} ({error}); name a folder that compare.py wrote") from error
+        raise ValueError(
+            f"comparison {folder}: no {COMPARISON} ({error}); name a folder that compare.py wrote"
+        ) from error
     runs, predictions, costs, curves, skipped = {}, [], [], [], []
     for number, run in enumerate(listed["runs"]):
         place = folder / run["folder"]
@@ -74,7 +76,9 @@ def load_comparison(folder: Path) -> Comparison:
         costs.append({"run": number, **_costs(lines, config, place)})
         curves += [{"run": number, **point} for point in _curve(lines)]
     if not predictions:
-        raise ValueError(f"comparison {folder}: none of its {len(listed['runs'])} runs is finished; run compare.py again")
+        raise ValueError(
+            f"comparison {folder}: none of its {len(listed['runs'])} runs is finished; run compare.py again"
+        )
     keys = tuple(dict.fromkeys(key for run in runs.values() for key in run["setting"]))
     frame, examples = _runs(runs, keys), pd.concat(predictions, ignore_index=True)
     return Comparison(
@@ -114,6 +118,9 @@ def confidence_and_correct(examples: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
 
 
 def value_text(value: Any) -> str:
+    """A setting's value; `default` where it is not set."""
+    if pd.isna(value):
+        return "default"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

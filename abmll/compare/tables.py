@@ -206,8 +206,8 @@ def _p(p: float) -> str:
 
 
 _BY_TASK = (
-    "Accuracy % after adaptation, mean over seeds. + and -: better and worse than the baseline of the best mean; c: the "
-    "predictions are constant in every seed."
+    "Accuracy % after adaptation, mean over seeds. + and -: better and worse than the baseline of the best mean; c: "
+    "the predictions are constant in every seed."
 )
 
 
@@ -248,7 +248,7 @@ def _sweep(name: str) -> Callable[[pd.DataFrame], list[dict[str, str]]]:
         return [
             {
                 "method": row["line"],
-                name: "default" if pd.isna(row["value"]) else value_text(row["value"]),
+                name: value_text(row["value"]),
                 **{metric.heading: interval(row, metric) for metric in MAIN},
                 "seeds": str(row["seeds"]),
             }
@@ -259,8 +259,8 @@ def _sweep(name: str) -> Callable[[pd.DataFrame], list[dict[str, str]]]:
 
 
 _PAPER = (
-    "The paper's: Zhang, Snell and Griffiths (2025), version 2, Llama3-8B-Chat, ± standard error over three seeds. Both "
-    "by its metrics: accuracy over the whole vocabulary, and an ECE that is near 1 - accuracy and not the pooled one. "
+    "The paper's: Zhang, Snell and Griffiths (2025), version 2, Llama3-8B-Chat, ± standard error over three seeds. "
+    "Both by its metrics: accuracy over the whole vocabulary, and an ECE that is near 1 - accuracy and not the pooled one. "
     "Models, budgets and test examples differ: what can be compared is the order of the methods. " + INTERVALS
 )
 
@@ -273,7 +273,9 @@ def _beside_paper(part: pd.DataFrame) -> list[dict[str, str]]:
         cells = {"method": f"{row['paper_method']}{pruned}{beta}"}
         for metric, name in zip(PAPERS, ("accuracy", "ece"), strict=True):
             spread = number(row[f"paper_{name}_se"], metric)
-            cells[f"the paper's {metric.heading}"] = number(row[f"paper_{name}"], metric) + (f" ± {spread}" if spread else "")
+            cells[f"the paper's {metric.heading}"] = number(row[f"paper_{name}"], metric) + (
+                f" ± {spread}" if spread else ""
+            )
         ours = isinstance(row.get("label"), str)
         cells |= {"ours": row["label"], "steps": f"{row['steps']:.0f}"} if ours else {"ours": "", "steps": ""}
         rows.append({**cells, **{f"our {metric.heading}": interval(row, metric) if ours else "" for metric in PAPERS}})

@@ -18,7 +18,9 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(1)
     sets, tasks, seeds, gain = 400, 40, 3, 0.02
     difficulty = random.normal(0.6, 0.2, size=(sets, tasks, 1))
-    one = difficulty + gain + random.normal(0, 0.03, size=(sets, tasks, 1)) + random.normal(0, 0.03, (sets, tasks, seeds))
+    one = (
+        difficulty + gain + random.normal(0, 0.03, size=(sets, tasks, 1)) + random.normal(0, 0.03, (sets, tasks, seeds))
+    )
     other = difficulty + random.normal(0, 0.03, size=(sets, tasks, seeds))
     found = [estimate(differences) for differences in (one - other).mean(axis=2)]
     hits = sum(interval.low <= gain <= interval.high for interval in found)
