@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ class RunTasks:
 @dataclass(frozen=True)
 class Parts:
     model: PreTrainedModel
+    tokenizer: Any
     learner: Learner
     method: Method
     tasks: RunTasks
@@ -99,9 +101,20 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
             f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
             "padding depends on what is beside it; set it to 1, or model.attention=auto"
         )
-    tasks = prompt_tasks(loaded, Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long), config)
+    tasks = prompt_tasks(loaded, _prompter(config, tokenizer), config)
     method = build_method(config.method, config.adapters.posterior)
-    adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
+    adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
     check_adapted(adapters.layers)
     learner = Learner(model, adapters, config.method, None if scoring else len(tasks.train), config.tasks.batch_size)
-    return Parts(model, learner, method, tasks)
+    return Parts(model, tokenizer, learner, method, tasks)
+
+
+def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -> Parts:
+    """The same model and adapters with other tasks, prompts and settings of the method. ValueError as `build`."""
+    tasks = prompt_tasks(read_tasks(config, config_path, scoring=True), _prompter(config, parts.tokenizer), config)
+    learner = Learner(parts.model, parts.learner.adapters, config.method, None, config.tasks.batch_size)
+    return Parts(parts.model, parts.tokenizer, learner, build_method(config.method, config.adapters.posterior), tasks)
+
+
+def _prompter(config: Config, tokenizer: Any) -> Prompter:
+    return Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long)

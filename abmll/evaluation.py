@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
 from abmll.resident import release_freed
 from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import scoring_batches, support_batches
+from abmll.tasks.episodes import by_length, scoring_batches, support_batches
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import Batch, PromptedExample
 
@@ -30,13 +30,15 @@ Split = Literal["validation", "test"]
 class Evaluation:
     """Scores of one method on several tasks; `steps` counts adaptation steps.
 
-    tasks[steps][task] holds the task's scores, overall[steps] the means over tasks and the pooled scores.
+    tasks[steps][task] holds the task's scores, overall[steps] the means over tasks and the pooled scores;
+    predictions[steps][task] what they are made of, which is no part of the JSON.
     """
 
     method: str
     split: Split
     tasks: dict[int, dict[str, dict[str, float]]]
     overall: dict[int, dict[str, float]]
+    predictions: dict[int, dict[str, Predictions]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def steps(self) -> list[int]:
@@ -91,6 +93,7 @@ class Evaluator:
             split,
             {k: {task.name: asdict(score(by_task[task.name][k])) for task in tasks} for k in steps},
             {k: pool([by_task[task.name][k] for task in tasks]) for k in steps},
+            {k: {task.name: by_task[task.name][k] for task in tasks} for k in steps},
         )
 
     def _evaluate_tasks(
@@ -121,22 +124,23 @@ class Evaluator:
         self.learner.model.eval()
         accumulator = ScoreAccumulator()
         keys = self._prediction_keys(method, task, adapted)
-        for batch in scoring_batches(examples, self.letter_ids, self.batch_size):
+        order = by_length(examples)
+        for batch in scoring_batches([examples[place] for place in order], self.letter_ids, self.batch_size):
             batch = batch.to(self.ranks.device)
             accumulator.update(self.probabilities(batch, keys, slot), batch)
-        return accumulator.predictions()
+        return accumulator.predictions().take(order.argsort())
 
     def _prediction_keys(self, method: Method, task: str, adapted: int) -> Iterator[NoiseKey] | None:
         """An endless row of noise names, or None for the posterior mean (all that a point estimate has)."""
-        if not (method.gaussian and self.config.samples):
+        if not (method.sampled and self.config.samples):
             return None
         seed = fold_seed(self.seed, "prediction", task, adapted)
         return (NoiseKey(seed, step) for step in range(2**32))
 
     def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None, slot: int = 0) -> Tensor:
-        """Predictive probabilities over the vocabulary [B, V] by the phi in `slot`: of the mean, or the average over S
-        posterior samples.
+        """Probabilities over the vocabulary by the phi in `slot`: of the mean [1, B, V], or of S posterior samples
+        [S, B, V], whose average predicts.
         """
         if keys is None:
-            return self.learner.mean_probabilities(batch, slot)
+            return self.learner.mean_probabilities(batch, slot)[None]
         return self.learner.sampled_probabilities(batch, next(keys), self.config.samples, slot)

@@ -15,10 +15,10 @@ from pathlib import Path
 TEMPORARY, MANIFEST = ".partial-", "manifest.json"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file's contents at once."""
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Replace a file's contents at once."""
     partial = path.with_name(f"{TEMPORARY}{path.name}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     _sync(partial)
     partial.replace(path)
 

@@ -45,26 +45,28 @@ class Learner:
         for parameter in adapters.theta.values():
             parameter.requires_grad_(False)  # the engine alone turns it on, for the moment of its backward
 
-    def optimizer(self, lr: float, parameters: Iterable[nn.Parameter] | None = None) -> torch.optim.AdamW:
-        """A fresh AdamW over phi (or some of it), with the configuration's betas and epsilon; fused: one launch."""
-        method = self.method
+    def optimizer(self, lr: float, parameters: Iterable[nn.Parameter] | None = None) -> torch.optim.Optimizer:
+        """A fresh optimizer over phi (or some of it): AdamW with the configuration's betas and epsilon, or SGD."""
+        method, phi = self.method, list(self.adapters.phi.values() if parameters is None else parameters)
+        if method.inner_optimizer == "sgd":
+            return torch.optim.SGD(phi, lr=lr, weight_decay=method.weight_decay, fused=True)
         return torch.optim.AdamW(
-            list(self.adapters.phi.values() if parameters is None else parameters),
+            phi,
             lr=lr,
             betas=method.adam_betas,
             eps=method.adam_eps,
             weight_decay=method.weight_decay,
-            fused=True,
+            fused=True,  # one launch
         )
 
     @torch.no_grad()
     def sampled_probabilities(self, batch: Batch, key: NoiseKey | Tensor, samples: int, slot: int = 0) -> Tensor:
-        """[S, V], the average of several samples' probabilities, all samples side by side in one forward pass."""
+        """Every sample's probabilities [samples, S, V], all samples side by side in one forward pass."""
         rows = Rows.of(self.model, side_by_side([batch] * samples))
         names = key.rows(samples, batch.input_ids.device) if isinstance(key, NoiseKey) else key
         with self.adapters.context.forward_pass(names, rows.token_mask, groups=rows.groups, slot=slot):
             logits = answer_logits(self.model, rows)
-        return logits.softmax(dim=-1).unflatten(0, (samples, -1)).mean(dim=0)
+        return logits.softmax(dim=-1).unflatten(0, (samples, -1))
 
     @torch.no_grad()
     def mean_probabilities(self, batch: Batch, slot: int = 0) -> Tensor:
@@ -95,34 +97,42 @@ class Learner:
         return answer_nll(logits, batch.target, self.method.nll_reduction, batch.group_prompts)
 
     @phase("inner step")
-    def phi_step(self, batch: Batch, key: NoiseKey | Tensor | None, optimizer: torch.optim.Optimizer) -> StepTerms:
+    def phi_step(
+        self, batch: Batch, key: NoiseKey | Tensor | None, optimizer: torch.optim.Optimizer, beta: float | None = None
+    ) -> StepTerms:
         """One step of every episode's phi on its NLL + beta * KL (without a key: on the NLL of the mean).
+
+        beta: None takes the configuration's.
 
         Nothing in it waits for the device. It can be captured in a CUDA graph, which replays with the noise of the rows
         that are given as `key`, if the optimizer has `capturable=True`.
         """
-        terms, parameters = self._phi_gradient(batch, key), [p for g in optimizer.param_groups for p in g["params"]]
+        terms = self._phi_gradient(batch, key, self.method.beta if beta is None else beta)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = gradient_norm([p.grad for p in parameters])
         with phase("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return terms._replace(gradient_norm=norm)
 
-    def _phi_gradient(self, batch: Batch, key: NoiseKey | Tensor | None) -> StepTerms:
+    def _phi_gradient(self, batch: Batch, key: NoiseKey | Tensor | None, beta: float) -> StepTerms:
         logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
         none = torch.zeros_like(nll)
         kl = recorded.total_kl() if recorded.kl else none
         with phase("backward"):
-            inner_objective(nll, kl, self.method.beta).backward()
+            inner_objective(nll, kl, beta).backward()
         return StepTerms(nll.detach(), kl.detach(), none, none)
 
     @phase("theta gradient")
-    def theta_gradient_at_mean(self, batch: Batch) -> tuple[dict[str, Tensor], StepTerms]:
-        """The NLL's gradient by each episode's phi at the posterior mean, named as theta, [G, ...]: for methods without
-        a task level.
+    def theta_gradient_at_phi(
+        self, batch: Batch, key: NoiseKey | Tensor | None = None
+    ) -> tuple[dict[str, Tensor], StepTerms]:
+        """The gradient of NLL + beta * KL by each episode's phi, where it stands, named as theta, [G, ...].
+
+        Without a key of the mean's NLL. For methods without a task level, whose phi is theta, and for first-order MAML.
         """
-        terms = self._phi_gradient(batch, key=None)
+        terms = self._phi_gradient(batch, key, self.method.beta)
         gradient = self._take_phi_gradient()
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
 

@@ -27,12 +27,24 @@ class Predictions:
     options [n, C] float64, probabilities that sum to 1 over the example's options, 0 beyond them;
     correct_vocabulary [n] bool, whether the likeliest token of the whole vocabulary is the right letter;
     nll [n] float64, -log probability of the right letter in the whole vocabulary, in nats; label [n] int64.
+    Over posterior samples, and NaN where none were drawn: variance [n] float64, of an option's probability, the mean
+    over the options; mutual_information [n] float64, entropy of the average less the average entropy, in nats.
     """
 
     options: torch.Tensor
     correct_vocabulary: torch.Tensor
     nll: torch.Tensor
     label: torch.Tensor
+    variance: torch.Tensor
+    mutual_information: torch.Tensor
+
+    def take(self, places: torch.Tensor) -> Predictions:
+        """The examples at these places (int64 [m]), in their order."""
+        return Predictions(**{name: value[places] for name, value in vars(self).items()})
+
+    def entropy(self) -> torch.Tensor:
+        """Of each example's options, in nats: [n]."""
+        return torch.special.entr(self.options).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -98,12 +110,9 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
     if not parts:
         raise ValueError("score: 0 sets of predictions: nothing was scored; check that the tasks have test examples")
     num_letters = max(part.options.shape[1] for part in parts)
-    return Predictions(
-        options=torch.cat([pad(part.options, (0, num_letters - part.options.shape[1])) for part in parts]),
-        correct_vocabulary=torch.cat([part.correct_vocabulary for part in parts]),
-        nll=torch.cat([part.nll for part in parts]),
-        label=torch.cat([part.label for part in parts]),
-    )
+    joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Predictions)[1:]}
+    options = [pad(part.options, (0, num_letters - part.options.shape[1])) for part in parts]
+    return Predictions(options=torch.cat(options), **joined)
 
 
 class ScoreAccumulator:
@@ -113,16 +122,17 @@ class ScoreAccumulator:
         self._parts: list[Predictions] = []
 
     def update(self, probabilities: torch.Tensor, batch: Batch) -> None:
-        """Adds a batch. `probabilities` [B, V], over the whole vocabulary, on the batch's device."""
-        letters = probabilities.gather(1, batch.letter_ids).double()
-        # above 0, so that where all letters underflowed the options come out equally likely and not as 0 / 0
-        letters = letters.clamp(min=SMALLEST).where(batch.option_mask, 0.0)
-        target = probabilities.gather(1, batch.target[:, None])[:, 0].double()
+        """Adds a batch. `probabilities` [S, B, V] of S posterior samples (or one mean), whose average predicts, over
+        the whole vocabulary, on the batch's device.
+        """
+        average = probabilities.mean(dim=0)
+        target = average.gather(1, batch.target[:, None])[:, 0].double()
         part = Predictions(
-            options=(letters / letters.sum(dim=1, keepdim=True)).cpu(),
-            correct_vocabulary=(probabilities.argmax(dim=1) == batch.target).cpu(),
+            options=_options(average, batch).cpu(),
+            correct_vocabulary=(average.argmax(dim=1) == batch.target).cpu(),
             nll=-target.clamp(min=SMALLEST).log().cpu(),
             label=batch.label.cpu(),
+            **{name: value.cpu() for name, value in _spread(probabilities, batch).items()},
         )
         self._parts.append(part)
 
@@ -132,3 +142,23 @@ class ScoreAccumulator:
 
     def score(self) -> Scores:
         return score(self.predictions())
+
+
+def _options(probabilities: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[B, V] -> [B, C], renormalised over each example's options."""
+    letters = probabilities.gather(1, batch.letter_ids).double()
+    # above 0, so that where all letters underflowed the options come out equally likely and not as 0 / 0
+    letters = letters.clamp(min=SMALLEST).where(batch.option_mask, 0.0)
+    return letters / letters.sum(dim=1, keepdim=True)
+
+
+def _spread(probabilities: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+    """How far the samples' predictions over the options differ: see `Predictions`."""
+    if len(probabilities) == 1:
+        unknown = torch.full((probabilities.shape[1],), math.nan, dtype=torch.float64)
+        return {"variance": unknown, "mutual_information": unknown}
+    options = torch.stack([_options(sample, batch) for sample in probabilities])
+    entropies = torch.special.entr(options).sum(dim=2)
+    of_average = torch.special.entr(options.mean(dim=0)).sum(dim=1)
+    variance = options.var(dim=0).sum(dim=1) / batch.option_mask.sum(dim=1)
+    return {"variance": variance, "mutual_information": of_average - entropies.mean(dim=0)}

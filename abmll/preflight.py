@@ -114,7 +114,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
     check("ranks", ranks)
     check("deepspeed", deepspeed)
     check("monitors", monitors)
-    if METHODS[config.method.name].gaussian:
+    if METHODS[config.method.name].layers == "gaussian":
         check("projections", projections)
     if config.model.quantization != "none":
         check("quantization", quantization)

@@ -30,6 +30,7 @@ _TOO_LONG = {"drop": "dropped", "truncate": "truncated"}
 def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks, plan: Plan) -> str:
     """Tasks, parameters, steps, tokens and memory, as the configuration works out on this machine."""
     tasks, method, adapters = parts.tasks, config.method, parts.learner.adapters
+    gaussian = parts.method.layers == "gaussian"
     beside, each = config.trainer.parallel_episodes, -(-trainer.tasks_per_step // ranks.world_size)
     prompts = trainer.tasks_per_step * parts.method.passes_per_episode * config.tasks.batch_size
     passes = -(-each // beside) * parts.method.passes_per_episode
@@ -41,8 +42,9 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         "adapters": f"{len(adapters.layers)} layers, rank {config.adapters.rank}, {adapters.num_parameters():,} "
         f"trained parameters (theta {sum(p.numel() for p in adapters.theta.values()):,}, phi the same)",
         "method": f"{method.name}, {method.inner_steps} inner steps of {config.tasks.batch_size} examples"
-        + (f", {config.adapters.posterior} posterior, beta {method.beta:g}" if parts.method.gaussian else ""),
-        **({"projections": "{}: {}".format(*_backend(parts, config))} if parts.method.gaussian else {}),
+        + (f", {config.adapters.posterior} posterior" if gaussian else "")
+        + (f", beta {method.beta:g}" if parts.method.sampled else ""),
+        **({"projections": "{}: {}".format(*_backend(parts, config))} if gaussian else {}),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
         f"{sum(len(task.train) for task in tasks.train):,} training and "
         f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "

@@ -3,52 +3,103 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from abmll.build import build
-from abmll.config import Refused, load_config
-from abmll.distributed import joined_ranks
-from abmll.evaluation import Evaluator
+from abmll.build import build, rebuild_for_scoring
+from abmll.config import ConfigError, Refused, load_config, override_texts, read_settings
+from abmll.distributed import Ranks, joined_ranks
+from abmll.evaluation import Evaluation, Evaluator
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.report import score_table
 from abmll.run import plan_on
+from abmll.score_files import SCORES, save_scores
 from abmll.summary import load_summary
 
 
-def evaluate(run: str, overrides: list[str], output: str | None) -> None:
-    """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
+class FinishedRun:
+    """A run's model and adapters, loaded once, to be scored in as many ways as wanted.
 
-    The configuration is the run's own, with `overrides` (of tasks and eval; the adapters must fit the model's). Only
-    the test tasks are read: the run's training and validation tasks may be gone.
-    ConfigError or Refused where the folder holds no finished run, or its configuration cannot be had.
+    The configuration is the run's own, with `overrides` (of tasks, method and eval; the adapters must fit the model's).
+    Only the test tasks are read: the run's training and validation tasks may be gone. ConfigError or Refused where the
+    folder holds no finished run, or its configuration cannot be had.
     """
-    folder = Path(run)
-    config_path = folder / "config.yaml"
-    if not config_path.is_file():
-        raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
-    config = load_config(config_path, overrides, scoring=True)
-    with joined_ranks() as ranks:
+
+    def __init__(self, run: str | Path, ranks: Ranks, overrides: Sequence[str] = ()):
+        self.folder, self.overrides, self.ranks = Path(run), list(overrides), ranks
+        self.config_path = self.folder / "config.yaml"
+        if not self.config_path.is_file():
+            raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
+        self.config = load_config(self.config_path, overrides, scoring=True)
         try:
-            theta, facts = load_summary(folder / "final")
-            parts = build(config, config_path, ranks.device, scoring=True)
-            ranks = in_step(ranks, config.model, parts.learner)
-            parts.learner.adapters.load_theta(theta)
-            plan = plan_on(ranks, config, {})  # no engine runs here
+            self.theta, self.facts = load_summary(self.folder / "final")
+            self.parts = build(self.config, self.config_path, ranks.device, scoring=True)
+            self.ranks = in_step(ranks, self.config.model, self.parts.learner)
+            self.parts.learner.adapters.load_theta(self.theta)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+    def score(self, overrides: Sequence[str] = ()) -> tuple[list[Evaluation], list[str]]:
+        """The run's scores, behind the pretrained model's where the configuration asks for them, and notes.
+
+        All ranks call this. ConfigError for overrides of the model or the adapters, which are loaded.
+        """
+        config = load_config(self.config_path, [*self.overrides, *overrides], scoring=True)
+        for section in ("model", "adapters"):
+            if getattr(config, section) != getattr(self.config, section):
+                raise ConfigError(
+                    [f"override: {section}: is loaded already; name it behind --run, or score another run"]
+                )
+        try:
+            parts = self.parts if config == self.config else rebuild_for_scoring(self.parts, config, self.config_path)
+            plan = plan_on(self.ranks, config, {})  # no engine runs here
         except ValueError as error:
             raise Refused(str(error)) from error
         checkpoint_layers(parts.model, plan.checkpointing)
-        letters = parts.tasks.letter_ids
-        beside = config.trainer.parallel_episodes
-        evaluator = Evaluator(parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, ranks, beside)
+        letters, beside = parts.tasks.letter_ids, config.trainer.parallel_episodes
+        evaluator = Evaluator(
+            parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, self.ranks, beside
+        )
+        adapters = parts.learner.adapters
+        adapters.load_theta(self.theta)
         evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
-            parts.learner.adapters.initialise(config.seed)  # back to the start, where the adapters are zero
+            adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
+        return evaluations, parts.tasks.notes
+
+
+def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:
+    """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
+
+    `settings`: a YAML file of named overrides; each one's scores go to RUN/scores/NAME, and those that are there are
+    not made again. ConfigError or Refused as `FinishedRun`.
+    """
+    named = read_settings(settings) if settings else {}
+    with joined_ranks() as ranks:
+        finished = FinishedRun(run, ranks, overrides)
+        if settings:
+            score_settings(finished, named)
+            return
+        evaluations, notes = finished.score()
         if ranks.is_main:
-            for note in parts.tasks.notes:
+            for note in notes:
                 print(f"note: {note}")
-            print(f"{folder / 'final'}, after step {facts['step']}\n\n{score_table(evaluations)}")
+            print(f"{finished.folder / 'final'}, after step {finished.facts['step']}\n\n{score_table(evaluations)}")
             if output:
                 Path(output).write_text(json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
+
+
+def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]) -> None:
+    """The run's scores under each of the named overrides, into its folder scores/NAME. All ranks call this."""
+    for name, values in named.items():
+        folder = finished.folder / "scores" / name
+        if finished.ranks.from_main((folder / SCORES).is_file()):
+            continue
+        evaluations, _ = finished.score(override_texts(values))
+        if finished.ranks.is_main:
+            save_scores(folder, evaluations)
+            print(f"{name}\n{score_table(evaluations)}")

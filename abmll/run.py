@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import warnings
@@ -28,6 +27,7 @@ from abmll.models.load import model_config
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.report import derived_numbers, score_table
+from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trainer import Position, Trainer, tasks_per_step
 
@@ -47,7 +47,9 @@ WRITTEN = (
     "metrics.jsonl",
     "episodes.jsonl",
     "scores.json",
+    "predictions.parquet",
     "scores.md",
+    "scores",
     "config.yaml",
 )
 
@@ -79,13 +81,12 @@ class Session:
         """The pretrained model's scores as the interrupted run wrote them; the main rank alone needs them."""
         if not self.config.eval.pretrained or self.config.method.name == "pretrained" or not self.ranks.is_main:
             return None
-        path = self.folder / "scores.json"
         try:
-            saved = json.loads(path.read_text())
+            saved = load_scores(self.folder)
         except (OSError, ValueError) as error:
-            warnings.warn(f"{path}: {error}; the pretrained model's scores are left out", stacklevel=2)
+            warnings.warn(f"{self.folder}: {error}; the pretrained model's scores are left out", stacklevel=2)
             return None
-        return next((Evaluation.from_json(item) for item in saved if item["method"] == "pretrained"), None)
+        return next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
 
     def validate(self, position: Position) -> None:
         """Score the validation split; keep theta if it is the best so far."""
@@ -178,8 +179,7 @@ class Session:
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
-            text = json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1)
-            write_whole(self.folder / "scores.json", text)
+            save_scores(self.folder, evaluations)
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:

@@ -15,7 +15,7 @@ from abmll.methods import Pretrained
 from abmll.models.answers import Rows, answer_logits
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import scoring_batches, support_batches
+from abmll.tasks.episodes import by_length, scoring_batches, support_batches
 
 # Batches of another shape are summed in other orders: fp32's roundings, all to one side, in a row of sums over 320 keys
 # and 128 columns in each of two layers.
@@ -85,7 +85,7 @@ def test_evaluation_leaves_no_trace(name, samples, build_tiny):
     tiny = scattered(build_tiny(method={"name": name}))
     learner, adapters = tiny.learner, tiny.adapters
     optimizer = learner.optimizer(1e-3)
-    learner.phi_step(tiny.batch, NoiseKey(0, 0) if tiny.method.gaussian else None, optimizer)
+    learner.phi_step(tiny.batch, NoiseKey(0, 0) if tiny.method.sampled else None, optimizer)
     adapters.reset_phi()
     everything = {key: value.clone() for key, value in tiny.model.state_dict().items()}
     flags = {key: value.requires_grad for key, value in tiny.model.named_parameters()}
@@ -187,7 +187,8 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     mean = predictions(tiny)
     task, letters = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids
     seed, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), [], []
-    for step, batch in enumerate(scoring_batches(task.test, letters, 3)):
+    order = by_length(task.test)
+    for step, batch in enumerate(scoring_batches([task.test[place] for place in order], letters, 3)):
         key, repeated = NoiseKey(seed, step), Rows.of(tiny.model, side_by_side([batch] * samples))
         names = key.rows(samples, "cpu")
         context = tiny.adapters.context.forward_pass(names, groups=repeated.groups, slot=0)
@@ -202,9 +203,9 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
         rows.append(-at_target.mean(dim=0).log())
         geometric.append(-at_target.log().mean(dim=0))
     assert len(task.test) > 3 and len(rows) > 1
-    torch.testing.assert_close(found[0].nll, torch.cat(rows), **CLOSE)
+    torch.testing.assert_close(found[0].nll[order], torch.cat(rows), **CLOSE)
     if samples > 1:
-        assert (found[0].nll - torch.cat(geometric)).abs().max() > 1e-3
+        assert (found[0].nll[order] - torch.cat(geometric)).abs().max() > 1e-3
     for steps in (0, 3):
         assert torch.equal(found[steps].options, again[steps].options)
         assert (found[steps].nll - mean[steps].nll).abs().max() > 1e-3  # not the mean's

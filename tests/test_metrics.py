@@ -23,7 +23,8 @@ def of_options(rows: list[list[float]], labels: list[int]) -> Predictions:
     """Predictions whose vocabulary is the options."""
     options, label = torch.tensor(rows, dtype=torch.float64), torch.tensor(labels)
     target = options.gather(1, label[:, None])[:, 0]
-    return Predictions(options, options.argmax(dim=1) == label, -target.log(), label)
+    unknown = torch.full_like(target, math.nan)
+    return Predictions(options, options.argmax(dim=1) == label, -target.log(), label, unknown, unknown)
 
 
 def reference(probabilities: np.ndarray, labels: list[int], option_counts: list[int]) -> dict[str, float]:
@@ -74,7 +75,7 @@ def test_equals_the_independent_implementation(seed, sharpness):
         answers = [int(random.integers(0, count)) for count in sizes]
         logits = torch.tensor(random.normal(size=(17, 12)) * sharpness, dtype=torch.float32)
         probabilities = logits.softmax(dim=1)
-        accumulator.update(probabilities, batch_of(answers, sizes))
+        accumulator.update(probabilities[None], batch_of(answers, sizes))
         everything, labels, counts = [*everything, probabilities.numpy()], labels + answers, counts + sizes
     got, want = asdict(accumulator.score()), reference(np.concatenate(everything).astype(np.float64), labels, counts)
     assert set(got) == set(want)
@@ -127,7 +128,7 @@ def test_vocabulary_and_options_differ():
     probabilities = torch.zeros(1, 12)
     probabilities[0, 0], probabilities[0, LETTERS[1]], probabilities[0, LETTERS[0]] = 0.9, 0.08, 0.02
     accumulator = ScoreAccumulator()
-    accumulator.update(probabilities, batch_of([1], [2]))
+    accumulator.update(probabilities[None], batch_of([1], [2]))
     got = accumulator.score()
     assert (got.accuracy, got.accuracy_vocabulary) == (1.0, 0.0)
     assert got.nll == pytest.approx(-math.log(0.08), rel=1e-6) and got.nll_options == pytest.approx(
@@ -139,7 +140,7 @@ def test_letters_beyond_the_options_do_not_count():
     probabilities = torch.zeros(2, 12)
     probabilities[:, LETTERS[3]], probabilities[:, LETTERS[0]], probabilities[:, LETTERS[1]] = 0.5, 0.3, 0.2
     accumulator = ScoreAccumulator()
-    accumulator.update(probabilities, batch_of([0, 3], [2, 4]))
+    accumulator.update(probabilities[None], batch_of([0, 3], [2, 4]))
     got = accumulator.predictions().options
     torch.testing.assert_close(got, torch.tensor([[0.6, 0.4, 0, 0], [0.3, 0.2, 0, 0.5]]).double(), rtol=1e-6, atol=1e-7)
 
@@ -149,7 +150,7 @@ def test_underflow_stays_finite():
     probabilities = torch.zeros(1, 12)
     probabilities[0, 0] = 1.0
     accumulator = ScoreAccumulator()
-    accumulator.update(probabilities, batch_of([1], [2]))
+    accumulator.update(probabilities[None], batch_of([1], [2]))
     assert accumulator.predictions().options.tolist() == [[0.5, 0.5]]
     assert accumulator.score().nll == pytest.approx(87.34, abs=0.01)
 
@@ -182,18 +183,32 @@ def test_nothing_to_score():
     with pytest.raises(ValueError, match=r"^score: 0 sets of predictions: .*check that the tasks have test examples"):
         ScoreAccumulator().score()
     with pytest.raises(ValueError, match=r"^score: 0 examples: .*test split"):
-        score(
-            of_options([[0.5, 0.5]], [0]).__class__(
-                *(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0), torch.zeros(0))
-            )
-        )
+        score(of_options([[0.5, 0.5]], [0]).take(torch.zeros(0, dtype=torch.int64)))
 
 
 def test_a_diverged_task_has_no_scores_and_no_mean_hides_it():
     diverged, sound = ScoreAccumulator(), ScoreAccumulator()
-    diverged.update(torch.full((1, 12), float("nan")), batch_of([0], [2]))
-    sound.update(torch.full((1, 12), 1 / 12), batch_of([0], [2]))
+    diverged.update(torch.full((1, 1, 12), float("nan")), batch_of([0], [2]))
+    sound.update(torch.full((1, 1, 12), 1 / 12), batch_of([0], [2]))
     scores = diverged.score()
     assert math.isnan(scores.accuracy) and math.isnan(scores.nll) and scores.n == 1
     together = pool([diverged.predictions(), sound.predictions()])
     assert math.isnan(together["accuracy"]) and math.isnan(together["pooled_ece"]) and together["n"] == 2
+
+
+def test_the_spread_of_samples_by_hand():
+    """Two samples over two options, (.9, .1) and (.5, .5): average (.7, .3)."""
+    probabilities = torch.zeros(2, 1, 12)
+    for sample, first in enumerate((0.9, 0.5)):
+        probabilities[sample, 0, LETTERS[0]], probabilities[sample, 0, LETTERS[1]] = first, 1 - first
+    accumulator = ScoreAccumulator()
+    accumulator.update(probabilities, batch_of([0], [2]))
+    got = accumulator.predictions()
+
+    def entropy(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    assert got.options[0].tolist() == pytest.approx([0.7, 0.3])
+    assert float(got.variance) == pytest.approx(2 * 0.2**2)  # unbiased, the same for both options
+    assert float(got.mutual_information) == pytest.approx(entropy(0.7) - (entropy(0.9) + entropy(0.5)) / 2, rel=1e-5)
+    assert float(got.entropy()) == pytest.approx(entropy(0.7), rel=1e-5)

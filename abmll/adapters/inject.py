@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from abmll.adapters.blob import BlobLinear
 from abmll.adapters.context import AdapterContext
 from abmll.adapters.layers import GaussianLoRALinear, LoRALinear, base_dtype
 from abmll.adapters.targets import find_targets
 from abmll.config.schema import AdapterConfig, MethodConfig
 from abmll.kernels import PosteriorSettings, fold_seed, resolve
+
+LayerKind = Literal["mean", "gaussian", "blob"]
+AdaptedLinear = LoRALinear | GaussianLoRALinear | BlobLinear
 
 
 def projection_backend(adapters: AdapterConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -23,7 +29,7 @@ def projection_backend(adapters: AdapterConfig, device: torch.device, dtype: tor
 class AdapterSet:
     """All adapted layers of a model: theta and phi by name, the reset of phi, and the context that they share."""
 
-    def __init__(self, layers: dict[str, LoRALinear | GaussianLoRALinear], context: AdapterContext):
+    def __init__(self, layers: dict[str, AdaptedLinear], context: AdapterContext):
         self.layers = layers
         self.context = context
         self.theta = self._named("theta")
@@ -34,6 +40,15 @@ class AdapterSet:
             f"{layer_name}.{name}": parameter
             for layer_name, layer in self.layers.items()
             for name, parameter in getattr(layer, which).named_parameters()
+        }
+
+    @property
+    def phi_paths(self) -> dict[str, str]:
+        """Phi's names as the model's own parameters are named."""
+        return {
+            f"{layer_name}.{name}": f"{layer_name}.phi.{name}"
+            for layer_name, layer in self.layers.items()
+            for name, _ in layer.phi.named_parameters()
         }
 
     @property
@@ -89,7 +104,7 @@ class AdapterSet:
 
 
 def inject_adapters(
-    model: nn.Module, adapters: AdapterConfig, method: MethodConfig, gaussian: bool, seed: int
+    model: nn.Module, adapters: AdapterConfig, method: MethodConfig, kind: LayerKind, seed: int
 ) -> AdapterSet:
     """Replace every linear layer named in `adapters.modules`; freeze all that is not an adapter.
 
@@ -105,15 +120,18 @@ def inject_adapters(
         prior_rate=method.prior_rate,
     )
     targets = find_targets(model, adapters.modules)
-    if gaussian:
+    if kind == "gaussian":
         first = next(iter(targets.values()))
         projection_backend(adapters, first.weight.device, base_dtype(first))
-    layers: dict[str, LoRALinear | GaussianLoRALinear] = {}
+    layers: dict[str, AdaptedLinear] = {}
     for index, (name, base) in enumerate(targets.items()):
-        if gaussian:
+        if kind == "gaussian":
             layer = GaussianLoRALinear(
                 base, adapters.rank, adapters.posterior, settings, context, index, adapters.backend
             )
+        elif kind == "blob":
+            stds = (method.blob_prior_std, method.blob_initial_std)
+            layer = BlobLinear(base, adapters.rank, settings.scaling, *stds, context, index)
         else:
             layer = LoRALinear(base, adapters.rank, settings.scaling, context)
         model.set_submodule(name, layer)

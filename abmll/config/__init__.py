@@ -3,5 +3,16 @@
 from .errors import ConfigError, Refused
 from .load import load_config, resolve_path, save_config, with_absolute_paths
 from .schema import Config
+from .settings import override_texts, read_settings
 
-__all__ = ["Config", "ConfigError", "Refused", "load_config", "resolve_path", "save_config", "with_absolute_paths"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Refused",
+    "load_config",
+    "override_texts",
+    "read_settings",
+    "resolve_path",
+    "save_config",
+    "with_absolute_paths",
+]

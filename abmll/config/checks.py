@@ -55,6 +55,21 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "adapters.posterior",
     )
 
+    second_order = config.method.name == "maml"
+    rule(
+        second_order and config.method.inner_optimizer != "sgd",
+        "method.inner_optimizer",
+        "maml takes derivatives through its inner steps, which AdamW's have not everywhere (at a gradient of 0); set "
+        "method.inner_optimizer=sgd and a learning rate for it, or method.name=fomaml",
+        "method.name",
+    )
+    rule(
+        second_order and config.trainer.activation_checkpointing is not False,
+        "trainer.activation_checkpointing",
+        "maml's inner steps cannot be made again in its backward pass; set it to false, or method.name=fomaml",
+        "method.name",
+    )
+
     rule(
         config.trainer.parallel_episodes > 1 and not config.method.reset_inner_optimizer,
         "trainer.parallel_episodes",

@@ -55,13 +55,15 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 class MethodConfig(Section):
     """What is learned and how: METHOD section 2."""
 
-    name: Literal["abmll", "reptile", "structured_lora", "lora", "pretrained"] = "abmll"
+    name: Literal["abmll", "reptile", "fomaml", "maml", "structured_lora", "lora", "blob", "pretrained"] = "abmll"
     inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
     inner_lr: float = Field(1e-5, gt=0)
     outer_lr: float = Field(5e-5, gt=0)
     test_lr: float = Field(1e-5, gt=0, description="Learning rate of the adaptation to an unseen task.")
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
+    inner_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Of phi, in training and on unseen tasks.")
     beta: float = Field(1e-8, ge=0, description="Weight of the KL and of the prior.")
+    test_kl: bool = Field(True, description="Whether the objective on an unseen task has the KL too.")
     prior_shape: float = Field(1.0, gt=0, description="a0 of the Gamma prior on the precision.")
     prior_rate: float = Field(0.01, gt=0, description="b0 of the Gamma prior on the precision.")
     nll_reduction: Literal["sum", "mean"] = "sum"
@@ -71,7 +73,10 @@ class MethodConfig(Section):
     adam_betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size, annealed linearly to 0.")
+    reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size epsilon.")
+    reptile_schedule: Literal["annealed", "constant"] = Field("annealed", description="Annealed: linearly to 0.")
+    blob_prior_std: float = Field(0.2, gt=0, description="BLoB: standard deviation of the prior on A.")
+    blob_initial_std: float = Field(0.05, gt=0, lt=1, description="BLoB: where the roots of A's deviations start.")
 
     @property
     def adaptation_steps(self) -> int:

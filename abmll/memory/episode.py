@@ -267,7 +267,7 @@ def _attention(setup: Setup) -> str:
 def _adapted(model: PreTrainedModel, setup: Setup, counter: Counting) -> tuple[Learner, Method]:
     config = setup.config
     method = build_method(config.method, config.adapters.posterior)
-    adapters = inject_adapters(model, config.adapters, config.method, method.gaussian, config.seed)
+    adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
     counter.label(ADAPTERS, (*adapters.theta.values(), *adapters.phi.values()))
     checkpoint_layers(model, setup.checkpointing)
     counter.name_modules(model)
@@ -283,7 +283,7 @@ def _outer_optimizer(method: Method, gpu: bool, parameters: Iterable[nn.Paramete
 
 def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: Counting) -> None:
     evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, examples, setup.config.seed, ranks=None)
-    keys = iter([NoiseKey(0, 0)]) if method.gaussian and setup.config.eval.samples else None
+    keys = iter([NoiseKey(0, 0)]) if method.sampled and setup.config.eval.samples else None
     learner.model.eval()
     with counter.stage(SCORING), torch.inference_mode():
         batch = make_batch(examples, setup.config.tasks.max_tokens)

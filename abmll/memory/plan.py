@@ -132,7 +132,7 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"trainer.activation_checkpointing": True}
     if config.eval.batch_size != "auto":
         yield {"eval.batch_size": "auto"}
-    if config.adapters.backend == "torch" and METHODS[config.method.name].gaussian:
+    if config.adapters.backend == "torch" and METHODS[config.method.name].layers == "gaussian":
         yield {"adapters.backend": "auto"}
     if config.eval.samples > 1:
         yield {"eval.samples": 1}

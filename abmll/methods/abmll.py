@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from abmll.learner import Learner
 from abmll.methods.base import Method, Update, Visit
 
@@ -12,7 +10,7 @@ class ABMLL(Method):
     """Inner: K steps of phi on NLL + beta KL. Outer: one step of theta at the adapted phi."""
 
     name = "abmll"
-    gaussian = True
+    layers = "gaussian"
 
     @property
     def passes_per_episode(self) -> int:
@@ -31,12 +29,6 @@ class ABMLL(Method):
             gradient, outer = learner.theta_gradient_of_weights()
             # what the step line shows as the outer step's: the last that was computed
             return Update(gradient, inner, outer._replace(nll=inner[-1].nll), tuple(visit.support))
-        batch = visit.support[-1] if visit.query is None else visit.query
-        if self.config.meta_gradient == "kl":
-            gradient, outer = learner.theta_gradient_kl(batch, outer_key)
-        else:
-            gradient, outer = learner.theta_gradient_first_order(batch, outer_key)
-        return Update(gradient, inner, outer, (*visit.support, batch))
-
-    def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
-        return list(learner.adapters.phi.values())
+        make = learner.theta_gradient_kl if self.config.meta_gradient == "kl" else learner.theta_gradient_first_order
+        gradient, outer = make(visit.outer, outer_key)
+        return Update(gradient, inner, outer, (*visit.support, visit.outer))

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from abmll.adapters import LayerKind
 from abmll.config.schema import MethodConfig
 from abmll.kernels import NoiseKey, Posterior, rows_of_keys
 from abmll.learner import Learner, StepTerms
@@ -31,6 +32,11 @@ class Visit:
     keys: Sequence[NoiseKey | Tensor]  # K + 1 noise names (rows [G, 3] on the device), one a forward pass
     optimizer: torch.optim.Optimizer  # the inner one, over phi
     progress: float  # of training, in [0, 1)
+
+    @property
+    def outer(self) -> Batch:
+        """The batch of theta's step: a fresh one, or the last inner one again."""
+        return self.support[-1] if self.query is None else self.query
 
     @classmethod
     def of(
@@ -74,12 +80,17 @@ class Method:
     """Base of all methods: plain LoRA adapters, adapted to an unseen task by K steps on the NLL of the mean."""
 
     name: ClassVar[str]
-    gaussian: ClassVar[bool] = False
+    layers: ClassVar[LayerKind] = "mean"
     pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
     inner_loop: ClassVar[bool] = True  # an update adapts phi to its task, by the inner optimizer
 
     def __init__(self, config: MethodConfig, posterior: Posterior = "activation"):
         self.config, self.posterior = config, posterior
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its forward passes draw from a posterior, and need the noise's name."""
+        return self.layers != "mean"
 
     @property
     def updates_per_episode(self) -> int:
@@ -102,12 +113,13 @@ class Method:
         raise ValueError(f"method.name: {self.name!r}: this method does not train")
 
     def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
-        return learner.adapters.mean_phi
+        return list(learner.adapters.phi.values()) if self.sampled else learner.adapters.mean_phi
 
     def adapt(self, learner: Learner, batches: Sequence[Batch], keys: Sequence[NoiseKey | Tensor]) -> list[StepTerms]:
         """Adapt phi (= theta) to unseen tasks, to each on its group of every batch, with a fresh optimizer."""
         optimizer = learner.optimizer(self.config.test_lr, self.adaptation_parameters(learner))
+        beta = self.config.beta if self.config.test_kl else 0.0
         return [
-            learner.phi_step(batch, key if self.gaussian else None, optimizer)
+            learner.phi_step(batch, key if self.sampled else None, optimizer, beta)
             for batch, key in zip(batches, keys, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Plain LoRA without a task level: on pooled tasks, or on one task at a time (structured)."""
+"""LoRA without a task level: on pooled tasks, or on one task at a time (structured)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class StructuredLoRA(Method):
 
     def update(self, learner: Learner, visit: Visit) -> Update:
         batch = visit.support[visit.index]
-        gradient, terms = learner.theta_gradient_at_mean(batch)
+        key = visit.keys[visit.index] if self.sampled else None
+        gradient, terms = learner.theta_gradient_at_phi(batch, key)
         return Update(gradient, (), terms, (batch,))
 
 

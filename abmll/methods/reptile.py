@@ -13,7 +13,7 @@ from abmll.objective import gradient_norm
 
 
 class Reptile(Method):
-    """K steps of phi on the NLL, then theta <- theta + epsilon (phi - theta), epsilon annealed linearly to 0."""
+    """K steps of phi on the NLL, then theta <- theta + epsilon (phi - theta), epsilon constant or annealed to 0."""
 
     name = "reptile"
 
@@ -22,7 +22,8 @@ class Reptile(Method):
 
     def update(self, learner: Learner, visit: Visit) -> Update:
         inner = tuple(learner.phi_step(batch, None, visit.optimizer) for batch in visit.support)
-        step_size = self.config.reptile_step * (1.0 - visit.progress)
+        annealed = self.config.reptile_schedule == "annealed"
+        step_size = self.config.reptile_step * (1.0 - visit.progress if annealed else 1.0)
         adapters = learner.adapters
         gradient = {name: step_size * (theta - adapters.phi[name]).detach() for name, theta in adapters.theta.items()}
         outer = inner[-1]._replace(gradient_norm=gradient_norm(list(gradient.values())))

@@ -10,6 +10,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+import torch
+from torch import Tensor
+
 from abmll.tasks.batch import collate
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.shuffle import EndlessShuffle
@@ -113,8 +116,13 @@ def support_batches(
 
 
 def scoring_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """Every example once, shortest first, which keeps padding small; the last batch may be smaller."""
-    yield from _batches(sorted(examples, key=lambda example: len(example.token_ids)), batch_size, letter_ids)
+    """Every example once, in its order; the last batch may be smaller."""
+    yield from _batches(examples, batch_size, letter_ids)
+
+
+def by_length(examples: Sequence[PromptedExample]) -> Tensor:
+    """Places of the examples, the shortest first (int64 [n]): together with its like a prompt needs little padding."""
+    return torch.tensor([len(example.token_ids) for example in examples], dtype=torch.int64).argsort(stable=True)
 
 
 def _batches(examples: Sequence[PromptedExample], batch_size: int, letter_ids: Sequence[int]) -> Iterator[Batch]:

@@ -39,8 +39,8 @@ def make_model():
 
 @pytest.fixture
 def inject():
-    def make(model, gaussian=True, seed=0, **adapters):
-        return inject_adapters(model, AdapterConfig(**adapters), MethodConfig(), gaussian, seed)
+    def make(model, kind="gaussian", seed=0, **adapters):
+        return inject_adapters(model, AdapterConfig(**adapters), MethodConfig(), kind, seed)
 
     return make
 

@@ -6,33 +6,34 @@ import pytest
 import torch
 from torch import nn
 
-from abmll.adapters import GaussianLoRALinear, LoRALinear, remove_adapters
+from abmll.adapters import BlobLinear, GaussianLoRALinear, LoRALinear, remove_adapters
+
+LAYERS = {"gaussian": GaussianLoRALinear, "mean": LoRALinear, "blob": BlobLinear}
 
 
-@pytest.mark.parametrize("gaussian", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_only_the_configured_modules_are_adapted(name, gaussian, make_model, inject):
+def test_only_the_configured_modules_are_adapted(name, kind, make_model, inject):
     model = make_model(name)
     before = dict(model.named_modules())
-    adapters = inject(model, gaussian, modules=("q_proj", "down_proj"))
+    adapters = inject(model, kind, modules=("q_proj", "down_proj"))
     expected = [key for key in before if key.rsplit(".", 1)[-1] in ("q_proj", "down_proj")]
     assert len(expected) == 4 and list(adapters.layers) == expected
-    kind = GaussianLoRALinear if gaussian else LoRALinear
     for key, module in before.items():
         if key in expected:
             layer = model.get_submodule(key)
-            assert type(layer) is kind and layer.base is module and adapters.layers[key] is layer
+            assert type(layer) is LAYERS[kind] and layer.base is module and adapters.layers[key] is layer
         else:
             assert model.get_submodule(key) is module
-    if gaussian:
+    if kind != "mean":
         assert [layer.index for layer in adapters.layers.values()] == [0, 1, 2, 3]
         assert len({id(layer.context) for layer in adapters.layers.values()}) == 1
 
 
-@pytest.mark.parametrize(("gaussian", "kinds"), [(True, {"mean", "log_variance"}), (False, {"mean"})])
-def test_parameters_have_the_documented_names_shapes_and_flags(gaussian, kinds, make_model, inject):
+@pytest.mark.parametrize(("kind", "kinds"), [("gaussian", {"mean", "log_variance"}), ("mean", {"mean"})])
+def test_parameters_have_the_documented_names_shapes_and_flags(kind, kinds, make_model, inject):
     model = make_model("qwen2")
-    adapters = inject(model, gaussian, rank=3, modules=("v_proj",))
+    adapters = inject(model, kind, rank=3, modules=("v_proj",))
     names = {f"model.layers.{i}.self_attn.v_proj.{kind}.{factor}" for i in (0, 1) for kind in kinds for factor in "ab"}
     assert set(adapters.theta) == set(adapters.phi) == names
     shapes = {"a": (3, 48), "b": (24, 3)}
@@ -128,10 +129,10 @@ def test_removal_restores_the_model_bit_for_bit(name, dtype, make_model, inject,
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("gaussian", [True, False])
-def test_adapters_are_fp32_in_a_bf16_model(gaussian, make_model, inject, input_ids):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_adapters_are_fp32_in_a_bf16_model(kind, make_model, inject, input_ids):
     model = make_model(dtype=torch.bfloat16)
-    adapters = inject(model, gaussian)
+    adapters = inject(model, kind)
     assert {p.dtype for side in (adapters.theta, adapters.phi) for p in side.values()} == {torch.float32}
     assert model.get_submodule("model.layers.0.self_attn.q_proj").base.weight.dtype == torch.bfloat16
     model(input_ids=input_ids).logits.sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributions import Gamma, Normal, kl_divergence
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from abmll.kernels import standard_normal
@@ -81,7 +82,8 @@ class ByHand:
             self.model.get_submodule(module).register_forward_hook(hook(index, module))
             for index, module in enumerate(MODULES)
         ]
-        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        with sdpa_kernel(SDPBackend.MATH):  # has a second derivative
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
         for handle in hooks:
             handle.remove()
         rows = torch.arange(len(batch.target))
@@ -183,9 +185,11 @@ def test_abmll(posterior, meta_gradient, outer_batch, build_tiny):
     assert all(torch.equal(value, start[name]) for name, value in tiny.adapters.theta.items())
 
 
+@pytest.mark.parametrize("schedule", ["annealed", "constant"])
 @pytest.mark.parametrize("progress", [0.0, 0.75])
-def test_reptile_moves_theta_towards_phi_by_an_annealed_step(progress, build_tiny):
-    tiny = build_tiny(torch.float64, method={"name": "reptile", "reptile_step": 0.4})
+def test_reptile_moves_theta_towards_phi(progress, schedule, build_tiny):
+    method = {"name": "reptile", "reptile_step": 0.4, "reptile_schedule": schedule}
+    tiny = build_tiny(torch.float64, method=method)
     hand, start = ByHand(tiny), {name: value.clone() for name, value in tiny.adapters.theta.items()}
     update = run_update(tiny, progress=progress)
     hand.adamw(
@@ -194,7 +198,7 @@ def test_reptile_moves_theta_towards_phi_by_an_annealed_step(progress, build_tin
     )
     change = moved(hand.phi, start)
     assert relative_error(moved(of_episode(tiny.adapters.phi), start), change) < 1e-4
-    step = 0.4 * (1 - progress)
+    step = 0.4 * (1 - progress) if schedule == "annealed" else 0.4
     gradient = of_episode(update.gradient)
     assert relative_error(gradient, {name: -step * value for name, value in change.items()}) < 1e-4
 
@@ -205,6 +209,53 @@ def test_reptile_moves_theta_towards_phi_by_an_annealed_step(progress, build_tin
     expected = {name: value + step * (tiny.adapters.phi[name][0] - value) for name, value in start.items()}
     for name, value in tiny.adapters.theta.items():
         torch.testing.assert_close(value.detach(), expected[name].detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("outer_batch", ["reuse", "query"])
+def test_fomaml_takes_the_outer_gradient_at_the_adapted_phi(outer_batch, build_tiny):
+    tiny = build_tiny(torch.float64, method={"name": "fomaml", "outer_batch": outer_batch}).scatter()
+    tiny.adapters.reset_phi()
+    hand, episode = ByHand(tiny), tiny.episode()
+    update = run_update(tiny)
+    hand.phi = {name: value.detach().clone().requires_grad_() for name, value in of_episode(tiny.adapters.phi).items()}
+    batch = episode.support[-1] if outer_batch == "reuse" else episode.query
+    nll, _, _ = hand.terms(batch, None)
+    assert relative_error(of_episode(update.gradient), hand.gradient(nll, hand.phi)) < 1e-5
+    assert float(update.outer.nll) == pytest.approx(float(nll.detach()), rel=1e-5)
+    assert len(update.batches) == tiny.method.passes_per_episode == tiny.config.method.inner_steps + 1
+
+
+def test_mamls_gradient_passes_through_all_inner_steps(build_tiny):
+    """Against autograd through the loop by hand; the first-order gradient is another one."""
+    method = {"name": "maml", "inner_optimizer": "sgd", "inner_lr": 0.05, "outer_batch": "query", "weight_decay": 0.1}
+    tiny = build_tiny(torch.float64, method=method).scatter()
+    tiny.adapters.reset_phi()
+    hand, episode = ByHand(tiny), tiny.episode()
+    start = hand.phi
+    for batch in episode.support:
+        nll, _, _ = hand.terms(batch, None)
+        gradients = torch.autograd.grad(nll, list(hand.phi.values()), create_graph=True)
+        hand.phi = {
+            name: value - 0.05 * (gradient + 0.1 * value)
+            for (name, value), gradient in zip(hand.phi.items(), gradients, strict=True)
+        }
+    nll, _, _ = hand.terms(episode.query, None)
+    first_order = dict(zip(start, torch.autograd.grad(nll, list(hand.phi.values()), retain_graph=True), strict=True))
+    expected = dict(zip(start, torch.autograd.grad(nll, list(start.values())), strict=True))
+    update = run_update(tiny)
+    assert relative_error(of_episode(update.gradient), expected) < 1e-5
+    assert relative_error(first_order, expected) > 1e-2
+    assert float(update.outer.nll) == pytest.approx(float(nll.detach()), rel=1e-5)
+    assert all(torch.equal(value[0], tiny.adapters.theta[key]) for key, value in tiny.adapters.phi.items())
+
+
+def test_maml_of_episodes_side_by_side_is_each_ones_own(build_tiny):
+    method = {"name": "maml", "inner_optimizer": "sgd", "inner_lr": 0.05}
+    tiny = build_tiny(torch.float64, method=method).scatter()
+    both = tiny.method.update(tiny.learner, tiny.visit(episodes=[0, 1]))
+    for slot in (0, 1):
+        alone = tiny.method.update(tiny.learner, tiny.visit(episodes=[slot]))
+        assert relative_error(of_episode(both.gradient, slot), of_episode(alone.gradient)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["structured_lora", "lora"])

@@ -80,9 +80,9 @@ def test_a_packed_layer_is_its_dense_twin(dtype):
     assert torch.equal(*(torch.autograd.grad(of, x, dy)[0] for of in (y, expected)))
 
 
-def adapted(model, posterior="activation", gaussian=True, backend="torch"):
+def adapted(model, posterior="activation", kind="gaussian", backend="torch"):
     adapters = AdapterConfig(posterior=posterior, log_variance_offset=-4.0, backend=backend)
-    found = inject_adapters(model, adapters, MethodConfig(), gaussian, seed=0)
+    found = inject_adapters(model, adapters, MethodConfig(), kind, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for side in (found.theta, found.phi):
@@ -107,7 +107,7 @@ def test_adapters_on_packed_layers_are_those_on_their_dense_twins(posterior, dty
     key = NoiseKey(3, 1) if posterior else None
     values, gradients = [], []
     for one in (model, twin):
-        adapters = adapted(one, posterior or "activation", gaussian=posterior is not None)
+        adapters = adapted(one, posterior or "activation", kind="mean" if posterior is None else "gaussian")
         for groups in (1, 2):
             rows = Groups.of([ids.numel() // groups] * groups, "cpu")
             with adapters.context.forward_pass(key, kl=True, groups=rows, slot=0) as terms:
@@ -145,7 +145,7 @@ def test_removal_restores_the_packed_layers():
     assert all(type(layer) is GaussianLoRALinear for layer in adapters.layers.values())
     remove_adapters(model, adapters)
     assert dict(model.named_modules()) == before
-    assert all(type(layer) is LoRALinear for layer in adapted(model, gaussian=False).layers.values())
+    assert all(type(layer) is LoRALinear for layer in adapted(model, kind="mean").layers.values())
 
 
 def test_calls_without_a_gradient_leave_the_weights_trainable():

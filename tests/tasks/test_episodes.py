@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from abmll.tasks.episodes import EpisodeSampler, PooledSampler, scoring_batches, support_batches
+from abmll.tasks.episodes import EpisodeSampler, PooledSampler, by_length, scoring_batches, support_batches
 from abmll.tasks.examples import PromptedTask, ScoredExamples, TrainingExamples
 from abmll.tasks.shuffle import EndlessShuffle
 from abmll.tasks.task import PromptedExample
@@ -150,10 +150,12 @@ def test_support_batches():
     assert Counter(small) == {0: 4, 1: 4, 2: 4}
 
 
-def test_scoring_batches_hold_every_example_once_shortest_first():
+def test_scoring_batches_hold_every_example_once_in_the_order_of_lengths():
     lengths = (5, 2, 9, 2, 7, 3, 8)
     examples = [PromptedExample((50 + i,) * length, i % 4, 4) for i, length in enumerate(lengths)]
-    batches = list(scoring_batches(examples, LETTER_IDS, 3))
+    order = by_length(examples)
+    assert order.tolist() == [1, 3, 5, 0, 4, 6, 2]
+    batches = list(scoring_batches([examples[place] for place in order], LETTER_IDS, 3))
     assert [batch.prompts.sizes for batch in batches] == [(2, 2, 3), (5, 7, 8), (9,)]
     assert numbers(batches) == [51, 53, 55, 50, 54, 56, 52]
     assert torch.cat([batch.label for batch in batches]).tolist() == [1, 3, 1, 0, 0, 2, 2]

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from abmll.config import Refused
+from abmll.config import ConfigError, Refused
 from abmll.rescore import evaluate
+from abmll.score_files import load_scores
 
 
 def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
@@ -24,6 +25,32 @@ def test_other_settings_are_honoured(finished, tmp_path):
     (again,) = json.loads((tmp_path / "other.json").read_text())
     assert {task["n"] for task in again["tasks"]["0"].values()} == {1}
     assert again["tasks"] != finished.scores[-1]["tasks"]
+
+
+def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("plain:\nfew: {eval.max_examples: 1, method.test_steps: 1}\n")
+    evaluate(str(finished.folder), [], None, str(settings))
+    plain, few = (load_scores(finished.folder / "scores" / name) for name in ("plain", "few"))
+    assert [found.to_json() for found in plain] == [json_keys(item) for item in finished.scores]
+    assert few[0].steps == [0, 1] and {task["n"] for task in few[0].tasks[1].values()} == {1}
+    assert "few" in capsys.readouterr().out
+    before = (finished.folder / "scores/few/scores.json").stat().st_mtime_ns
+    evaluate(str(finished.folder), [], None, str(settings))
+    assert (finished.folder / "scores/few/scores.json").stat().st_mtime_ns == before
+    settings.write_text("other: {adapters.rank: 3}\n")
+    with pytest.raises(ConfigError, match="adapters: is loaded already"):
+        evaluate(str(finished.folder), [], None, str(settings))
+    settings.write_text("../out: {eval.samples: 1}\nx: 3\n")
+    with pytest.raises(ConfigError, match=r"\.\./out: names a folder; (?s:.)*x: 3: must be"):
+        evaluate(str(finished.folder), [], None, str(settings))
+
+
+def json_keys(item):
+    """Steps as numbers, which JSON has as text."""
+    return {
+        k: {int(s): v for s, v in value.items()} if k in ("tasks", "overall") else value for k, value in item.items()
+    }
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""Named groups of overrides in a YAML file, as mappings of `section.key` to a value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import yaml_text
+from .errors import ConfigError, show
+
+_NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")  # serves as a folder's name
+
+
+def override_texts(values: Mapping[str, Any]) -> list[str]:
+    """The overrides as a command line has them: `section.key=value`."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]  # JSON is YAML
+
+
+def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
+    """{name: {section.key: value}} from a file. ConfigError with a line for everything that is something else."""
+    return check_settings(yaml_text.read_mapping(path), str(path))
+
+
+def check_settings(named: Any, source: str) -> dict[str, dict[str, Any]]:
+    """The same of what a file holds. A name with nothing under it has no overrides."""
+    if not isinstance(named, dict):
+        raise ConfigError([f"{source}: {show(named)}: must be names, each with `section.key: value` lines"])
+    problems = []
+    for name, values in named.items():
+        if not _NAME.fullmatch(str(name)) or str(name).startswith("."):
+            problems.append(f"{source}: {name}: names a folder; use letters, digits, `-`, `_`, `+` and `.`")
+        if values is not None and not isinstance(values, dict):
+            problems.append(f"{source}: {name}: {show(values)}: must be `section.key: value` lines")
+    if problems:
+        raise ConfigError(problems)
+    return {str(name): {str(key): value for key, value in (values or {}).items()} for name, values in named.items()}

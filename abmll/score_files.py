@@ -1,0 +1,73 @@
+"""What scores leave in a folder: scores.json, and every example's prediction for whatever is asked later.
+
+Risk against coverage, reliability, tests that pair two methods' examples: all need predictions and not means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from abmll.evaluation import Evaluation
+from abmll.files import write_whole
+from abmll.metrics import Predictions
+
+SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
+_PLACE = ["method", "split", "steps", "task", "example"]
+_NUMBERS = ["label", "nll", "correct_vocabulary", "variance", "mutual_information"]
+
+
+def prediction_table(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
+    """A row an example: method, split, steps (of adaptation), task, example (its place among the task's scored
+    examples, the same for every method), label, nll (nats, of the right letter in the whole vocabulary),
+    correct_vocabulary, variance and mutual_information (NaN without samples), p0 .. pC-1 (NaN beyond the example's
+    options).
+    """
+    parts = [
+        _rows(predictions).assign(method=evaluation.method, split=evaluation.split, steps=steps, task=task)
+        for evaluation in evaluations
+        for steps, tasks in evaluation.predictions.items()
+        for task, predictions in tasks.items()
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    options = sorted(column for column in table if column not in (*_PLACE, *_NUMBERS))
+    return table[[*_PLACE, *_NUMBERS, *options]]
+
+
+def save_scores(folder: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Both files; the scores last: where they are, the predictions are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / PREDICTIONS, prediction_table(evaluations).to_parquet(index=False))
+    write_whole(folder / SCORES, json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
+
+
+def load_scores(folder: Path) -> list[Evaluation]:
+    """What `save_scores` wrote. OSError or ValueError where it cannot be read."""
+    table = pd.read_parquet(folder / PREDICTIONS)
+    saved = [Evaluation.from_json(item) for item in json.loads((folder / SCORES).read_text())]
+    return [replace(evaluation, predictions=_of_method(table, evaluation.method)) for evaluation in saved]
+
+
+def _of_method(table: pd.DataFrame, method: str) -> dict[int, dict[str, Predictions]]:
+    """One method's predictions by steps and task, as `Evaluation` holds them."""
+    found: dict[int, dict[str, Predictions]] = {}
+    for (steps, task), rows in table[table["method"] == method].groupby(["steps", "task"], sort=False):
+        options = rows[sorted(column for column in rows if column not in (*_PLACE, *_NUMBERS))].dropna(
+            axis=1, how="all"
+        )
+        numbers = {name: torch.from_numpy(rows[name].to_numpy(copy=True)) for name in _NUMBERS}
+        predictions = Predictions(torch.from_numpy(options.fillna(0.0).to_numpy(copy=True)), **numbers)
+        found.setdefault(int(steps), {})[task] = predictions
+    return found
+
+
+def _rows(predictions: Predictions) -> pd.DataFrame:
+    options = predictions.options.masked_fill(predictions.options == 0, torch.nan)  # of an option it is never 0
+    table = {name: getattr(predictions, name).numpy() for name in _NUMBERS}
+    table |= {f"p{number}": column for number, column in enumerate(options.T.numpy())}
+    return pd.DataFrame(table).rename_axis("example").reset_index()
