@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import mannwhitneyu
@@ -25,6 +24,10 @@ class Uncertainty:
     refinement: float  # NLL among the options that the best temperature leaves
     calibration: float  # what that temperature takes away: nll_options = refinement + calibration
     commonest_prediction: float  # its share of the examples; 1: the predictions are constant
+    # probability that a wrong prediction has the larger value than a right one; NaN without either, or without samples
+    auroc_confidence: float  # by 1 - confidence
+    auroc_variance: float
+    auroc_mutual_information: float
 
 
 def uncertainty(predictions: Predictions) -> Uncertainty:
@@ -35,7 +38,8 @@ def uncertainty(predictions: Predictions) -> Uncertainty:
     if options.isnan().any():
         return Uncertainty(**{field.name: math.nan for field in fields(Uncertainty)})
     confidence, choice = options.max(dim=1)
-    risk = selective_risk(confidence, choice == predictions.label)
+    correct = choice == predictions.label
+    risk = selective_risk(confidence, correct)
     refined, removed = refine(options, predictions.label)
     return Uncertainty(
         aurc=float(risk.mean()),
@@ -44,6 +48,9 @@ def uncertainty(predictions: Predictions) -> Uncertainty:
         refinement=refined,
         calibration=removed,
         commonest_prediction=float(choice.bincount().max()) / len(choice),
+        auroc_confidence=error_auroc(1 - confidence, correct),
+        auroc_variance=error_auroc(predictions.variance, correct),
+        auroc_mutual_information=error_auroc(predictions.mutual_information, correct),
     )
 
 
@@ -84,15 +91,15 @@ def refine(options: torch.Tensor, label: torch.Tensor) -> tuple[float, float]:
     return refined, unscaled - refined
 
 
-def error_auroc(signal: np.ndarray, correct: np.ndarray) -> float:
+def error_auroc(signal: torch.Tensor, correct: torch.Tensor) -> float:
     """Probability that `signal` [n] is larger on a wrong prediction than on a right one, ties counted half.
 
-    NaN where all are right, all are wrong, or there is no signal: `correct` [n] bool must hold both.
+    NaN where `correct` [n] bool does not hold both, or where there is no signal: a NaN in it.
     """
-    if correct.all() or not correct.any() or np.isnan(signal).any():
+    if correct.all() or not correct.any() or signal.isnan().any():
         return math.nan
     wrong, right = signal[~correct], signal[correct]
-    return float(mannwhitneyu(wrong, right).statistic) / (len(wrong) * len(right))
+    return float(mannwhitneyu(wrong.numpy(), right.numpy()).statistic) / (len(wrong) * len(right))
 
 
 def _kept(coverage: float, n: int) -> int:

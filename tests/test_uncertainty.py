@@ -12,9 +12,10 @@ from abmll.metrics import Predictions
 from abmll.uncertainty import error_auroc, refine, selective_risk, uncertainty
 
 
-def of_options(rows: list[list[float]], labels: list[int]) -> Predictions:
+def of_options(rows: list[list[float]], labels: list[int], variance: list[float] | None = None) -> Predictions:
     options, label = torch.tensor(rows, dtype=torch.float64), torch.tensor(labels)
-    return Predictions(options, options.argmax(dim=1) == label, torch.zeros(len(label)), label)
+    drawn = torch.full((len(label),), math.nan) if variance is None else torch.tensor(variance)
+    return Predictions(options, options.argmax(dim=1) == label, torch.zeros(len(label)), label, drawn, 2 * drawn)
 
 
 def test_risk_coverage_by_hand():
@@ -72,14 +73,22 @@ def test_extremes_of_refinement(label, want):
 
 
 def test_auroc_of_errors():
-    correct = np.array([True, True, False, False])
+    correct = torch.tensor([True, True, False, False])
     # pairs (wrong, right): .5 > .1, .5 = .5, .2 > .1, .2 < .5
-    assert error_auroc(np.array([0.1, 0.5, 0.5, 0.2]), correct) == pytest.approx((1 + 0.5 + 1 + 0) / 4)
-    assert math.isnan(error_auroc(np.array([0.1, 0.5]), np.array([True, True])))
-    assert math.isnan(error_auroc(np.array([math.nan] * 4), correct))
+    assert error_auroc(torch.tensor([0.1, 0.5, 0.5, 0.2]), correct) == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert math.isnan(error_auroc(torch.tensor([0.1, 0.5]), torch.tensor([True, True])))
+    assert math.isnan(error_auroc(torch.tensor([math.nan] * 4), correct))
+
+
+def test_signals_of_an_error():
+    """The wrong one is the least sure and has the smallest variance."""
+    options, labels = [[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]], [0, 0, 1]
+    got = uncertainty(of_options(options, labels, variance=[0.2, 0.3, 0.1]))
+    assert (got.auroc_confidence, got.auroc_variance, got.auroc_mutual_information) == (1, 0, 0)
+    assert math.isnan(uncertainty(of_options(options, labels)).auroc_variance)
 
 
 def test_predictions_that_diverged_and_none_at_all():
     assert all(map(math.isnan, astuple(uncertainty(of_options([[math.nan, math.nan], [0.6, 0.4]], [0, 0])))))
     with pytest.raises(ValueError, match="0 examples"):
-        uncertainty(Predictions(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0), torch.zeros(0).long()))
+        uncertainty(of_options([[0.6, 0.4]], [0]).take(torch.tensor([], dtype=torch.int64)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from abmll.compare.plots import all_plots
-from abmll.compare.results import Comparison, load_comparison
+from abmll.compare.results import Results, load_results
 from abmll.compare.tables import Table, all_tables
 from abmll.files import write_whole
 
@@ -18,31 +18,31 @@ def analyse(folder: Path) -> list[Path]:
     Nothing is kept from an earlier analysis: tables and plots of runs that are gone go too. ValueError where the folder
     holds no comparison or nothing of it is finished.
     """
-    comparison = load_comparison(folder)
+    results = load_results(folder)
     for name in ("tables", "plots"):
         (folder / name).mkdir(exist_ok=True)
         for old in (folder / name).glob("*.*"):
             if old.suffix in (".md", ".csv", ".png"):
                 old.unlink()
-    tables = all_tables(comparison)
+    tables = all_tables(results)
     written = [path for table in tables for path in table.write(folder / "tables")]
-    plots = all_plots(comparison, folder / "plots")
-    write_whole(folder / "report.md", report(comparison, tables, plots))
+    plots = all_plots(results, folder / "plots")
+    write_whole(folder / "report.md", report(results, tables, plots))
     return [*written, *plots, folder / "report.md"]
 
 
-def report(comparison: Comparison, tables: list[Table], plots: list[Path]) -> str:
+def report(results: Results, tables: list[Table], plots: list[Path]) -> str:
     """Markdown: what was compared and what is missing, the main tables, links to the others, and the plots."""
-    runs = comparison.runs
+    runs = results.runs
     seeds = ", ".join(
-        f"{label} {number}" for label, number in runs.groupby("label", sort=False)["seed"].nunique().items()
+        f"{label} {number}" for label, number in runs.groupby("run_label", sort=False)["seed"].nunique().items()
     )
     parts = [
-        f"# {comparison.name}",
-        f"{len(runs)} finished runs; seeds by method: {seeds}. Baselines: {', '.join(comparison.baselines)}.",
+        f"# {results.name}",
+        f"{len(runs)} finished runs; seeds by method: {seeds}. Baselines: {', '.join(results.baselines)}.",
     ]
-    if comparison.skipped:
-        parts.append("\n".join(["Left out:", "", *(f"- {note}" for note in comparison.skipped)]))
+    if results.skipped:
+        parts.append("\n".join(["Left out:", "", *(f"- {note}" for note in results.skipped)]))
     parts += [
         table.text.replace("\n## ", "\n### ").replace("# ", "## ", 1).rstrip()
         for table in tables

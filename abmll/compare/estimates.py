@@ -1,19 +1,19 @@
 """Numbers of every table: means over seeds and then tasks with their intervals, and differences to the best baseline.
 
 All frames have a row a line of their table and the columns task_set and model. Units are the metrics' own: fractions,
-nats, seconds, bytes. `label` names a method, what varies of its settings, and its score unless plain.
+nats, seconds, bytes. `label` names a method, its setting unless default, and its score unless plain.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from abmll.compare.results import PLAIN, STANDARD, Comparison, describe, varied
+from abmll.compare.results import PLAIN, STANDARD, Results, parse_name
 from abmll.compare.statistics import Estimate, estimate, holm, permutation_p, record
 
 
@@ -125,30 +125,41 @@ def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def costs(comparison: Comparison) -> pd.DataFrame:
+def costs(results: Results) -> pd.DataFrame:
     """A row a label of runs: means over seeds of what training took."""
-    found = comparison.costs.groupby(["task_set", "model", "label"], sort=False)
+    found = results.costs.groupby(["task_set", "model", "run_label"], sort=False)
     return found[list(COSTS)].mean().assign(seeds=found["seed"].nunique()).reset_index()
 
 
-def sweeps(comparison: Comparison) -> dict[str, pd.DataFrame]:
-    """By name, every setting and every score that takes several values: a row a line and value, after adaptation."""
-    scores = adapted(comparison.scores)
+def sweeps(results: Results) -> dict[str, pd.DataFrame]:
+    """By name, every sweep of a setting or a score, after adaptation: a row a line and value along it."""
+    scores = adapted(results.scores)
+    settings = scores[scores["condition"] == STANDARD].copy()
+    settings[["sweep", "value"]] = [parse_name(name) for name in settings["setting"]]
+    settings["line"] = settings["label"].where(settings["score"] != PLAIN, settings["method"])
+    zero = scores[scores["score"] == PLAIN]
+    zeros = [
+        zero[zero["run"].isin(own["run"])].assign(sweep=name, value=0.0)
+        for name, own in scores[scores["value"].notna()].groupby("sweep", sort=False)
+        if name.startswith(ZERO_IS_PLAIN) and not (own["value"] == 0).any()
+    ]
+    points = pd.concat([settings, *(frame.assign(line=frame["run_label"]) for frame in [*zeros, scores])])
     found = {}
-    for key in comparison.settings:
-        rows = [row for place, part in groups(scores) for row in _setting_sweep(place, part, key, comparison.settings)]
-        found[key] = pd.DataFrame(rows)
-    for family in dict.fromkeys(scores.loc[scores["value"].notna(), "family"]):
-        found[family] = pd.DataFrame(
-            [row for place, part in groups(scores) for row in _score_sweep(place, part, family)]
-        )
-    return {name: frame for name, frame in found.items() if len(frame)}
+    for name, own in points[points["value"].notna()].groupby("sweep", sort=False):
+        rows = [
+            {**place, "line": line, "value": value, "seeds": point["seed"].nunique(), **estimates(point, MAIN)}
+            for place, part in groups(own)
+            for line, along in part.groupby("line", sort=False)
+            for value, point in along.groupby("value")
+        ]
+        found[str(name)] = pd.DataFrame(rows)
+    return found
 
 
 def papers_metrics(scores: pd.DataFrame) -> pd.DataFrame:
-    """A row a label after adaptation, and without it of the pretrained model: the accuracy and ECE of the paper's tables."""
+    """A row a label after adaptation, and of the pretrained model before it: accuracy and ECE of the paper's tables."""
     wanted = pd.concat([scores[(scores["method"] == "pretrained") & (scores["steps"] == 0)], adapted(scores)])
-    keys = ["label", "method", "score", "family", "value", "steps"]
+    keys = ["label", "method", "score", "sweep", "value", "steps"]
     return pd.DataFrame(
         [
             {**place, **dict(zip(keys, values, strict=True)), **estimates(own, PAPERS)}
@@ -217,39 +228,3 @@ def _difference(mine: pd.DataFrame, rivals: pd.DataFrame, metric: Metric) -> dic
         **record(metric.better * values)._asdict(),
         "tasks": len(values),
     }
-
-
-def _setting_sweep(
-    place: dict[str, Any], part: pd.DataFrame, key: str, settings: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    part = part[part["condition"] == STANDARD]
-    for method, own in part.groupby("method", sort=False):
-        differ = varied(own, settings)
-        if key not in differ:
-            continue
-        others = [name for name in differ if name != key]
-
-        def line(row: pd.Series, method: str = method, others: list[str] = others) -> str:
-            text = describe(method, {name: row[name] for name in others})
-            return text if row["score"] == PLAIN else f"{text}, {row['score']}"
-
-        yield from _points(place, own.assign(value=own[key]), line)
-
-
-def _score_sweep(place: dict[str, Any], part: pd.DataFrame, family: str) -> Iterator[dict[str, Any]]:
-    swept = part[part["family"] == family]
-    if family.startswith(ZERO_IS_PLAIN) and not (swept["value"] == 0).any():
-        plain = part[(part["score"] == PLAIN) & part["run"].isin(swept["run"])]
-        swept = pd.concat([plain.assign(value=0.0, score=f"{family}-0"), swept])
-
-    def line(row: pd.Series) -> str:
-        return row["label"].removesuffix(f", {row['score']}")
-
-    yield from _points(place, swept, line)
-
-
-def _points(place: dict[str, Any], own: pd.DataFrame, line: Callable[[pd.Series], str]) -> Iterator[dict[str, Any]]:
-    own = own.assign(line=own.apply(line, axis=1))
-    for name, points in own.groupby("line", sort=False):
-        for value, rows in points.groupby("value", dropna=False):
-            yield {**place, "line": name, "value": value, "seeds": rows["seed"].nunique(), **estimates(rows, MAIN)}

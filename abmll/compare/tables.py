@@ -27,7 +27,7 @@ from abmll.compare.estimates import (
     summary,
     sweeps,
 )
-from abmll.compare.results import PLAIN, Comparison, value_text
+from abmll.compare.results import PLAIN, Results
 from abmll.files import write_whole
 
 INTERVALS = "In brackets: 95 % bootstrap interval, tasks resampled, seeds averaged before."
@@ -48,9 +48,9 @@ class Table:
         return paths
 
 
-def all_tables(comparison: Comparison) -> list[Table]:
-    """Every table that the comparison has rows for, the summary first."""
-    scores, baselines = comparison.scores, comparison.baselines
+def all_tables(results: Results) -> list[Table]:
+    """Every table that there are rows for, the summary first."""
+    scores, baselines = results.scores, results.baselines
     overall = summary(scores)
     against, tasks = against_baseline(scores, baselines), by_task(scores, baselines)
     made = [
@@ -58,9 +58,9 @@ def all_tables(comparison: Comparison) -> list[Table]:
         _table("uncertainty", "What the uncertainty is worth", _UNCERTAINTY, overall, _uncertainty),
         _table("against_baseline", "Against the best baseline", _AGAINST, against, _against),
         _table("by_task", "Accuracy by task", _BY_TASK, tasks, _by_task),
-        _table("costs", "Costs of training", _COSTS, costs(comparison), _costs),
+        _table("costs", "Costs of training", _COSTS, costs(results), _costs),
     ]
-    for name, frame in sweeps(comparison).items():
+    for name, frame in sweeps(results).items():
         made.append(_table(f"sweep_{name}", f"Sweep of {name}", f"After adaptation. {INTERVALS}", frame, _sweep(name)))
     made.append(_table("paper", "Beside the paper's own figures", _PAPER, beside_paper(scores), _beside_paper))
     return [table for table in made if len(table.frame)]
@@ -75,7 +75,7 @@ def beside_paper(scores: pd.DataFrame) -> pd.DataFrame:
         for figure in [] if name is None else _figures(paper, name):
             method, pruned = figure["paper_method"], figure["pruned"]
             mine = own[(own["method"] == method) | own["method"].str.startswith(f"{method}-")]
-            pruning = mine["family"].str.startswith("pruning") & (mine["value"] == pruned)
+            pruning = mine["sweep"].str.startswith("pruning") & (mine["value"] == pruned)
             mine = mine[(mine["score"] == PLAIN) if math.isnan(pruned) else pruning]
             known = mine if math.isnan(figure["beta"]) else mine[:0]  # our own sweep of beta has its own table
             rows += [{**place, **figure, **ours} for ours in known.to_dict("records") or [{}]]
@@ -235,7 +235,7 @@ def _costs(part: pd.DataFrame) -> list[dict[str, str]]:
     }
     rows = []
     for _, row in part.iterrows():
-        cells = {"method": row["label"]}
+        cells = {"method": row["run_label"]}
         for name in COSTS:
             heading, show = form.get(name, (name.replace("_", " "), lambda value: f"{value:,.0f}"))
             cells[heading] = show(row[name])
@@ -248,7 +248,7 @@ def _sweep(name: str) -> Callable[[pd.DataFrame], list[dict[str, str]]]:
         return [
             {
                 "method": row["line"],
-                name: value_text(row["value"]),
+                name: f"{row['value']:g}",
                 **{metric.heading: interval(row, metric) for metric in MAIN},
                 "seeds": str(row["seeds"]),
             }
@@ -260,7 +260,7 @@ def _sweep(name: str) -> Callable[[pd.DataFrame], list[dict[str, str]]]:
 
 _PAPER = (
     "The paper's: Zhang, Snell and Griffiths (2025), version 2, Llama3-8B-Chat, ± standard error over three seeds. "
-    "Both by its metrics: accuracy over the whole vocabulary, and an ECE that is near 1 - accuracy and not the pooled one. "
+    "Both by its metrics: accuracy over the whole vocabulary, and an ECE near 1 - accuracy, not the pooled one. "
     "Models, budgets and test examples differ: what can be compared is the order of the methods. " + INTERVALS
 )
 

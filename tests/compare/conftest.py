@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from made_up import write_full_comparison
+from runs import make_run, one_thread  # noqa: F401
 
-from abmll.compare.results import load_comparison
+from abmll.compare.results import load_results
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +23,4 @@ def full_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def full(full_folder):
-    return load_comparison(full_folder)
+    return load_results(full_folder)

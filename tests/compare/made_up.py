@@ -17,24 +17,22 @@ OPTIONS = (2, 3, 4)
 PARAMETERS = 24  # of every made-up theta
 
 
-def listed_run(method: str, seed: int = 0, setting: dict[str, Any] | None = None, scores: Sequence[str] = ("plain",)):
+def listed_run(method: str, seed: int = 0, setting: str = "default", scores: Sequence[str] = ("plain",)):
     """A run as comparison.json lists it."""
-    setting = setting or {}
-    place = "-".join([method, *(f"{key}={value}" for key, value in setting.items()), f"seed{seed}"])
     return {
         "task_set": "cls-23",
         "model": "random:tiny",
         "method": method,
         "setting": setting,
         "seed": seed,
-        "folder": f"runs/{place}",
+        "folder": f"runs/{method}/{setting}/seed-{seed}",
         "scores": {name: f"scores/{name}" for name in scores},
     }
 
 
 def write_comparison(folder: Path, runs: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    listed = {"name": "made up", "baseline_methods": ["pretrained", "lora", "reptile"], "runs": runs}
+    listed = {"name": "made up", "baselines": ["pretrained", "lora", "reptile"], "runs": runs}
     (folder / "comparison.json").write_text(json.dumps(listed))
 
 
@@ -144,19 +142,18 @@ def write_full_comparison(
 ) -> None:
     """Every kind of row that tables and plots know: sampled and pruned scores, a sweep of beta, an unfinished run."""
     skills = {"pretrained": 0.3, "lora": 1.0, "reptile": 1.2, "abmll": 1.6}
-    settings = [(name, {}, skill) for name, skill in skills.items()]
-    settings += [("abmll-swept", {"method.beta": beta}, 1.6 - 0.3 * number) for number, beta in enumerate(betas)]
+    settings = [(name, "default", skill) for name, skill in skills.items()]
+    settings += [("abmll", f"beta-{beta:g}", 1.6 - 0.3 * number) for number, beta in enumerate(betas)]
     runs = []
-    for name, setting, skill in settings:
-        method = name.partition("-")[0]
+    for method, setting, skill in settings:
         lost = {"plain": 0.0}  # the share of the skill that a score costs
-        if not setting:
+        if setting == "default":
             each = 1.5 if method == "abmll" else 3.0
             lost |= {f"pruning-{fraction}": each * fraction for fraction in (0.01, 0.1, 0.2, 0.3)}
-        if name == "abmll":
-            lost["samples-8"] = 0.0
+            if method == "abmll":
+                lost["samples-8"] = 0.0
         for seed in range(seeds):
-            run = listed_run(name, seed, setting, list(lost))
+            run = listed_run(method, seed, setting, list(lost))
             runs.append(run)
             scores = {
                 f"scores/{score}": pd.concat(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from abmll.compare.estimates import MAIN, UNCERTAINTY, against_baseline, beatable, by_task, summary, sweeps
-from abmll.compare.results import score_columns
+from abmll.compare.results import condition
 from abmll.compare.statistics import estimate, holm, permutation_p
 
 METRICS = [metric.name for metric in (*MAIN, *UNCERTAINTY)] + ["accuracy_vocabulary", "ece_paper"]
@@ -25,7 +25,7 @@ def rows(
                 "method": method or label,
                 "label": label if score == "plain" else f"{label}, {score}",
                 "score": score,
-                **score_columns(score),
+                "condition": condition(score),
                 "seed": seed,
                 "steps": steps,
                 "task": f"task-{task}",
@@ -140,11 +140,13 @@ def test_no_baseline_no_comparison():
 
 def test_sweeps(full):
     found = sweeps(full)
-    assert list(found) == ["method.beta", "pruning", "samples"]
-    beta = found["method.beta"]
-    assert set(beta["line"]) == {"abmll-swept"} and beta["value"].tolist() == [1e-14, 1e-12, 1e-10]
+    assert list(found) == ["beta", "pruning", "samples"]
+    assert found["beta"]["line"].tolist() == ["abmll"] * 3 and found["beta"]["value"].tolist() == [1e-14, 1e-12, 1e-10]
+    plain = summary(full.scores).set_index(["label", "steps"])["accuracy"]
+    assert found["beta"]["accuracy"].tolist() == [
+        plain[f"abmll, beta-{beta}", 5] for beta in ("1e-14", "1e-12", "1e-10")
+    ]
     pruning = found["pruning"].set_index(["line", "value"])["accuracy"]
     assert pruning["lora"].index.tolist() == [0, 0.01, 0.1, 0.2, 0.3]
-    plain = summary(full.scores).set_index(["label", "steps"])["accuracy"]
     assert pruning["lora", 0] == plain["lora", 5]
     assert found["samples"].set_index("line").loc["abmll", "value"].tolist() == [0, 8]

@@ -29,7 +29,7 @@ def test_which_tables_are_made(tables):
         "against_baseline",
         "by_task",
         "costs",
-        "sweep_method.beta",
+        "sweep_beta",
         "sweep_pruning",
         "sweep_samples",
         "paper",
