@@ -1,1 +1,1 @@
-"""Comparisons between methods: a grid of runs, and what their scores say."""
+"""Comparisons of methods: a grid of ordinary runs, their scores, and what they say together."""

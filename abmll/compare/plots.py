@@ -222,10 +222,11 @@ def _panels(
 
 
 def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
-    """One legend for all panels: beside a single one, below several."""
+    """One legend for all panels: below them, but beside a single one where it is long."""
     handles, labels = axes[0].get_legend_handles_labels()
     columns = int(figure.get_figwidth() * 15 / (max(map(len, labels)) + 6))  # about 15 letters an inch, and the handle
-    place, columns = ("outside right upper", 1) if len(axes) == 1 else ("outside lower center", columns)
+    beside = len(axes) == 1 and len(labels) > 3
+    place, columns = ("outside right upper", 1) if beside else ("outside lower center", columns)
     figure.legend(handles, labels, loc=place, ncols=max(1, min(len(labels), columns)), fontsize=8, frameon=False)
     return figure
 
