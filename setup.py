@@ -14,7 +14,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["abmll", "abmll.kernels", "abmll.kernels.fused", *(f"abmll.{name}" for name in SUBPACKAGES)],
+    packages=[
+        "abmll",
+        "abmll.kernels",
+        "abmll.kernels.fused",
+        "abmll.tasks.catalogue",
+        *(f"abmll.{name}" for name in SUBPACKAGES),
+    ],
+    package_data={"abmll.tasks.catalogue": ["*.yaml"]},
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
     package_data={"abmll.compare": ["paper.yaml"]},
     install_requires=[

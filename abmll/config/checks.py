@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,10 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "tasks.source",
     )
 
+    for name, task in tasks.hub.items():
+        key = f"tasks.hub.{name}"
+        found += [Problem(key, f"{key}.{text}", (key,)) for text in hub_task_disagrees(task)]
+
     for key in ("train", "test", "validation"):
         rule(
             tasks.source == "builtin" and getattr(tasks, key) is not None,
@@ -116,3 +121,46 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         twice = duplicates(names or ())
         rule(twice, key, f"{', '.join(twice)} is listed twice; list each name once")
     return found
+
+
+def hub_task_disagrees(task: Any) -> list[str]:
+    """Every broken rule between the keys of a schema.HubTask, each `key: value: what is wrong; remedy`."""
+    own = isinstance(task.options, tuple)
+    rules = (
+        ((task.test_split is None) != (task.holdout is not None), "holdout", "goes with test_split: null; set both"),
+        (task.holdout_by and task.holdout is None, "holdout_by", "needs a holdout; set one, or remove it"),
+        (task.options_pattern and own, "options_pattern", "needs options: FIELD, the field that holds their text"),
+        (
+            task.options_pattern and not _good_pattern(task.options_pattern),
+            "options_pattern",
+            "is no regular expression with two groups or more; write one group an option",
+        ),
+        (
+            task.option_names and (not own or len(task.option_names) != len(task.options)),
+            "option_names",
+            "needs as many options as names; list the options",
+        ),
+        (
+            task.labels and own and len(task.labels) != len(task.options),
+            "labels",
+            f"{len(task.options) if own else 0} options: write one label for each of them, in their order",
+        ),
+        (
+            task.label_cuts and not (own and len(task.options) == 2 and task.label_cuts[0] <= task.label_cuts[1]),
+            "label_cuts",
+            "needs two options and two numbers, the smaller first",
+        ),
+        (
+            task.label_is == "scores" and task.options != task.label,
+            "label_is",
+            "the options are those that have scores; set options and label to the same field",
+        ),
+    )
+    return [f"{key}: {show(getattr(task, key))}: {text}" for broken, key, text in rules if broken]
+
+
+def _good_pattern(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups >= 2
+    except re.error:
+        return False
