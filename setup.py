@@ -21,9 +21,8 @@ setup(
         "abmll.tasks.catalogue",
         *(f"abmll.{name}" for name in SUBPACKAGES),
     ],
-    package_data={"abmll.tasks.catalogue": ["*.yaml"]},
+    package_data={"abmll.compare": ["*.yaml"], "abmll.tasks.catalogue": ["*.yaml"]},
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
-    package_data={"abmll.compare": ["paper.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
