@@ -21,7 +21,7 @@ setup(
         "abmll.tasks.catalogue",
         *(f"abmll.{name}" for name in SUBPACKAGES),
     ],
-    package_data={"abmll.tasks.catalogue": ["*.yaml"]},
+    package_data={"abmll.compare": ["*.yaml"], "abmll.tasks.catalogue": ["*.yaml"]},
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -46,13 +46,16 @@ setup(
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
+        # tables and plots of comparisons; pandas and pyarrow come with datasets
+        "compare": ["scipy>=1.15", "matplotlib>=3.8", "pandas>=2.2"],
         "test": [
             "pytest>=8.0",
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "scipy>=1.11",
+            "scipy>=1.15",
             "matplotlib>=3.8",
+            "pandas>=2.2",
             "tensorboard>=2.17",
             "ruff>=0.8",
             "bitsandbytes>=0.46.1",
