@@ -19,7 +19,7 @@ from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
 from abmll.resident import release_freed
 from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import by_length, scoring_batches, support_batches
+from abmll.tasks.episodes import by_length, scored_examples, scoring_batches, support_batches
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import Batch, PromptedExample
 
@@ -100,9 +100,8 @@ class Evaluator:
         self, method: Method, tasks: Sequence[PromptedTask], split: Split
     ) -> dict[str, dict[int, Predictions]]:
         adapters, steps = self.learner.adapters, method.config.adaptation_steps
-        examples = {
-            task.name: task.test[: self.config.max_examples] if split == "test" else task.validation for task in tasks
-        }
+        size, most = self.learner.batch_size, self.config.max_examples if split == "test" else None
+        examples = {task.name: scored_examples(task, split, steps, size, self.seed)[:most] for task in tasks}
         adapters.reset_phi()
         found = {name: {0: self._predict(method, name, own, adapted=0)} for name, own in examples.items()}
         adapters.reset_phi(len(tasks))

@@ -158,6 +158,10 @@ class TasksConfig(Section):
     batch_size: int = Field(2, ge=1, description="Examples a gradient step.")
     max_tokens: int = Field(1024, ge=16, description="Longest prompt.")
     too_long: Literal["drop", "truncate"] = "truncate"
+    demonstrations: int = Field(0, ge=0, le=64, description="Answered examples of the support set in a prompt.")
+    demonstrate: Literal["test", "adaptation", "always"] = Field(
+        "test", description="Before scored questions; also before each example of the support set; also in training."
+    )
     max_train_examples: int | None = Field(None, ge=2, description="A task's training examples used; null: all.")
 
 
