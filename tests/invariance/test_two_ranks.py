@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from outer_steps import OuterStep, check_steps
-
 from runs import METHODS, ONE_STEP, Run, call, free_port
 
 pytestmark = [

@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from outer_steps import recording
+from runs import METHODS, ONE_STEP, Run, Stopped
 
 from abmll.trainer import Trainer
-from runs import METHODS, ONE_STEP, Run, Stopped
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import subprocess
 import time
 
 import pytest
-
 from runs import METHODS, Run, Stopped, environment, stop_before
 
 LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from outer_steps import check_optimizer, recording
+from runs import METHODS as OTHERS
+from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abmll.distributed import Ranks
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
-from runs import METHODS as OTHERS
-from runs import Run
 
 METHODS = {
     "activation posterior": ("method.name=abmll",),

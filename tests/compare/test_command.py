@@ -1,0 +1,76 @@
+"""The command as it is typed: killed half-way it continues, and ends with the tables of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = f"""
+name: some
+config: {ROOT}/configs/tiny.yaml
+output: OUT
+overrides: {{trainer.episodes: 6, trainer.checkpoint_every: 1, tasks.builtin.test_tasks: 3}}
+methods: {{lora: {{method.name: lora}}, abmll: {{}}}}
+scores: {{samples-2: {{methods: [abmll], eval.samples: 2}}}}
+baselines: [lora]
+"""
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    file = folder.with_suffix(".yaml")
+    file.write_text(TEXT.replace("OUT", str(folder)))
+    return [sys.executable, str(ROOT / "launch/compare.py"), "--config", str(file), "--workers", "1", *arguments]
+
+
+def call(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=400, **options)
+
+
+@pytest.mark.timeout(900)
+def test_killed_half_way_it_ends_with_the_same_tables(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    found = call(*command(whole))
+    assert found.returncode == 0, found.stderr
+    assert "default/seed-0: done after" in found.stdout
+
+    process = subprocess.Popen(command(killed), start_new_session=True, stdout=subprocess.DEVNULL)
+    half_way = killed / "model/tasks/abmll/default/seed-0/checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(half_way.glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    lora = killed / "model/tasks/lora/default/seed-0/final/summary.json"
+    before = lora.stat().st_mtime_ns
+    assert not (killed / "report.md").exists()
+
+    found = call(*command(killed))
+    assert found.returncode == 0, found.stderr
+    assert lora.stat().st_mtime_ns == before
+    assert "resumed from" in (half_way.parent / "compare.log").read_text()
+    tables = sorted(path.name for path in (whole / "tables").iterdir())
+    assert {"summary.md", "against_baseline.csv", "costs.md", "sweep_samples.md"} <= set(tables)
+    for name in tables:
+        if not name.startswith("costs"):  # times differ
+            assert (killed / "tables" / name).read_text() == (whole / "tables" / name).read_text(), name
+    plots = sorted(path.name for path in (whole / "plots").iterdir())
+    assert plots and plots == sorted(path.name for path in (killed / "plots").iterdir())
+    assert "## Summary" in (killed / "report.md").read_text()
+
+    listed = call(*command(killed, "--list"))
+    assert listed.stdout.count("finished") == 2
+
+
+def test_mistakes_are_told_before_anything_runs(tmp_path):
+    found = call(*command(tmp_path / "out", "method.nam=x"))
+    assert found.returncode == 2 and "method.nam" in found.stderr and not (tmp_path / "out").exists()
+    found = call(*command(tmp_path / "out", "--analysis"))
+    assert found.returncode == 2 and "holds no comparison.json; run the comparison first" in found.stderr
