@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "config", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "config", "evaluation", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",
@@ -25,6 +25,7 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.10",
         "torchmetrics>=1.7",
+        "scipy>=1.11",
         "tqdm>=4.66",
         "safetensors>=0.5",
         # deepspeed imports setuptools and builds its CPU communication op with ninja
@@ -44,7 +45,6 @@ setup(
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "scipy>=1.11",
             "matplotlib>=3.8",
             "tensorboard>=2.17",
             "ruff>=0.8",

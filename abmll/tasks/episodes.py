@@ -60,7 +60,7 @@ class EpisodeSampler:
         return self.tasks[number].name
 
     def episode(self, index: int) -> Episode:
-        batches = tuple(_batches(self._examples(index), self.batch_size, self.letter_ids))
+        batches = tuple(in_batches(self._examples(index), self.letter_ids, self.batch_size))
         query = batches[-1] if self.query else None
         return Episode(index, index // self.episodes_per_epoch, self.task(index), batches[: self.inner_steps], query)
 
@@ -106,28 +106,23 @@ class PooledSampler(EpisodeSampler):
         return [taken[place] for place in places]
 
 
-def support_batches(
-    task: PromptedTask, letter_ids: Sequence[int], steps: int, batch_size: int, seed: int
-) -> tuple[Batch, ...]:
-    """The batches on which an unseen task is adapted, the same for every method that is given the same seed."""
+def support_examples(task: PromptedTask, count: int, seed: int) -> list[PromptedExample]:
+    """The first examples of an unseen task's support shuffle: the same for every method that is given the same seed,
+    and more of them go on from fewer.
+    """
     _check_trainable([task])
-    places = EndlessShuffle(len(task.train), seed, "support", task.name).take(0, steps * batch_size)
-    return tuple(_batches(task.train.take(places), batch_size, letter_ids))
+    return task.train.take(EndlessShuffle(len(task.train), seed, "support", task.name).take(0, count))
 
 
-def scoring_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
+def in_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Every example once, in its order; the last batch may be smaller."""
-    yield from _batches(examples, batch_size, letter_ids)
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], letter_ids)
 
 
 def by_length(examples: Sequence[PromptedExample]) -> Tensor:
     """Places of the examples, the shortest first (int64 [n]): together with its like a prompt needs little padding."""
     return torch.tensor([len(example.token_ids) for example in examples], dtype=torch.int64).argsort(stable=True)
-
-
-def _batches(examples: Sequence[PromptedExample], batch_size: int, letter_ids: Sequence[int]) -> Iterator[Batch]:
-    for start in range(0, len(examples), batch_size):
-        yield collate(examples[start : start + batch_size], letter_ids)
 
 
 def _check_trainable(tasks: Sequence[PromptedTask]) -> None:
