@@ -154,7 +154,7 @@ class TFBConfig(Section):
     """Training-free Bayesianization of a point estimate: `abmll.evaluation.tfb`."""
 
     samples: int = Field(0, ge=0, description="S draws of the weights, whose predictions are averaged; 0: none.")
-    tolerance: float = Field(0.01, ge=0, description="By what fraction the NLL of the support set may grow.")
+    tolerance: float = Field(0.05, ge=0, description="By what fraction the NLL of the support set may grow.")
     evaluations: int = Field(10, ge=1, description="Of the support set, in the search for the noise that it bears.")
 
 

@@ -19,7 +19,7 @@ from abmll.evaluation.labels import shuffle_labels
 from abmll.evaluation.prune import pruned
 from abmll.evaluation.scores import Evaluation, Split
 from abmll.evaluation.temperature import fit_temperature
-from abmll.evaluation.tfb import drawn_weights, largest_sigma
+from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
 from abmll.kernels import NoiseKey, fold_seed, rows_of_keys
 from abmll.learner import Learner
 from abmll.methods import Method
@@ -125,14 +125,16 @@ class Evaluator:
         if not tfb.samples:
             return self._score_by_slot(method, task, examples, support, adapted, slot)
         anchor, seed = ("support", task, adapted), fold_seed(self.seed, "tfb", task)
-        most = (1 + tfb.tolerance) * float(self._predict(method, anchor, support, slot).nll.mean())
         with drawn_weights(self.learner.adapters, slot, tfb.samples, seed) as drawn:
 
             def nll(sigma: float) -> float:
                 drawn.set_sigma(sigma)
                 return float(self._predict(method, anchor, support, slot=None).nll.mean())
 
-            sigma = largest_sigma(nll, most, tfb.evaluations) if drawn.varies else 0.0
+            # against the least noise, not none: in bf16 any noise moves the roundings that phi was adapted with
+            sigma = 0.0
+            if drawn.varies:
+                sigma = largest_sigma(nll, (1 + tfb.tolerance) * nll(RANGE[0]), tfb.evaluations)
             drawn.set_sigma(sigma)
             scored = self._score_by_slot(method, task, examples, support, adapted, slot=None)
         return scored._replace(fitted=scored.fitted | {"tfb_sigma": sigma})

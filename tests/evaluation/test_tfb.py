@@ -129,7 +129,7 @@ def test_an_evaluation_averages_the_draws_that_the_support_set_bears(build_tiny)
 
     torch.testing.assert_close(scored.predictions.nll, average(task.test, sigma), rtol=1e-3, atol=1e-4)
     support = support[:6]  # the others are the same again
-    most = (1 + tolerance) * average(support, 0.0).mean()
+    most = (1 + tolerance) * average(support, RANGE[0]).mean()
     assert average(support, sigma).mean() <= most * (1 + 1e-4)
     assert average(support, 1.2 * sigma).mean() > most
     assert (scored.predictions.variance > 0).all()
