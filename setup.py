@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "config", "evaluation", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "evaluation", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",
@@ -14,7 +14,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["abmll", "abmll.kernels", "abmll.kernels.fused", *(f"abmll.{name}" for name in SUBPACKAGES)],
+    packages=[
+        "abmll",
+        "abmll.kernels",
+        "abmll.kernels.fused",
+        "abmll.tasks.catalogue",
+        *(f"abmll.{name}" for name in SUBPACKAGES),
+    ],
+    package_data={"abmll.compare": ["*.yaml"], "abmll.tasks.catalogue": ["*.yaml"]},
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -25,7 +32,7 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.10",
         "torchmetrics>=1.7",
-        "scipy>=1.11",
+        "scipy>=1.15",
         "tqdm>=4.66",
         "safetensors>=0.5",
         # deepspeed imports setuptools and builds its CPU communication op with ninja
@@ -40,12 +47,15 @@ setup(
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
+        # tables and plots of comparisons; pandas and pyarrow come with datasets
+        "compare": ["scipy>=1.15", "matplotlib>=3.8", "pandas>=2.2"],
         "test": [
             "pytest>=8.0",
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
+            "pandas>=2.2",
             "tensorboard>=2.17",
             "ruff>=0.8",
             "bitsandbytes>=0.46.1",

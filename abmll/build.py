@@ -18,7 +18,7 @@ from abmll.models.load import load_model
 from abmll.models.packing import is_packed
 from abmll.models.sharding import check_adapted
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
-from abmll.tasks.examples import PromptCounts, PromptedTask
+from abmll.tasks.examples import Demonstrations, PromptCounts, PromptedTask
 from abmll.tasks.prompt import Limits, Prompter
 from abmll.tasks.sources import LoadedTasks, load_tasks
 from abmll.tasks.task import Task
@@ -75,7 +75,9 @@ def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> Run
 
 def measure_prompts(loaded: LoadedTasks, prompter: Prompter, config: Config) -> dict[str, PromptCounts]:
     """What `tasks.max_tokens` does to each task: tokenises every example that the run may use."""
-    return {task.name: prompter.measure(task, _limits(config)) for task in _each(loaded)}
+    shown, unseen = prompter.demonstrations, {task.name for task in (*loaded.validation, *loaded.test)}
+    counts = {True: (shown.before_adaptation, shown.count), False: (shown.before_training, 0)}  # is it unseen?
+    return {task.name: prompter.measure(task, _limits(config), *counts[task.name in unseen]) for task in _each(loaded)}
 
 
 def _each(loaded: LoadedTasks) -> list[Task]:
@@ -101,7 +103,7 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
             f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
             "padding depends on what is beside it; set it to 1, or model.attention=auto"
         )
-    tasks = prompt_tasks(loaded, _prompter(config, tokenizer), config)
+    tasks = prompt_tasks(loaded, prompter_of(config, tokenizer), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
     check_adapted(adapters.layers)
@@ -111,10 +113,13 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
 
 def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -> Parts:
     """The same model and adapters with other tasks, prompts and settings of the method. ValueError as `build`."""
-    tasks = prompt_tasks(read_tasks(config, config_path, scoring=True), _prompter(config, parts.tokenizer), config)
+    tasks = prompt_tasks(read_tasks(config, config_path, scoring=True), prompter_of(config, parts.tokenizer), config)
     learner = Learner(parts.model, parts.learner.adapters, config.method, None, config.tasks.batch_size)
     return Parts(parts.model, parts.tokenizer, learner, build_method(config.method, config.adapters.posterior), tasks)
 
 
-def _prompter(config: Config, tokenizer: Any) -> Prompter:
-    return Prompter(tokenizer, config.tasks.max_tokens, config.tasks.too_long)
+def prompter_of(config: Config, tokenizer: Any) -> Prompter:
+    """ValueError as `Prompter`."""
+    tasks = config.tasks
+    shown = Demonstrations(tasks.demonstrations, tasks.demonstrate)
+    return Prompter(tokenizer, tasks.max_tokens, tasks.too_long, shown)

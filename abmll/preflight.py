@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from abmll.adapters import projection_backend
-from abmll.build import measure_prompts, prompt_tasks, read_tasks
+from abmll.build import measure_prompts, prompt_tasks, prompter_of, read_tasks
 from abmll.checkpoint import newest_whole
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
@@ -22,7 +22,6 @@ from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.quantization import check_quantization
 from abmll.run import as_checkpointed, check_folder
-from abmll.tasks.prompt import Prompter
 from abmll.trainer import tasks_per_step
 
 
@@ -97,7 +96,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         loaded = read_tasks(config, config_path)  # first: a fault of the model's must not hide one of the tasks
         if not has_model:
             return f"{len(loaded.train)} to train on, {len(loaded.test)} unseen, {len(loaded.missing)} missing"
-        prompter = Prompter(load_tokenizer(config.model), config.tasks.max_tokens, config.tasks.too_long)
+        prompter = prompter_of(config, load_tokenizer(config.model))
         found = prompt_tasks(loaded, prompter, config)
         counts = measure_prompts(loaded, prompter, config)
         summary = (

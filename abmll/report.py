@@ -49,6 +49,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         f"{sum(len(task.train) for task in tasks.train):,} training and "
         f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "
         f"{config.tasks.max_tokens} tokens, longer ones {_TOO_LONG[config.tasks.too_long]} (--validate counts them)",
+        **_demonstrations(config),
         "prompts": "packed" if is_packed(parts.model) else "padded, which is all that this attention takes",
         "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks"
         f"{f', {beside} side by side' if beside > 1 else ''} ({trainer.num_episodes:,} episodes, "
@@ -58,6 +59,13 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     notes = "".join(f"\nnote: {note}" for note in tasks.notes)
     return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
+
+
+def _demonstrations(config: Config) -> dict[str, str]:
+    if not config.tasks.demonstrations:
+        return {}
+    where = {"test": "scored", "adaptation": "scored and support", "always": "scored, support and training"}
+    return {"demonstrations": f"{config.tasks.demonstrations} before {where[config.tasks.demonstrate]} examples"}
 
 
 def _sharding(parts: Parts, config: Config, ranks: Ranks) -> dict[str, str]:

@@ -6,10 +6,12 @@ Risk against coverage, reliability, tests that pair two methods' examples: all n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -57,13 +59,19 @@ def _of_method(table: pd.DataFrame, method: str) -> dict[int, dict[str, Predicti
     """One method's predictions by steps and task, as `Evaluation` holds them."""
     found: dict[int, dict[str, Predictions]] = {}
     for (steps, task), rows in table[table["method"] == method].groupby(["steps", "task"], sort=False):
-        options = rows[sorted(column for column in rows if column not in (*_PLACE, *_NUMBERS))].dropna(
-            axis=1, how="all"
-        )
-        numbers = {name: torch.from_numpy(rows[name].to_numpy(copy=True)) for name in _NUMBERS}
-        predictions = Predictions(torch.from_numpy(options.fillna(0.0).to_numpy(copy=True)), **numbers)
-        found.setdefault(int(steps), {})[task] = predictions
+        found.setdefault(int(steps), {})[task] = as_predictions(rows)
     return found
+
+
+def as_predictions(rows: pd.DataFrame) -> Predictions:
+    """Rows of a prediction table, in their order: 0 beyond an example's options, NaN where the adaptation diverged."""
+    columns = sorted((name for name in rows if re.fullmatch(r"p\d+", name)), key=lambda name: int(name[1:]))
+    options = rows[columns].to_numpy(dtype=float, copy=True)
+    diverged = np.isnan(options[:, 0])
+    options[np.isnan(options) & ~diverged[:, None]] = 0.0
+    used = diverged.all() or options[~diverged].any(axis=0)  # another task may have more options
+    numbers = {name: torch.from_numpy(rows[name].to_numpy(copy=True)) for name in _NUMBERS}
+    return Predictions(torch.from_numpy(options[:, np.broadcast_to(used, len(columns))]), **numbers)
 
 
 def _rows(predictions: Predictions) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from abmll.kernels.reference import (
     Projection,
     ThetaGradient,
 )
+from abmll.kernels.sampled import sampling_error, sampling_error_by_theta
 
 __all__ = [
     "Backend",
@@ -34,6 +35,8 @@ __all__ = [
     "posterior_projection",
     "resolve",
     "rows_of_keys",
+    "sampling_error",
+    "sampling_error_by_theta",
     "standard_normal",
     "theta_gradient",
 ]

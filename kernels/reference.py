@@ -165,13 +165,13 @@ def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, s
     return add_change(linear(x, weight, bias), low_rank_product(x.to(compute_dtype(x)), mean, scaling))
 
 
-def _activation_statistics(x: Tensor, factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
+def activation_statistics(x: Tensor, factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of every token's activation, [..., T, N] each."""
     log_variance = low_rank_product(x, factors.log_variance, settings.scaling) + settings.log_variance_offset
     return low_rank_product(x, factors.mean, settings.scaling), log_variance
 
 
-def _weight_statistics(factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
+def weight_statistics(factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
     """Mean (of the change to W0) and log-variance of every weight, [..., N, K] each."""
     log_variance = low_rank_matrix(factors.log_variance, settings.scaling) + settings.log_variance_offset
     return low_rank_matrix(factors.mean, settings.scaling), log_variance
@@ -195,11 +195,11 @@ def activation_sample(
 ) -> Sample:
     """m_phi(x) + exp(l_phi(x) / 2) * noise, the KL to theta's, theta's prior: see `activation_linear`."""
     inputs = x.to(compute_dtype(x))
-    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
+    mean_phi, log_variance_phi = activation_statistics(inputs, phi, settings)
     change = mean_phi + noise_change(log_variance_phi, noise.to(inputs.dtype))
     if theta is None:
         return Sample(change, None, None)
-    mean_theta, log_variance_theta = _activation_statistics(inputs, theta, settings)
+    mean_theta, log_variance_theta = activation_statistics(inputs, theta, settings)
     kl, *_, precision = divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
     prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision)
     if token_mask is not None:
@@ -217,11 +217,11 @@ def weight_sample(
 ) -> Sample:
     """(M_phi + exp(L_phi / 2) * noise) x, the KL to theta's, theta's prior: see `weight_linear`."""
     dtype = compute_dtype(x)
-    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
+    mean_phi, log_variance_phi = weight_statistics(phi, settings)
     change = x.to(dtype) @ (mean_phi + noise_change(log_variance_phi, noise.to(dtype))).mT
     if theta is None:
         return Sample(change, None, None)
-    mean_theta, log_variance_theta = _weight_statistics(theta, settings)
+    mean_theta, log_variance_theta = weight_statistics(theta, settings)
     kl, *_, precision = divergence(mean_phi, log_variance_phi, mean_theta, log_variance_theta)
     prior = negative_log_prior(mean_theta, log_variance_theta, settings, precision).expand_as(kl)
     return Sample(change, _total(kl, phi), _total(prior, phi))
@@ -293,8 +293,8 @@ def activation_theta_gradient(
     Theta enters the objective only through this layer's KL and prior, given the layer's input.
     """
     inputs = x.detach().to(compute_dtype(x))
-    mean_phi, log_variance_phi = _activation_statistics(inputs, phi, settings)
-    mean, log_variance = _activation_statistics(inputs, theta, settings)
+    mean_phi, log_variance_phi = activation_statistics(inputs, phi, settings)
+    mean, log_variance = activation_statistics(inputs, theta, settings)
     mask = 1.0 if token_mask is None else token_mask.unsqueeze(-1).to(mean.dtype)
     by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
         mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, mask
@@ -315,8 +315,8 @@ def weight_theta_gradient(
     prior_weight: float,
 ) -> ThetaGradient:
     """Theta's gradient in the weight posterior, in closed form: it depends on the factors alone."""
-    mean_phi, log_variance_phi = _weight_statistics(phi, settings)
-    mean, log_variance = _weight_statistics(theta, settings)
+    mean_phi, log_variance_phi = weight_statistics(phi, settings)
+    mean, log_variance = weight_statistics(theta, settings)
     by_mean, by_log_variance, kl, prior = _elementwise_theta_gradient(
         mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, 1.0
     )

@@ -7,9 +7,9 @@ import torch
 
 from abmll.kernels import NoiseKey
 from abmll.kernels.reference import (
-    _activation_statistics,
-    _weight_statistics,
+    activation_statistics,
     negative_log_prior,
+    weight_statistics,
 )
 from abmll.models.packing import is_packed
 
@@ -47,9 +47,9 @@ def objective(tiny, batch, key):
     prior = 0.0
     for name, layer in tiny.adapters.layers.items():
         if layer.posterior == "activation":
-            statistics = _activation_statistics(inputs[name][0], layer.theta.factors(), layer.settings)
+            statistics = activation_statistics(inputs[name][0], layer.theta.factors(), layer.settings)
         else:
-            statistics = _weight_statistics(layer.theta.factors(), layer.settings)
+            statistics = weight_statistics(layer.theta.factors(), layer.settings)
         prior = prior + negative_log_prior(*statistics, layer.settings).sum()
     beta, num_tasks = tiny.config.method.beta, len(tiny.parts.tasks.train)
     return tiny.learner.nll(logits, batch).sum() + beta * terms.total_kl().sum() + beta / num_tasks * prior, prior

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abmll.evaluation import Evaluator
-from abmll.score_files import load_scores, save_scores
+from abmll.score_files import as_predictions, load_scores, save_scores
 
 
 class OneRank:
@@ -41,3 +41,13 @@ def test_a_table_holds_every_scored_example(samples, build_tiny, tmp_path):
         for task, predictions in of_tasks.items():
             for name, value in vars(predictions).items():
                 assert torch.equal(getattr(again.predictions[steps][task], name).nan_to_num(), value.nan_to_num()), name
+
+
+def test_options_that_an_example_lacks_are_zero_and_a_diverged_row_stays():
+    nan = float("nan")
+    numbers = {"label": 0, "nll": 1.0, "correct_vocabulary": True, "variance": nan, "mutual_information": nan}
+    table = pd.DataFrame({"p0": [0.5, 0.6, nan], "p1": [0.3, 0.4, nan], "p2": [0.2, nan, nan]}).assign(**numbers)
+    want = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0], [nan] * 3], dtype=torch.float64)
+    torch.testing.assert_close(as_predictions(table).options, want, equal_nan=True)
+    torch.testing.assert_close(as_predictions(table[1:2]).options, want[1:2, :2])  # nobody has a third option
+    assert as_predictions(table[2:]).options.isnan().all()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,13 @@ class RecordedTerms:
 @dataclass
 class AdapterContext:
     """`names` [G, 3] name the noise, on the device (see `NoiseKey.rows`); None: the posterior mean, without terms.
+    `kl_estimate`: of the whole run, the closed form or what one sample says of it.
     `groups`: which of the batch's rows belong to which of phi's groups; None: all to one. `kl`: every layer's KL joins
     the graph. `outer` set: theta's local gradients are made in the forward pass. `slot`: phi's only group to be used;
     with several groups it serves all of them (samples of one posterior side by side). None: each group has its own.
     """
 
+    kl_estimate: Literal["closed_form", "sample"] = "closed_form"
     names: NoiseKey | Tensor | None = None
     token_mask: Tensor | None = None
     groups: Groups | None = None

@@ -20,6 +20,8 @@ from abmll.kernels import (
     ThetaGradient,
     mean_linear,
     posterior_projection,
+    sampling_error,
+    sampling_error_by_theta,
     theta_gradient,
 )
 
@@ -92,11 +94,15 @@ class GaussianLoRALinear(nn.Module):
             backend=self.backend,
             groups=context.groups,
         )
+        sampled, kl = context.kl_estimate == "sample", projection.kl
+        named = (self.settings, context.names, self.index, context.token_mask, context.groups)
+        if context.kl and sampled:  # in a recomputation too, which must keep the same tensors
+            kl = kl + sampling_error(self.posterior, x, phi, self.theta.factors(), *named)
         if context.recorded is not None:  # closed while checkpointing recomputes
             if context.kl:
-                context.recorded.kl.append(projection.kl)
+                context.recorded.kl.append(kl)
             if outer is not None:
-                context.recorded.theta[self.index] = theta_gradient(
+                found = theta_gradient(
                     self.posterior,
                     x,
                     phi,
@@ -109,9 +115,22 @@ class GaussianLoRALinear(nn.Module):
                     self.backend,
                     context.groups,
                 )
+                if sampled:
+                    error = sampling_error_by_theta(self.posterior, x, phi, self.theta.factors(), *named)
+                    found = _with_error(found, *error, outer.kl)
+                context.recorded.theta[self.index] = found
         return projection.y
 
     def theta_gradient(self, weights: OuterWeights) -> ThetaGradient:
         """Theta's local gradient in the weight posterior: of the factors alone, without a forward pass."""
         factors = (self.phi.factors(), self.theta.factors())
         return theta_gradient("weight", None, *factors, self.settings, *weights, backend=self.backend)
+
+
+def _with_error(found: ThetaGradient, error: Tensor, gradient: GaussianFactors, weight: float) -> ThetaGradient:
+    """Theta's gradient of the closed form, plus that of the sample's error in it."""
+    pairs = [
+        LowRank(*(own + weight * change for own, change in zip(pair, of_error, strict=True)))
+        for pair, of_error in zip(found.gradient, gradient, strict=True)
+    ]
+    return found._replace(gradient=GaussianFactors(*pairs), kl=found.kl + error)

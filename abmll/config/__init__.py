@@ -1,7 +1,8 @@
 """A run's configuration: YAML and overrides in, typed sections out."""
 
 from .errors import ConfigError, Refused
-from .load import load_config, resolve_path, save_config, with_absolute_paths
+from .layers import resolve_path
+from .load import load_config, save_config, with_absolute_paths
 from .schema import Config
 from .settings import override_texts, read_settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,13 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
     rule(
         config.method.outer_batch == "query"
         and config.method.meta_gradient == "kl"
+        and config.method.kl_estimate == "closed_form"
         and config.adapters.posterior == "weight",
         "method.outer_batch",
         "theta's gradient reads no batch in the weight posterior; set method.outer_batch=reuse, or "
         "method.meta_gradient=first_order",
         "method.meta_gradient",
+        "method.kl_estimate",
         "adapters.posterior",
     )
 
@@ -108,6 +111,15 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "eval.pretrained",
     )
 
+    for key, changed in (("eval.active.by", active), ("eval.support_labels", config.eval.support_labels != "given")):
+        rule(
+            changed and config.tasks.demonstrations,
+            key,
+            f"the {config.tasks.demonstrations} demonstrations show the support set as it is; set "
+            "tasks.demonstrations=0",
+            "tasks.demonstrations",
+        )
+
     tasks = config.tasks
     rule(
         tasks.source == "jsonl" and not tasks.folder,
@@ -130,6 +142,10 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "tasks.source",
     )
 
+    for name, task in tasks.hub.items():
+        key = f"tasks.hub.{name}"
+        found += [Problem(key, f"{key}.{text}", (key,)) for text in hub_task_disagrees(task)]
+
     for key in ("train", "test", "validation"):
         rule(
             tasks.source == "builtin" and getattr(tasks, key) is not None,
@@ -146,3 +162,46 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         twice = duplicates(names or ())
         rule(twice, key, f"{', '.join(twice)} is listed twice; list each name once")
     return found
+
+
+def hub_task_disagrees(task: Any) -> list[str]:
+    """Every broken rule between the keys of a schema.HubTask, each `key: value: what is wrong; remedy`."""
+    own = isinstance(task.options, tuple)
+    rules = (
+        ((task.test_split is None) != (task.holdout is not None), "holdout", "goes with test_split: null; set both"),
+        (task.holdout_by and task.holdout is None, "holdout_by", "needs a holdout; set one, or remove it"),
+        (task.options_pattern and own, "options_pattern", "needs options: FIELD, the field that holds their text"),
+        (
+            task.options_pattern and not _good_pattern(task.options_pattern),
+            "options_pattern",
+            "is no regular expression with two groups or more; write one group an option",
+        ),
+        (
+            task.option_names and (not own or len(task.option_names) != len(task.options)),
+            "option_names",
+            "needs as many options as names; list the options",
+        ),
+        (
+            task.labels and own and len(task.labels) != len(task.options),
+            "labels",
+            f"{len(task.options) if own else 0} options: write one label for each of them, in their order",
+        ),
+        (
+            task.label_cuts and not (own and len(task.options) == 2 and task.label_cuts[0] <= task.label_cuts[1]),
+            "label_cuts",
+            "needs two options and two numbers, the smaller first",
+        ),
+        (
+            task.label_is == "scores" and task.options != task.label,
+            "label_is",
+            "the options are those that have scores; set options and label to the same field",
+        ),
+    )
+    return [f"{key}: {show(getattr(task, key))}: {text}" for broken, key, text in rules if broken]
+
+
+def _good_pattern(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups >= 2
+    except re.error:
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from abmll.files import write_whole
 
 from . import yaml_text
 from .errors import ConfigError, did_you_mean, show
+from .layers import Layer, file_of, is_section, merged, read_layers, resolve_path
 from .messages import Key, describe, dotted, key_of
 from .schema import Config
 
@@ -25,17 +25,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
 
     An override is `section.key=value`; its value is YAML, so that `tasks.train=[a, b]` and `eval.every=null` work.
     Values are taken as they are written: `3` is no text and `true` no number; only whole numbers serve as numbers.
+    A file may say `base: OTHER.yaml`, and then holds only what differs from it; the other may have a base itself.
     `scoring`: the configuration serves to score tasks, and need not name any to train on.
 
     Raises ConfigError (a ValueError) with one line for every unknown key, wrong value, malformed override and broken
     rule between keys.
     """
     problems: list[str] = []
-    data: dict = {}
+    layers: list[Layer] = []
     try:
-        data = _with_sections(yaml_text.read_mapping(_existing_file(path)))
+        layers = read_layers(path)
     except ConfigError as error:
         problems += error.problems
+    data: dict = {}
+    for _, layer in reversed(layers):
+        data = merged(data, layer)
     readable = not problems
 
     overridden: list[Key] = []
@@ -50,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
     data.setdefault("model", {})
     data = _as_tuples(data)
     for key, line in _all_problems(data, readable, scoring):
-        place = "override" if any(key[: len(part)] == part for part in overridden) else str(path)
+        place = "override" if any(key[: len(part)] == part for part in overridden) else file_of(key, layers, path)
         problems.append(f"{place}: {line}")
     if problems:
         raise ConfigError(problems)
@@ -75,46 +79,6 @@ def with_absolute_paths(config: Config, config_path: str | Path) -> Config:
     return config.model_copy(update={"tasks": tasks, "trainer": trainer})
 
 
-def resolve_path(path: str | Path, config_path: str | Path) -> Path:
-    """Where a path of a configuration lies, as an absolute path.
-
-    A relative one is looked up from the working directory, from the configuration file's folder, and from the
-    project's root (the file's nearest ancestor that holds a setup.py); the first that exists counts. Where none
-    exists, the answer is the one in the working directory.
-    """
-    path = Path(path).expanduser()
-    folder = Path(config_path).resolve().parent
-    root = next((parent for parent in (folder, *folder.parents) if (parent / "setup.py").is_file()), folder)
-    candidates = [start / path for start in (Path.cwd(), folder, root)]
-    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-
-
-def _existing_file(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        found = sorted(entry.name for entry in path.glob("*.yaml"))
-        hint = f"it is a folder; name a file in it: {', '.join(found)}" if found else "it is a folder; name a YAML file"
-    elif not path.parent.is_dir():
-        hint = f"there is no folder {path.parent}; check the path (the working directory is {Path.cwd()})"
-    else:
-        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
-        similar = difflib.get_close_matches(path.name, names, n=3) or names
-        hint = f"in {path.parent} there is {', '.join(similar) or 'no YAML file'}; check the path"
-    raise ConfigError([f"{path}: no such configuration file; {hint}"])
-
-
-def _with_sections(data: dict) -> dict:
-    """A section's header with nothing under it reads as null; it means the section's defaults."""
-    sections = {name for name, field in Config.model_fields.items() if _is_section(field.annotation)}
-    return {key: {} if value is None and key in sections else value for key, value in data.items()}
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _parse_override(text: str) -> tuple[Key, Any]:
     name, equals, value = text.partition("=")
     key = tuple(name.strip().split("."))
@@ -128,7 +92,7 @@ def _parse_override(text: str) -> tuple[Key, Any]:
 
 
 def _has(annotation: Any, name: str) -> bool:
-    return _is_section(annotation) and name in annotation.model_fields
+    return is_section(annotation) and name in annotation.model_fields
 
 
 def _assign(data: dict, key: Key, value: Any, text: str) -> None:

@@ -63,6 +63,9 @@ class MethodConfig(Section):
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
     inner_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Of phi, in training and on unseen tasks.")
     beta: float = Field(1e-8, ge=0, description="Weight of the KL and of the prior.")
+    kl_estimate: Literal["closed_form", "sample"] = Field(
+        "closed_form", description="sample: log q(z) - log p(z) of the drawn z, as the authors' code has it."
+    )
     test_kl: bool = Field(True, description="Whether the objective on an unseen task has the KL too.")
     prior_shape: float = Field(1.0, gt=0, description="a0 of the Gamma prior on the precision.")
     prior_rate: float = Field(0.01, gt=0, description="b0 of the Gamma prior on the precision.")
@@ -84,18 +87,48 @@ class MethodConfig(Section):
 
 
 class HubTask(Section):
-    """One task read with `datasets.load_dataset`."""
+    """One task read with `datasets.load_dataset`, and how its rows become questions (`docs/tasks.md`).
+
+    A field is a column, or a part of one: `label`, `choices[text]`, `output[0][answer]`. A template is text with fields
+    in braces; a list in it is written with spaces between, and `{options}` is the row's options, `(A) ... (B) ...`.
+    """
 
     path: str
-    name: str | None = None
-    revision: str | None = None
+    name: str | None = Field(None, description="Configuration of the data set.")
+    revision: str | None = Field(None, description="refs/convert/parquet: the hub's copy of a loading script's data.")
     data_files: str | dict[str, str] | None = None
     train_split: str = "train"
     validation_split: str | None = None
-    test_split: str = "test"
+    test_split: str | None = Field("test", description="null: a share of the train split is set aside, see holdout.")
+    holdout: float | None = Field(None, gt=0, lt=1, description="Share of the train split that serves as test.")
+    holdout_by: str | None = Field(
+        None, description="Template; rows that are alike in it stay on one side of the holdout; null: the input."
+    )
     input: str = Field(description="Template over the columns, such as 'premise: {premise} hypothesis: {hypothesis}'.")
-    label: str = Field(description="Column of the answer: an index into options, or an option's text.")
-    options: tuple[str, ...] | str = Field(description="The options, or the column that holds them.")
+    line_break: str | None = Field(
+        None, description="What line breaks and tabs in the columns become; null: they are kept."
+    )
+    options: tuple[str, ...] | str = Field(description="The options, each a template, or the field that holds them.")
+    options_pattern: str | None = Field(
+        None, description="Regular expression whose groups are the options, where the options' field holds text."
+    )
+    option_names: tuple[str, ...] | None = Field(
+        None, description="What the options are called in the answer; null: their text."
+    )
+    shuffle_options: bool = Field(False, description="For columns that always name the right option at one place.")
+    drop_repeated_options: bool = Field(False, description="Leave out rows of which two options read the same.")
+    label: str = Field(description="Field of the answer: an index into options, or an option's text.")
+    label_is: Literal["one", "votes", "scores"] = Field(
+        "one",
+        description="votes: a list of labels, the most frequent counts, and ties are left out; scores: options with "
+        "their scores (a mapping or its JSON), 1 for the right one, and rows with none or several are left out.",
+    )
+    labels: tuple[str | int, ...] | None = Field(None, description="The label's values, in the order of the options.")
+    label_cuts: tuple[float, float] | None = Field(
+        None, description="Of a rating: below the first is the first option, above the second the second one."
+    )
+    drop_labels: tuple[str | int, ...] = Field((), description="Labels whose rows are left out.")
+    required: tuple[str, ...] = Field((), description="Fields; rows in which one of them is empty are left out.")
 
 
 class BuiltinTasks(Section):
@@ -125,6 +158,10 @@ class TasksConfig(Section):
     batch_size: int = Field(2, ge=1, description="Examples a gradient step.")
     max_tokens: int = Field(1024, ge=16, description="Longest prompt.")
     too_long: Literal["drop", "truncate"] = "truncate"
+    demonstrations: int = Field(0, ge=0, le=64, description="Answered examples of the support set in a prompt.")
+    demonstrate: Literal["test", "adaptation", "always"] = Field(
+        "test", description="Before scored questions; also before each example of the support set; also in training."
+    )
     max_train_examples: int | None = Field(None, ge=2, description="A task's training examples used; null: all.")
 
 

@@ -26,7 +26,7 @@ from abmll.methods import Method
 from abmll.metrics import Predictions, ScoreAccumulator, pool, score
 from abmll.resident import release_freed
 from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import by_length, in_batches, support_examples
+from abmll.tasks.episodes import by_length, in_batches, scored_examples, support_examples
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import Batch, PromptedExample
 
@@ -82,11 +82,10 @@ class Evaluator:
         self, method: Method, tasks: Sequence[PromptedTask], split: Split
     ) -> dict[str, dict[int, Scored]]:
         adapters, steps = self.learner.adapters, method.config.adaptation_steps
-        examples = {
-            task.name: task.test[: self.config.max_examples] if split == "test" else task.validation for task in tasks
-        }
+        size, most = steps * self.learner.batch_size, self.config.max_examples if split == "test" else None
+        examples = {task.name: scored_examples(task, split, size, self.seed)[:most] for task in tasks}
         adapters.reset_phi()
-        support = {task.name: self._support(method, task, steps) for task in tasks}
+        support = {task.name: self._support(method, task, size) for task in tasks}
         found = {name: {0: self._score(method, name, own, support[name], 0)} for name, own in examples.items()}
         adapters.reset_phi(len(tasks))
         batches = [in_batches(own, self.letter_ids, self.learner.batch_size) for own in support.values()]
@@ -100,9 +99,9 @@ class Evaluator:
         release_freed(self.ranks.device)
         return found
 
-    def _support(self, method: Method, task: PromptedTask, steps: int) -> list[PromptedExample]:
-        """The examples of all `steps` batches. phi equals theta."""
-        active, count = self.config.active, steps * self.learner.batch_size
+    def _support(self, method: Method, task: PromptedTask, count: int) -> list[PromptedExample]:
+        """The examples of all batches together, `count` of them. phi equals theta."""
+        active = self.config.active
         if active is None:
             support = support_examples(task, count, self.seed)
         else:

@@ -115,8 +115,8 @@ class CountedLearner(Learner):
 
     counter: Counting
 
-    def _phi_gradient(self, *arguments: Any) -> StepTerms:
-        terms = super()._phi_gradient(*arguments)
+    def _phi_gradient(self, batch: Batch, key: NoiseKey | None, beta: float) -> StepTerms:
+        terms = super()._phi_gradient(batch, key, beta)
         self.counter.label(GRADIENTS, (p.grad for p in self.adapters.phi.values()))
         return terms
 

@@ -18,7 +18,11 @@ class ABMLL(Method):
 
     @property
     def _theta_reads_no_batch(self) -> bool:
-        return self.posterior == "weight" and self.config.meta_gradient == "kl"
+        return (
+            self.posterior == "weight"
+            and self.config.meta_gradient == "kl"
+            and self.config.kl_estimate == "closed_form"  # a sample's is another for every forward pass
+        )
 
     def update(self, learner: Learner, visit: Visit) -> Update:
         *inner_keys, outer_key = visit.keys

@@ -9,13 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from abmll.tasks.batch import collate
-from abmll.tasks.examples import PromptedTask
-from abmll.tasks.shuffle import EndlessShuffle
+from abmll.tasks.examples import PromptedTask, ScoredExamples
+from abmll.tasks.shuffle import EndlessShuffle, permutation
 from abmll.tasks.task import Batch, Episode, PromptedExample
 
 POOLED = "pooled"  # in the place of a task's name
@@ -43,6 +44,7 @@ class EpisodeSampler:
         self.inner_steps = inner_steps
         self.batch_size = batch_size
         self.query = query
+        self._seed = seed
         self._order = EndlessShuffle(len(self.tasks), seed, "tasks")
         self._data = [EndlessShuffle(len(task.train), seed, "train", task.name) for task in self.tasks]
 
@@ -72,11 +74,17 @@ class EpisodeSampler:
         epoch = index // self.episodes_per_epoch
         (number,) = self._order.take(index, 1)
         places = self._data[number].take(epoch * self.examples_per_visit, self.examples_per_visit)
-        return self.tasks[number].train.take(places)
+        task = self.tasks[number]
+        support, count = places[: self.inner_steps * self.batch_size], task.demonstrations.before_training
+        return task.train.demonstrated(places, support, count, self._seed, "demonstrations", task.name, index)
 
 
 class PooledSampler(EpisodeSampler):
-    """Episodes of the same size from all tasks' examples in one shuffled pool, for training that ignores tasks."""
+    """Episodes of the same size from all tasks' examples in one shuffled pool, for training that ignores tasks.
+
+    Demonstrations are of the example's own task, or they would show another question's answer. An episode seldom holds
+    two examples of a task, so they are drawn from all of its training examples.
+    """
 
     def __init__(
         self,
@@ -96,6 +104,8 @@ class PooledSampler(EpisodeSampler):
 
     def _examples(self, index: int) -> list[PromptedExample]:
         places = self._places.take(index * self.examples_per_visit, self.examples_per_visit)
+        if self.tasks[0].demonstrations.before_training:
+            return [self._demonstrated(place, index, number) for number, place in enumerate(places)]
         wanted: dict[int, list[int]] = {}
         for place in places:
             wanted.setdefault(bisect_right(self._starts, place) - 1, []).append(place)
@@ -105,13 +115,39 @@ class PooledSampler(EpisodeSampler):
             taken |= zip(own, self.tasks[number].train.take([place - start for place in own]), strict=True)
         return [taken[place] for place in places]
 
+    def _demonstrated(self, place: int, index: int, number: int) -> PromptedExample:
+        """The example at a place of the pool, number so and so of an episode, behind others of its task."""
+        task_number = bisect_right(self._starts, place) - 1
+        task, own = self.tasks[task_number], place - self._starts[task_number]
+        key, count = (self._seed, "demonstrations", index, number), task.demonstrations.before_training
+        pool = [other for other in permutation(len(task.train), *key)[: count + 1] if other != own]
+        (example,) = task.train.demonstrated([own], pool, count, *key)
+        return example
+
 
 def support_examples(task: PromptedTask, count: int, seed: int) -> list[PromptedExample]:
     """The first examples of an unseen task's support shuffle: the same for every method that is given the same seed,
     and more of them go on from fewer.
+
+    With demonstrations in adaptation each example is behind others of these (leave-one-out).
     """
+    places, shown = _support_places(task, count, seed), task.demonstrations.before_adaptation
+    return task.train.demonstrated(places, places, shown, seed, "demonstrations", task.name)
+
+
+def scored_examples(task: PromptedTask, split: Literal["validation", "test"], count: int, seed: int) -> ScoredExamples:
+    """A split as it is scored: every question behind the first of the examples that adaptation takes: of
+    the `count` of `support_examples`.
+    """
+    examples, shown = getattr(task, split), task.demonstrations.count
+    if not shown:
+        return examples
+    return examples.behind(task.train.rows(_support_places(task, count, seed))[:shown])
+
+
+def _support_places(task: PromptedTask, number: int, seed: int) -> list[int]:
     _check_trainable([task])
-    return task.train.take(EndlessShuffle(len(task.train), seed, "support", task.name).take(0, count))
+    return EndlessShuffle(len(task.train), seed, "support", task.name).take(0, number)
 
 
 def in_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:

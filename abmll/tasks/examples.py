@@ -5,12 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
-from abmll.tasks.shuffle import keyed_random
+from abmll.tasks.shuffle import keyed_random, permutation
 from abmll.tasks.task import Example, PromptedExample
 
 # Rows -> their prompts, in order; None for a row that does not fit. What it makes of a row depends on that row alone.
 Encode = Callable[[Sequence[Example]], list[PromptedExample | None]]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """How many answered examples a prompt shows before its question, and which prompts do."""
+
+    count: int = 0
+    demonstrate: Literal["test", "adaptation", "always"] = "test"
+
+    @property
+    def before_adaptation(self) -> int:
+        """Before each example that a trained model adapts to."""
+        return 0 if self.demonstrate == "test" else self.count
+
+    @property
+    def before_training(self) -> int:
+        """Before each example of training episodes."""
+        return self.count if self.demonstrate == "always" else 0
 
 
 class TrainingExamples:
@@ -32,13 +51,36 @@ class TrainingExamples:
 
     def take(self, places: Sequence[int]) -> list[PromptedExample]:
         """The examples at these places. ValueError if no row of the split fits."""
+        return [self._made[row] for row in self._held(places)]
+
+    def rows(self, places: Sequence[int]) -> list[Example]:
+        """What these places hold as text, each row once. ValueError as `take`."""
+        return [self._rows[row] for row in dict.fromkeys(self._held(places))]
+
+    def demonstrated(
+        self, places: Sequence[int], pool: Sequence[int], count: int, *key: int | str
+    ) -> list[PromptedExample]:
+        """The examples at these places, each behind `count` of those at the places `pool`, or all where they are fewer.
+
+        `key` and an example's number decide which. No example is shown to itself.
+        """
+        if not count:
+            return self.take(places)
+        others, asked = self.rows(pool), []
+        for number, row in enumerate(self._held(places)):
+            own = self._rows[row]
+            shown = [other for other in others if not own.asks_as(other)]
+            asked.append(own.behind(shown[at] for at in permutation(len(shown), *key, number)[:count]))
+        return self._encode(asked)
+
+    def _held(self, places: Sequence[int]) -> list[int]:
         candidates = [self._candidates(place) for place in places]
         rows = [next(of_place) for of_place in candidates]
         while True:
             self._make(rows)
             unfit = [at for at, row in enumerate(rows) if self._made[row] is None]
             if not unfit:
-                return [self._made[row] for row in rows]
+                return rows
             if len(self._made) == len(self) and not any(self._made.values()):
                 raise ValueError(
                     f"task {self._name}: none of its {len(self)} training prompts fits; raise tasks.max_tokens"
@@ -63,6 +105,7 @@ class ScoredExamples(Sequence[PromptedExample]):
 
     def __init__(self, rows: Sequence[Example], encode: Encode):
         self._rows, self._encode = rows, encode
+        self._behind: dict[tuple[Example, ...], ScoredExamples] = {}
 
     @property
     def num_rows(self) -> int:
@@ -72,6 +115,15 @@ class ScoredExamples(Sequence[PromptedExample]):
     def work(self, most: int | None) -> int:
         """Characters of the rows, or of the first so many: about proportional to tokens, and known without them."""
         return sum(len(row.input) for row in self._rows[:most])
+
+    def behind(self, demonstrations: Sequence[Example]) -> ScoredExamples:
+        """The same examples, each behind these; kept too, since a run scores the same again and again."""
+        if not demonstrations:
+            return self
+        shown = tuple(demonstrations)
+        if shown not in self._behind:
+            self._behind[shown] = ScoredExamples([row.behind(shown) for row in self._rows], self._encode)
+        return self._behind[shown]
 
     @cached_property
     def _fitting(self) -> tuple[PromptedExample, ...]:
@@ -90,15 +142,20 @@ class PromptedTask:
     train: TrainingExamples
     validation: ScoredExamples
     test: ScoredExamples
+    demonstrations: Demonstrations = Demonstrations()
 
 
 @dataclass
 class PromptCounts:
-    """Of one task's examples: how many, how many lost part of the question, how many do not fit at all."""
+    """Of one task's examples: how many, how many lost part of the question, how many do not fit at all.
+
+    `left_out` counts the demonstrations that did not fit before those that do.
+    """
 
     total: int = 0
     truncated: int = 0
     dropped: int = 0
+    left_out: int = 0
     longest: int = 0  # tokens, of those that fit
 
     def add(self, examples: Sequence[PromptedExample | None]) -> None:
@@ -106,15 +163,17 @@ class PromptCounts:
         self.total += len(examples)
         self.dropped += len(examples) - len(fitting)
         self.truncated += sum(example.truncated for example in fitting)
+        self.left_out += sum(example.left_out for example in fitting)
         self.longest = max([self.longest, *(len(example.token_ids) for example in fitting)])
 
     def loss(self, name: str, max_tokens: int) -> str:
         """A sentence about a task that lost something, else an empty string."""
-        if not (self.truncated or self.dropped):
+        if not (self.truncated or self.dropped or self.left_out):
             return ""
+        left_out = f"; {self.left_out} demonstrations were left out" if self.left_out else ""
         return (
             f"{name}: of {self.total} prompts {self.truncated} truncated and {self.dropped} dropped at "
-            f"{max_tokens} tokens"
+            f"{max_tokens} tokens{left_out}"
         )
 
 

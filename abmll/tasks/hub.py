@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 from abmll.config.schema import HubTask
-from abmll.tasks.checks import Faults, Found, check_names, check_options, check_output, no_rows, similar
+from abmll.tasks.checks import Faults, Found, check_names, no_rows, similar
+from abmll.tasks.rows import Row, RowReader
+from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example, Task
+
+PARQUET_COPY = "refs/convert/parquet"  # a revision that the hub makes of every data set
 
 
 def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collection[str] | None = None) -> Found:
@@ -25,46 +26,98 @@ def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collec
             f"tasks.hub: describes none of {', '.join(names[:5])}{similar(names, hub)}; add an entry tasks.hub.NAME"
         )
     faults = Faults("tasks.hub", "entries")
-    tasks = {name: _load(name, hub[name], scored is None or name in scored, faults) for name in known}
+    tasks = {}
+    for name in known:
+        needs_test = scored is None or name in scored
+        tasks[name], _ = load_hub_task(name, hub[name], f"tasks.hub.{name}", faults, needs_test)
     faults.check()
     missing = {name: f"no entry tasks.hub.{name}" for name in names if name not in hub}
     return Found(tasks, missing)
 
 
-def _load(name: str, task: HubTask, needs_test: bool, faults: Faults) -> Task:
-    key = f"tasks.hub.{name}"
-    names = {"train": task.train_split, "validation": task.validation_split, "test": task.test_split}
-    if not needs_test:
-        names["test"] = None
-    splits = {role: _read_split(key, task, split, faults) if split else () for role, split in names.items()}
+def load_hub_task(
+    name: str, task: HubTask, key: str, faults: Faults, needs_test: bool = True, seed: int = 0
+) -> tuple[Task, int]:
+    """One task, and how many rows it leaves out; what is wrong is added to `faults`, in lines that open with `key`.
+
+    `seed` decides the order of shuffled options and which rows are set aside as test.
+    """
+    splits: dict[str, tuple[Example, ...]] = {"train": (), "validation": (), "test": ()}
+    names = {"train": task.train_split, "validation": task.validation_split}
+    if needs_test and task.test_split is not None:
+        names["test"] = task.test_split
+    left_out = 0
+    reader = RowReader(task, seed)
+    for role, split in names.items():
+        if split is None:
+            continue
+        if (rows := _rows(key, task, split, faults)) is None:
+            break  # it would be the same with the next split
+        splits[role], groups, dropped = _examples(rows, reader, f"{key}: split {split}", key, faults)
+        left_out += dropped
+        if role == "train" and task.holdout is not None:
+            splits["train"], test = _hold_out(splits["train"], groups, task.holdout, seed, task.path)
+            splits["test"] = test if needs_test else ()
     if key not in faults:  # else rows may be there, and bad
         for role in ("train", "test") if needs_test else ("train",):
             if not splits[role]:
-                faults.add(key, no_rows(name, role, f"{key}.{role}_split: {names[role]}"))
-    return Task(name, **splits)
+                faults.add(key, no_rows(name, role, f"{key}.{role}_split: {names.get(role, task.train_split)}"))
+    return Task(name, **splits), left_out
 
 
-def _read_split(key: str, task: HubTask, split: str, faults: Faults) -> tuple[Example, ...]:
-    """The good rows; what is wrong with the entry or with the other rows is added to `faults`."""
+def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] | None:
+    """The rows of a split; None, and why is added to `faults`, where they cannot be had or lack a column."""
     from datasets import load_dataset  # slow to import, and needed by this source only
 
+    # The hub's Parquet copy knows no configurations: each is a folder there, and its name would be refused
+    name, folder = (None, task.name) if task.revision == PARQUET_COPY else (task.name, None)
+    files = _plain(task.data_files)
     try:
-        rows = load_dataset(
-            task.path, task.name, revision=task.revision, data_files=_plain(task.data_files), split=split
-        )
+        rows = load_dataset(task.path, name, revision=task.revision, data_dir=folder, data_files=files, split=split)
     except Exception as error:  # the library raises half a dozen types; all are the user's to act on
-        faults.add(key, f"{key}: {task.path}, split {split}: {error}{_remedy(error)}")
-        return ()
-    wrong = list(_wrong_columns(key, task, rows.column_names))
+        cause = f" ({error.__cause__})" if error.__cause__ else ""  # "an error occurred" says nothing of itself
+        faults.add(key, f"{key}: {task.path}, split {split}: {error}{cause}{_remedy(error)}")
+        return None
+    wrong = list(RowReader(task).wrong_columns(rows.column_names))
     for line in wrong:
-        faults.add(key, line)
-    examples = []
-    for number, row in enumerate(() if wrong else rows):
+        faults.add(key, f"{key}.{line}")
+    return None if wrong else rows
+
+
+def _examples(
+    rows: Iterable[Row], reader: RowReader, where: str, key: str, faults: Faults
+) -> tuple[tuple[Example, ...], list[str], int]:
+    """The good rows' examples, each one's group (for a task with a holdout), and how many rows the task leaves out."""
+    examples, groups, left_out = [], [], 0
+    for number, row in enumerate(rows):
+        place = f"{where}, row {number}"
         try:
-            examples.append(_example(row, task, f"{key}: split {split}, row {number}"))
+            example = reader.example(row, number, place)
+            if example is None:
+                left_out += 1
+                continue
+            if reader.task.holdout is not None:
+                groups.append(reader.group(row, example, place))
+            examples.append(example)
         except ValueError as error:
             faults.add(key, str(error))
-    return tuple(examples)
+    return tuple(examples), groups, left_out
+
+
+def _hold_out(
+    examples: Sequence[Example], groups: Sequence[str], share: float, seed: int, path: str
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(train, test): a share of the groups goes to test, whole.
+
+    The data set's path names the shuffle, not the task: tasks on the same texts (ethos) then set aside the same ones.
+    """
+    distinct = list(dict.fromkeys(groups))
+    order = permutation(len(distinct), seed, "holdout", path)
+    test = {distinct[place] for place in order[: round(share * len(distinct))]}
+    sides = ([], [])
+    for example, group in zip(examples, groups, strict=True):
+        sides[group in test].append(example)
+    return tuple(sides[0]), tuple(sides[1])
 
 
 def _plain(data_files: str | dict[str, str] | None) -> str | dict[str, str] | None:
@@ -72,53 +125,9 @@ def _plain(data_files: str | dict[str, str] | None) -> str | dict[str, str] | No
 
 
 def _remedy(error: Exception) -> str:
-    if "script" in str(error).lower() or "trust_remote_code" in str(error):
-        return " (the data set comes as a loading script; set revision: refs/convert/parquet to read its Parquet copy)"
+    text = str(error).lower()
+    if "script" in text or "trust_remote_code" in text:
+        return f" (the data set comes as a loading script; set revision: {PARQUET_COPY} to read its Parquet copy)"
+    if isinstance(error, ConnectionError) or "reach" in text or "offline" in text:
+        return " (no way to the hub: run it where there is a network, with HF_HUB_OFFLINE unset, and copy the folder)"
     return ""
-
-
-def _wrong_columns(key: str, task: HubTask, columns: list[str]) -> Iterator[str]:
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(task.input) if name is not None]
-    except ValueError as error:
-        yield f"{key}.input: {task.input!r}: {error}; write {{column}}, and {{{{ for a brace"
-        fields = []
-    used = [("input", re.split(r"[.\[]", name)[0]) for name in fields] + [("label", task.label)]
-    if isinstance(task.options, str):
-        used.append(("options", task.options))
-    for where, column in used:
-        if column not in columns:
-            hint = similar([column], columns)
-            yield f"{key}.{where}: no column {column!r}; the columns are {', '.join(columns)}{hint}"
-
-
-def _example(row: dict[str, Any], task: HubTask, where: str) -> Example:
-    options, names = task.options, None
-    if isinstance(options, str):
-        options = row[options]
-        if isinstance(options, dict):  # {'text': [...], 'label': ['A', 'B', ...]}, as question-answering sets have it
-            names, options = options.get("label"), options.get("text")
-        if not isinstance(options, (list, tuple)):
-            raise ValueError(
-                f"{where}: column {task.options!r} holds {row[task.options]!r}: neither a list nor a dict with 'text'"
-            )
-    options = check_options(options, where)
-    return Example(
-        task.input.format(**row), options, _answer(row[task.label], options, names, f"{where}: {task.label}")
-    )
-
-
-def _answer(label: object, options: tuple[str, ...], names: list | None, where: str) -> str:
-    """The option that a label means: its name in the options' own labels, its text, or its index."""
-    if names is not None and label in names:
-        return options[names.index(label)]
-    if isinstance(label, str) and (label in options or not re.fullmatch(r"-?\d+", label)):
-        check_output(label, options, where)
-        return label
-    if not isinstance(label, (int, str)):
-        raise ValueError(f"{where}: {label!r}, a {type(label).__name__}: a label is an index or an option's text")
-    index = int(label)
-    if not 0 <= index < len(options):
-        unlabelled = " (-1 marks a split without labels: read another split)" if index == -1 else ""
-        raise ValueError(f"{where}: {index}: not an index into the {len(options)} options{unlabelled}")
-    return options[index]

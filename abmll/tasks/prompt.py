@@ -1,4 +1,4 @@
-"""Examples as token ids: the prompt's wording, the model's chat template, and the letters that answer it."""
+"""Examples as token ids: the prompt's wording, the examples that it shows before the question, and what fits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from abmll.tasks.chat import Chat
 from abmll.tasks.checks import LETTERS
-from abmll.tasks.examples import PromptCounts, PromptedTask, ScoredExamples, TrainingExamples, any_fits
+from abmll.tasks.examples import Demonstrations, PromptCounts, PromptedTask, ScoredExamples, TrainingExamples, any_fits
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example, PromptedExample, Task
 
 _INSTRUCTION = "Return the label of the correct answer for the question below."
-_PLACE = "THE QUESTION'S PLACE"
 _PROBE = Example("Is water wet?", ("yes", "no"), "yes")
-# Some templates print today's date or open a chain of thought: a prompt must be the same every day, and its next
-# token must be the answer. Templates that know neither variable ignore them.
-_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
 _CHUNK = 1024  # examples that are measured at a time
 
 
@@ -31,26 +28,36 @@ class Limits:
 
 
 _ALL = Limits()
+_NONE = Demonstrations()
 
 
 class Prompter:
     """Turns tasks into token ids. `letter_ids` are the ids of A .. Z as they follow a prompt."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int, too_long: Literal["drop", "truncate"]):
-        """`max_tokens` bounds a prompt, template included. ValueError if the tokenizer cannot serve."""
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        too_long: Literal["drop", "truncate"],
+        demonstrations: Demonstrations = _NONE,
+    ):
+        """`max_tokens` bounds a prompt, template and demonstrations included.
+
+        ValueError if the tokenizer cannot serve, or `max_tokens` has no room for the demonstrations.
+        """
         self.max_tokens = max_tokens
         self.too_long = too_long
-        self._name = f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._before, self._after = self._frame()
-        self.letter_ids = self._find_letters()
+        self.demonstrations = demonstrations
+        self._chat = Chat(tokenizer, _question(_PROBE), demonstrations.count)
+        self.tokenizer, self.letter_ids = tokenizer, self._chat.letter_ids
+        self._share = max_tokens // (demonstrations.count + 1)
+        if demonstrations.count:
+            self._check_room()
 
     def prompt(self, example: Example) -> str:
         """The text whose next token is the answer's letter."""
-        choices = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False))
-        question = f"{_INSTRUCTION}\n\nQuestion: {example.input}\n\nChoices:\n{choices}".rstrip()
-        return f"{self._before}{question}{self._after}"
+        shown = example.demonstrations
+        return self._chat.text([_question(one) for one in (*shown, example)], [LETTERS[one.label] for one in shown])
 
     def prompt_task(self, task: Task, limits: Limits = _ALL) -> PromptedTask:
         """The task's examples, at most `limits` of a split: a fixed draw, the same for every seed and method.
@@ -70,96 +77,112 @@ class Prompter:
             TrainingExamples(task.name, splits["train"], self.encode),
             ScoredExamples(splits["validation"], self.encode),
             ScoredExamples(splits["test"], self.encode),
+            self.demonstrations,
         )
 
-    def measure(self, task: Task, limits: Limits = _ALL) -> PromptCounts:
-        """What `max_tokens` does to the examples that `prompt_task` draws: tokenises them all, and keeps none."""
-        counts = PromptCounts()
-        for rows in _drawn(task, limits).values():
+    def measure(self, task: Task, limits: Limits = _ALL, before_train: int = 0, before_scored: int = 0) -> PromptCounts:
+        """What `max_tokens` does to the examples that `prompt_task` draws: tokenises them all, and keeps none.
+
+        Each example of the training split, and each of the others, is behind so many demonstrations: the next ones of
+        the training split, where a run draws them by its seed.
+        """
+        counts, splits = PromptCounts(), _drawn(task, limits)
+        for split, rows in splits.items():
+            count = before_train if split == "train" else before_scored
             for start in range(0, len(rows), _CHUNK):
-                counts.add(self.encode(rows[start : start + _CHUNK]))
+                part = range(start, min(start + _CHUNK, len(rows)))
+                counts.add(self.encode([rows[at].behind(_others(splits["train"], at, count)) for at in part]))
         return counts
 
     def encode(self, examples: Sequence[Example]) -> list[PromptedExample | None]:
-        """The examples as token ids, each of at most `max_tokens`; None for one that does not fit."""
+        """The examples as token ids, each of at most `max_tokens`; None for one that does not fit.
+
+        A demonstration may take an equal share of `max_tokens`, max_tokens // (k + 1), counted as a prompt of its own;
+        a longer one is treated as `too_long` says. Where a prompt is too long nevertheless, it loses demonstrations,
+        the farthest from the question first, and only without any of them a part of the question.
+        """
+        asked = [len(example.demonstrations) for example in examples]
+        examples = self._with_fitting_demonstrations(examples)
         ids = self._encode([self.prompt(example) for example in examples])
-        long = {place for place, tokens in enumerate(ids) if len(tokens) > self.max_tokens}
-        if self.too_long == "truncate":
-            self._shorten(examples, ids, sorted(long))
+        self._leave_out(examples, ids)
+        left_out = [count - len(example.demonstrations) for count, example in zip(asked, examples, strict=True)]
+        long = self._shorten(examples, ids, self.max_tokens)
         return [
-            PromptedExample(array("i", tokens), example.label, len(example.options), place in long)
+            PromptedExample(array("i", tokens), example.label, len(example.options), at in long, left_out[at])
             if len(tokens) <= self.max_tokens
             else None
-            for place, (example, tokens) in enumerate(zip(examples, ids, strict=True))
+            for at, (example, tokens) in enumerate(zip(examples, ids, strict=True))
         ]
 
-    def _shorten(self, examples: Sequence[Example], ids: list[list[int]], long: list[int]) -> None:
-        """Replaces ids[place], for each of the too long, by those of the same prompt with a shorter question.
+    def _with_fitting_demonstrations(self, examples: Sequence[Example]) -> list[Example]:
+        shown = list(dict.fromkeys(one for example in examples for one in example.demonstrations))
+        short = shown.copy()
+        ids = self._encode([self.prompt(one) for one in shown])
+        self._shorten(short, ids, self._share)
+        pairs = zip(shown, short, ids, strict=True)
+        fitting = {one: cut for one, cut, tokens in pairs if len(tokens) <= self._share}
+        return [
+            replace(example, demonstrations=tuple(fitting[one] for one in example.demonstrations if one in fitting))
+            if example.demonstrations
+            else example
+            for example in examples
+        ]
+
+    def _leave_out(self, examples: list[Example], ids: list[list[int]]) -> None:
+        """Takes demonstrations from those that are too long, until they fit or have none."""
+        long = list(range(len(ids)))
+        while long := [at for at in long if len(ids[at]) > self.max_tokens and examples[at].demonstrations]:
+            for at in long:
+                examples[at] = replace(examples[at], demonstrations=examples[at].demonstrations[1:])
+            for at, tokens in zip(long, self._encode([self.prompt(examples[at]) for at in long]), strict=True):
+                ids[at] = tokens
+
+    def _shorten(self, examples: list[Example], ids: list[list[int]], limit: int) -> set[int]:
+        """Gives those that are longer than `limit`, whose places it returns, a shorter question, if too_long says so.
 
         The question loses characters from its middle, so that a premise and its hypothesis, or a text and what is
         asked about it, both keep a part. Where no room is left for it at all, the ids stay too long.
         """
+        long = [place for place, tokens in enumerate(ids) if len(tokens) > limit]
+        if self.too_long == "drop":
+            return set(long)
         bare = self._encode([self.prompt(replace(examples[place], input="")) for place in long])
-        room = {place: self.max_tokens - len(tokens) for place, tokens in zip(long, bare, strict=True)}
-        kept = {place: len(examples[place].input) for place in long if room[place] > 0}
+        room = {place: limit - len(tokens) for place, tokens in zip(long, bare, strict=True)}
+        texts = {place: examples[place].input for place in long}
+        kept = {place: len(texts[place]) for place in long if room[place] > 0}
         while kept:  # each round's cut is proportional to what the last one left over, so two or three rounds do
             for place in kept:
-                used = len(ids[place]) - self.max_tokens + room[place]
+                used = len(ids[place]) - limit + room[place]
                 kept[place] = min(kept[place] - 1, kept[place] * room[place] // used)
             kept = {place: length for place, length in kept.items() if length > 0}
-            cut = [
-                replace(examples[place], input=_without_middle(examples[place].input, kept[place])) for place in kept
-            ]
-            for place, tokens in zip(kept, self._encode([self.prompt(example) for example in cut]), strict=True):
+            for place in kept:
+                examples[place] = replace(examples[place], input=_without_middle(texts[place], kept[place]))
+            for place, tokens in zip(kept, self._encode([self.prompt(examples[place]) for place in kept]), strict=True):
                 ids[place] = tokens
-            kept = {place: length for place, length in kept.items() if len(ids[place]) > self.max_tokens}
+            kept = {place: length for place, length in kept.items() if len(ids[place]) > limit}
+        return set(long)
+
+    def _check_room(self) -> None:
+        count, (bare,) = self.demonstrations.count, self._encode([self.prompt(replace(_PROBE, input=""))])
+        if len(bare) >= self._share:
+            raise ValueError(
+                f"tasks.demonstrations: {count}: each may take {self._share} of tasks.max_tokens: {self.max_tokens}, "
+                f"and a prompt without its question takes {len(bare)}; set fewer, or tasks.max_tokens to at least "
+                f"{(count + 1) * (len(bare) + 1)}"
+            )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # a chat template writes the special tokens itself: adding them again would give two BOS
-        return self.tokenizer(
-            texts, add_special_tokens=not self._has_template, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        return self._chat.encode(texts)
 
-    def _frame(self) -> tuple[str, str]:
-        """What stands before and after the question: rendered once, since a template costs more than the tokens."""
-        if not self._has_template:
-            return "", "\n\nAnswer:"
-        pieces = self._render(_PLACE).split(_PLACE)
-        if len(pieces) != 2 or self._render("Question:\n?") != "Question:\n?".join(pieces):
-            raise ValueError(
-                f"{self._name}: its chat template does not hold the user's message once and verbatim; "
-                "use a model with another template"
-            )
-        return pieces[0], pieces[1]
 
-    def _render(self, content: str) -> str:
-        message = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
-        )
+def _question(example: Example) -> str:
+    choices = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False))
+    return f"{_INSTRUCTION}\n\nQuestion: {example.input}\n\nChoices:\n{choices}".rstrip()
 
-    def _find_letters(self) -> tuple[int, ...]:
-        probe = self.prompt(_PROBE)
-        # after a line's end a model writes "A"; after a word or a bracket " A", which is another token
-        spaces = ("",) if probe[-1].isspace() else (" ", "")
-        problem = ""
-        for space in spaces:
-            prompt_ids, *answers = self._encode([probe, *(f"{probe}{space}{letter}" for letter in LETTERS)])
-            wrong = [
-                letter
-                for letter, ids in zip(LETTERS, answers, strict=True)
-                if ids[:-1] != prompt_ids or ids[-1] == self.tokenizer.unk_token_id
-            ]
-            found = tuple(ids[-1] for ids in answers)
-            if not wrong and len(set(found)) == len(LETTERS):
-                return found
-            problem = problem or f"{', '.join(wrong[:5]) or 'some letters'} as {space + 'A'!r} after {probe[-12:]!r}"
-        raise ValueError(
-            f"{self._name}: cannot write every answer's letter as one token behind the prompt ({problem}); "
-            "use a model whose tokenizer has the letters A to Z"
-        )
+
+def _others(rows: Sequence[Example], place: int, count: int) -> list[Example]:
+    """The rows behind a place, from the end to the start again."""
+    return [rows[(place + step) % len(rows)] for step in range(1, min(count, len(rows)) + 1)]
 
 
 def _drawn(task: Task, limits: Limits) -> dict[str, Sequence[Example]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,15 +12,26 @@ from abmll.kernels import Groups
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One multiple-choice question as written: 2 or more distinct options, one of them the output."""
+    """One multiple-choice question as written: 2 or more distinct options, one of them the output.
+
+    `demonstrations`: other examples that its prompt shows before it, with their answers.
+    """
 
     input: str
     options: tuple[str, ...]
     output: str
+    demonstrations: tuple[Example, ...] = ()
 
     @property
     def label(self) -> int:
         return self.options.index(self.output)
+
+    def asks_as(self, other: Example) -> bool:
+        return (self.input, self.options) == (other.input, other.options)
+
+    def behind(self, others: Iterable[Example]) -> Example:
+        """The same example behind the others as demonstrations, but for those that would tell it its own answer."""
+        return replace(self, demonstrations=tuple(other for other in others if not self.asks_as(other)))
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class PromptedExample:
     label: int
     num_options: int
     truncated: bool = False  # whether the question lost a part
+    left_out: int = 0  # demonstrations that did not fit
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,8 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["tasks.validation=[a, a]"], "tasks.validation"),
         (["adapters.modules=[q_proj, q_proj]"], "adapters.modules"),
         (["model.revision=main"], "model.revision"),
+        (["eval.active.by=entropy", "tasks.demonstrations=2"], "eval.active.by"),
+        (["eval.support_labels=shuffled", "tasks.demonstrations=2"], "eval.support_labels"),
         (["eval.tfb.samples=8"], "eval.tfb.samples"),
         (["eval.tfb.samples=8", "method.name=blob"], "eval.tfb.samples"),
         (["eval.active.labels=51"], "eval.active.labels"),

@@ -48,7 +48,7 @@ def test_adaptation_goes_round_the_chosen(labels, build_tiny):
 
 def test_at_random_they_are_the_first_of_the_support_shuffle(build_tiny):
     tiny = scattered(build_tiny(method={"name": "reptile"}))
-    few = evaluator(tiny, active=ActiveConfig(labels=3, by="random"))._support(tiny.method, tiny.parts.tasks.test[0], 3)
+    few = evaluator(tiny, active=ActiveConfig(labels=3, by="random"))._support(tiny.method, tiny.parts.tasks.test[0], 6)
     first = support_examples(tiny.parts.tasks.test[0], 3, tiny.config.seed)
     assert len(few) == 6 and all(a is b for a, b in zip(few, [*first, *first], strict=True))
 
@@ -57,7 +57,7 @@ def test_by_variance_over_samples(build_tiny):
     tiny = scattered(build_tiny(adapters={"log_variance_offset": -4.0}))
     task = tiny.parts.tasks.test[0]
     active = evaluator(tiny, samples=4, active=ActiveConfig(labels=2, candidates=6, by="variance"))
-    chosen = active._support(tiny.method, task, 1)
+    chosen = active._support(tiny.method, task, 2)
     candidates = support_examples(task, 6, tiny.config.seed)
     variance = active._predict(tiny.method, ("candidate", task.name, 0), candidates).variance
     assert chosen == [candidates[place] for place in variance.topk(2).indices]

@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from outer_steps import recording
-from runs import Run, Stopped
 
 from abmll.trainer import Trainer
+from runs import METHODS, ONE_STEP, Run, Stopped
 
 
 def main() -> None:
@@ -59,6 +59,9 @@ def main() -> None:
 
     stop_and_resume("", "method.reset_inner_optimizer=false")
     stop_and_resume("weight ", "adapters.posterior=weight", "trainer.activation_checkpointing=true")
+
+    for name, overrides in METHODS.items():
+        stop_and_resume(f"{name} ", f"method.name={name}", *overrides, *ONE_STEP.get(name, ()))
 
     # two ranks, one at another ZeRO stage, and two again; the second waits meanwhile
     train_until(1, "moved", "trainer.episodes=8")

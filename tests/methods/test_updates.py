@@ -68,7 +68,11 @@ class ByHand:
                 else:
                     noise = standard_normal(*linear.weight.shape, key, index).double()
                 draw = mean + variance.sqrt() * noise
-                elements = kl_divergence(Normal(mean, variance.sqrt()), Normal(mean_p, variance_p.sqrt()))
+                q, p = Normal(mean, variance.sqrt()), Normal(mean_p, variance_p.sqrt())
+                if method.kl_estimate == "closed_form":
+                    elements = kl_divergence(q, p)
+                else:
+                    elements = q.log_prob(draw) - p.log_prob(draw)
                 gamma = Gamma(*torch.tensor([method.prior_shape, method.prior_rate], dtype=torch.float64))
                 density = Normal(0.0, 1.0).log_prob(mean_theta) + gamma.log_prob(1 / variance_theta)
                 if per_token:
@@ -128,17 +132,20 @@ def run_update(tiny, index=0, progress=0.0):
 
 
 @pytest.mark.parametrize(
-    ("posterior", "meta_gradient", "outer_batch"),
+    ("posterior", "meta_gradient", "outer_batch", "kl_estimate"),
     [
-        ("activation", "kl", "reuse"),
-        ("activation", "kl", "query"),
-        ("weight", "kl", "reuse"),
-        ("activation", "first_order", "query"),
-        ("weight", "first_order", "reuse"),
+        ("activation", "kl", "reuse", "closed_form"),
+        ("activation", "kl", "query", "closed_form"),
+        ("weight", "kl", "reuse", "closed_form"),
+        ("activation", "first_order", "query", "closed_form"),
+        ("weight", "first_order", "reuse", "closed_form"),
+        ("activation", "kl", "query", "sample"),
+        ("weight", "kl", "reuse", "sample"),
     ],
 )
-def test_abmll(posterior, meta_gradient, outer_batch, build_tiny):
+def test_abmll(posterior, meta_gradient, outer_batch, kl_estimate, build_tiny):
     method = {
+        "kl_estimate": kl_estimate,
         "meta_gradient": meta_gradient,
         "outer_batch": outer_batch,
         "weight_decay": 0.1,
@@ -175,7 +182,11 @@ def test_abmll(posterior, meta_gradient, outer_batch, build_tiny):
     assert relative_error(of_episode(update.gradient), expected) < 1e-5
     assert float(update.outer.kl) == pytest.approx(float(kl.detach()), rel=1e-6)
     assert len(update.batches) == tiny.method.passes_per_episode
-    if (posterior, meta_gradient) == ("weight", "kl"):  # no forward pass: the NLL is the last inner step's
+    if (posterior, meta_gradient, kl_estimate) == (
+        "weight",
+        "kl",
+        "closed_form",
+    ):  # no forward pass: the NLL is the last inner step's
         assert len(update.batches) == tiny.config.method.inner_steps
         assert torch.equal(update.outer.nll, update.inner[-1].nll)
     else:

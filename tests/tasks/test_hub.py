@@ -106,6 +106,26 @@ def test_script_only_data_set_is_told_the_parquet_revision(monkeypatch):
         load(HubTask(path="piqa", input="{goal}", label="label", options=("1", "2")))
 
 
+def test_parquet_copy_is_read_by_the_folder_of_the_configuration(tmp_path):
+    """Laid out as the hub does, CONFIGURATION/SPLIT/0000.parquet; the library refuses a configuration's name."""
+    for name in ("cb", "wic"):
+        for split in ("train", "validation"):
+            folder = tmp_path / "copy" / name / split
+            folder.mkdir(parents=True)
+            rows = [{"q": f"{name} {split}", "a": 0}]
+            datasets.Dataset.from_list(rows).to_parquet(folder / "0000.parquet")
+    keys = {"path": str(tmp_path / "copy"), "input": "{q}", "label": "a", "options": ("no", "yes")}
+    loaded = load(HubTask(**keys, name="cb", revision="refs/convert/parquet", test_split="validation"))
+    assert [example.input for example in loaded.train + loaded.test] == ["cb train", "cb validation"]
+    one = HubTask(
+        **{**keys, "path": str(tmp_path / "copy/wic")}, revision="refs/convert/parquet", test_split=None, holdout=0.5
+    )
+    with pytest.raises(ValueError, match="no test rows"):  # one row cannot be split; but it was found without a name
+        load(one)
+    with pytest.raises(ValueError, match="BuilderConfig 'cb' not found"):
+        load(HubTask(**keys, name="cb", test_split="validation"))
+
+
 def test_names_without_an_entry_are_missing(hub_task):
     task = hub_task([{"q": "?", "a": 0}])
     found = load_hub_tasks({"mrpc": task}, ["mrpc", "rte"])

@@ -44,6 +44,19 @@ logging: {{progress_bar: false}}
 """
 
 
+# What each method needs beside its name; all but abmll, which is the configuration's.
+METHODS = {
+    "lora": (),
+    "structured_lora": (),
+    "reptile": (),
+    "fomaml": (),
+    "maml": ("method.inner_optimizer=sgd", "method.inner_lr=0.1"),
+    "blob": ("method.beta=1e-3",),
+}
+# with one step of theta for each outer step, which `check_steps` can follow
+ONE_STEP = {name: ("method.inner_steps=1",) for name in ("lora", "structured_lora", "blob")}
+
+
 class Stopped(Exception):
     """Stands for whatever ends a process early."""
 

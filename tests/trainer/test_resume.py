@@ -9,7 +9,8 @@ import subprocess
 import time
 
 import pytest
-from runs import Run, Stopped, environment, stop_before
+
+from runs import METHODS, Run, Stopped, environment, stop_before
 
 LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")
 
@@ -66,8 +67,8 @@ def test_killed_runs_resumed_equal_the_uninterrupted_one(make_run):
         (),
         ("method.reset_inner_optimizer=false",),
         ("method.name=reptile", "trainer.tasks_per_step=2", "trainer.episodes=9"),
-        ("method.name=structured_lora",),
-        ("method.name=lora",),
+        ("method.kl_estimate=sample", "trainer.parallel_episodes=2", "trainer.tasks_per_step=2", "trainer.episodes=8"),
+        *((f"method.name={name}", *others) for name, others in METHODS.items()),
         ("adapters.posterior=weight", "trainer.deepspeed=configs/deepspeed/zero0.json"),
     ],
     ids=lambda overrides: " ".join(overrides) or "abmll",

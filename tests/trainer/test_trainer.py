@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from outer_steps import check_optimizer, recording
-from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abmll.distributed import Ranks
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
+from runs import METHODS as OTHERS
+from runs import Run
 
 METHODS = {
     "activation posterior": ("method.name=abmll",),
@@ -30,6 +31,9 @@ METHODS = {
     "reptile": ("method.name=reptile",),
     "structured_lora": ("method.name=structured_lora",),
     "lora": ("method.name=lora",),
+    "one sample's KL": ("method.kl_estimate=sample",),
+    "one sample's KL, weights": ("method.kl_estimate=sample", "adapters.posterior=weight"),
+    **{name: (f"method.name={name}", *others) for name, others in OTHERS.items() if name not in ("lora", "reptile")},
 }
 
 

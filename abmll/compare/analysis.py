@@ -1,0 +1,54 @@
+"""All tables and plots of a comparison, and a report that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abmll.compare.plots import all_plots
+from abmll.compare.results import Results, load_results
+from abmll.compare.tables import Table, all_tables
+from abmll.files import write_whole
+
+SHOWN = ("summary", "against_baseline", "costs")  # in the report itself; it links to the others
+
+
+def analyse(folder: Path) -> list[Path]:
+    """Write FOLDER/tables, FOLDER/plots and FOLDER/report.md from the runs that are finished; returns the files.
+
+    Nothing is kept from an earlier analysis: tables and plots of runs that are gone go too. ValueError where the folder
+    holds no comparison or nothing of it is finished.
+    """
+    results = load_results(folder)
+    for name in ("tables", "plots"):
+        (folder / name).mkdir(exist_ok=True)
+        for old in (folder / name).glob("*.*"):
+            if old.suffix in (".md", ".csv", ".png"):
+                old.unlink()
+    tables = all_tables(results)
+    written = [path for table in tables for path in table.write(folder / "tables")]
+    plots = all_plots(results, folder / "plots")
+    write_whole(folder / "report.md", report(results, tables, plots))
+    return [*written, *plots, folder / "report.md"]
+
+
+def report(results: Results, tables: list[Table], plots: list[Path]) -> str:
+    """Markdown: what was compared and what is missing, the main tables, links to the others, and the plots."""
+    runs = results.runs
+    seeds = ", ".join(
+        f"{label} {number}" for label, number in runs.groupby("run_label", sort=False)["seed"].nunique().items()
+    )
+    parts = [
+        f"# {results.name}",
+        f"{len(runs)} finished runs; seeds by method: {seeds}. Baselines: {', '.join(results.baselines)}.",
+    ]
+    if results.skipped:
+        parts.append("\n".join(["Left out:", "", *(f"- {note}" for note in results.skipped)]))
+    parts += [
+        table.text.replace("\n## ", "\n### ").replace("# ", "## ", 1).rstrip()
+        for table in tables
+        if table.name in SHOWN
+    ]
+    links = [f"- [{table.name}](tables/{table.name}.md) ([numbers](tables/{table.name}.csv))" for table in tables]
+    parts += ["## All tables", "\n".join(links), "## Plots"]
+    parts += [f"![{plot.stem}](plots/{plot.name})" for plot in plots]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,192 @@
+"""What a comparison consists of: its YAML file, and the runs that the file stands for.
+
+    models x task sets x methods x settings x seeds, each with the overrides of all of them, in this order
+
+Where the file has a `tune` section, every method's settings are chosen first, on tasks that are neither training nor
+test tasks, from the same number of tries each: see `abmll.compare.tuning`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
+from abmll.config.settings import check_settings
+from abmll.config.yaml_text import read_mapping
+
+Overrides = dict[str, Any]  # section.key -> value
+Named = dict[str, Overrides]
+ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+
+
+class Tuning(BaseModel):
+    """How settings are chosen: every method tries all combinations of its grid, and the best mean score counts."""
+
+    model_config = ConfigDict(extra="forbid")
+    tasks: list[str] = Field(min_length=1, description="Validation tasks: neither training nor test tasks.")
+    grid: dict[str, dict[str, list[Any]]] = Field(
+        min_length=1, description="method, or `all` for those not named -> section.key -> values to try."
+    )
+    seeds: list[int] = Field(default=[0], min_length=1)
+    overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
+    select_by: Literal["nll_options", "nll", "brier", "ece", "accuracy", "macro_f1"] = "nll_options"
+
+
+class Comparison(BaseModel):
+    """A comparison as its file describes it."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    config: str = Field(description="The configuration that all runs start from.")
+    output: str = Field(description="The comparison's folder.")
+    overrides: Overrides = Field(default_factory=dict)
+    models: Named = Field(default={"model": {}}, min_length=1)
+    task_sets: Named = Field(default={"tasks": {}}, min_length=1)
+    methods: Named = Field(min_length=1)
+    settings: Named = Field(default={"default": {}}, min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    tune: Tuning | None = None
+    scores: Named = Field(default_factory=dict, description="Further ways to score each finished run.")
+    baselines: list[str] = Field(default_factory=list, description="The methods that the others are tested against.")
+
+    @field_validator("models", "task_sets", "methods", "settings", "scores", mode="before")
+    @classmethod
+    def _named(cls, value: Any, info) -> Named:
+        return check_settings(value, info.field_name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its place in the grid, its folder within the comparison's, and the overrides that make it."""
+
+    model: str
+    task_set: str
+    method: str
+    setting: str
+    seed: int
+    folder: str
+    overrides: tuple[str, ...]
+    scores: Named
+
+    def facts(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in ("overrides", "scores")}
+
+
+def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Comparison:
+    """The comparison that a file describes; `overrides` (section.key=value) apply to all of its runs, behind its own.
+
+    ConfigError with a line for every unknown key, wrong value, method, task or override.
+    """
+    data = read_mapping(path)
+    try:
+        found = Comparison.model_validate(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {line}" for line in error.problems) from None
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise ConfigError(lines) from None
+    base = str(resolve_path(found.config, path))
+    found = found.model_copy(update={"config": base})
+    problems = [f"{path}: {line}" for line in _problems(found, overrides)]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def jobs(comparison: Comparison, chosen: Mapping[tuple[str, str, str], Overrides], extra: tuple[str, ...]) -> list[Job]:
+    """The runs, in an order in which all methods of one seed come before the next seed.
+
+    `chosen`: each (model, task set, method)'s settings, of a comparison that tunes.
+    """
+    found = []
+    for seed, model, task_set, setting, method in itertools.product(
+        comparison.seeds, comparison.models, comparison.task_sets, comparison.settings, comparison.methods
+    ):
+        if method not in _methods_of(comparison, comparison.settings[setting]):
+            continue
+        layers = (
+            comparison.overrides,
+            comparison.models[model],
+            comparison.task_sets[task_set],
+            comparison.methods[method],
+            chosen.get((model, task_set, method), {}),
+            without_methods(comparison.settings[setting]),
+        )
+        folder = f"{model}/{task_set}/{method}/{setting}/seed-{seed}"
+        scores = {
+            name: without_methods(values)
+            for name, values in comparison.scores.items()
+            if method in _methods_of(comparison, values)
+        }
+        found.append(Job(model, task_set, method, setting, seed, folder, (*_texts(layers, seed), *extra), scores))
+    return found
+
+
+def _texts(layers: tuple[Overrides, ...], seed: int) -> tuple[str, ...]:
+    merged: Overrides = {}
+    for layer in layers:
+        merged |= layer
+    return (*override_texts(merged), f"seed={seed}")
+
+
+def without_methods(values: Overrides) -> Overrides:
+    return {key: value for key, value in values.items() if key != ONLY}
+
+
+def _methods_of(comparison: Comparison, values: Overrides) -> list[str]:
+    return values.get(ONLY, list(comparison.methods))
+
+
+def grid_of(tuning: Tuning, method: str) -> list[Overrides]:
+    """A method's tries, in the order of its lists."""
+    lists = tuning.grid.get(method, tuning.grid.get("all", {}))
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    known = set(comparison.methods)
+    for section in ("settings", "scores"):
+        for name, values in getattr(comparison, section).items():
+            unknown = [method for method in values.get(ONLY, []) if method not in known]
+            if unknown:
+                yield f"{section}.{name}.{ONLY}: {unknown}: no such methods here; known: {', '.join(sorted(known))}"
+    for method in comparison.baselines:
+        if method not in known:
+            yield f"baselines: {method}: no such method here; known: {', '.join(sorted(known))}"
+    if comparison.tune:
+        for method in comparison.tune.grid:
+            if method not in known | {"all"}:
+                yield f"tune.grid: {method}: no such method here; known: all, {', '.join(sorted(known))}"
+    told = set()
+    for job in jobs(comparison, {}, extra):
+        if job.seed != comparison.seeds[0]:
+            continue
+        for overrides in ((), *(override_texts(values) for values in job.scores.values())):
+            try:
+                config = load_config(comparison.config, [*job.overrides, *overrides])
+            except ConfigError as error:
+                told |= {f"{job.method}: {line}" for line in error.problems}
+                continue
+        if comparison.tune and not told:
+            told |= set(_tuning_problems(comparison.tune, config, comparison.config))
+    yield from sorted(told)
+
+
+def _tuning_problems(tuning: Tuning, config: Config, config_path: str) -> Iterator[str]:
+    """Choosing on a test task would be cheating, and on a training task no test of what is to be found."""
+    from abmll.config.task_lists import resolve_task_lists
+
+    if config.tasks.source == "builtin":
+        yield "tune.tasks: the builtin source makes its own tasks, of which none can be named; remove `tune`"
+        return
+    lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, config_path))
+    for role in ("train", "test"):
+        shared = sorted(set(tuning.tasks) & set(getattr(lists, role)))
+        if shared:
+            yield f"tune.tasks: {', '.join(shared)}: among the {role} tasks; name others"

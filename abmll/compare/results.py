@@ -1,0 +1,165 @@
+"""From a comparison's folder to tidy frames: every scored example, scores by task, costs and learning curves by run.
+
+`comparison.json` lists the runs. Settings and scores have names: `default` and `plain`, or what was set and done. One
+of the form NAME-NUMBER (`beta-1e-8`, `samples-8`, `pruning-0.1`) is a point of a sweep over NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import safe_open
+
+from abmll.config.schema import MethodConfig
+from abmll.methods import METHODS
+from abmll.metrics import score
+from abmll.score_files import PREDICTIONS, as_predictions
+from abmll.summary import FACTS, THETA
+from abmll.uncertainty import uncertainty
+
+INDEX = "comparison.json"
+DEFAULT, PLAIN, STANDARD = "default", "plain", "standard"
+RUN = ["task_set", "model", "method", "setting", "seed"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A comparison's results; `run` in the frames is the index of `runs`.
+
+    runs: task_set, model, method, setting, seed, and run_label (the method, and its setting unless default).
+    predictions: one row a scored test example, columns as in predictions.parquet, with run and score.
+    scores: one row a run, score, steps and task: the columns of `runs`, label (run_label, and the score unless plain),
+    the sweep, value and condition of the score's name, and every metric of `Scores` and `Uncertainty`.
+    costs: one row a run. curves: one row an outer step or validation. skipped: what is not there, and why.
+    """
+
+    name: str
+    baselines: tuple[str, ...]
+    runs: pd.DataFrame
+    predictions: pd.DataFrame
+    scores: pd.DataFrame
+    costs: pd.DataFrame
+    curves: pd.DataFrame
+    skipped: tuple[str, ...]
+
+
+def load_results(folder: Path) -> Results:
+    """Read what is finished. ValueError where nothing is, or the folder holds no comparison."""
+    try:
+        listed = json.loads((folder / INDEX).read_text())
+    except OSError as error:
+        raise ValueError(f"comparison {folder}: no {INDEX} ({error}); name a folder that compare.py wrote") from error
+    runs, predictions, costs, curves, skipped = {}, [], [], [], []
+    for number, run in enumerate(listed["runs"]):
+        place = folder / run["folder"]
+        if not (place / "final" / FACTS).is_file():
+            skipped.append(f"{run['folder']}: not finished")
+            continue
+        config = json.loads((place / "final" / FACTS).read_text())["config"]
+        for name, where in run["scores"].items():
+            if not (place / where / PREDICTIONS).is_file():
+                skipped.append(f"{run['folder']}: not scored as {name}")
+                continue
+            own = _own_predictions(pd.read_parquet(place / where / PREDICTIONS), config["method"]["name"])
+            predictions.append(own.assign(run=number, score=name))
+        lines = _lines(place / "metrics.jsonl")
+        runs[number] = {key: run[key] for key in RUN}
+        costs.append({"run": number, **_costs(lines, config, place)})
+        curves += [{"run": number, **point} for point in _curve(lines)]
+    if not predictions:
+        raise ValueError(f"comparison {folder}: none of {len(listed['runs'])} runs is finished; run compare.py again")
+    frame = pd.DataFrame(runs.values(), index=pd.Index(runs, name="run"))
+    frame["run_label"] = _extended(frame["method"], frame["setting"], DEFAULT)
+    examples = pd.concat(predictions, ignore_index=True)
+    return Results(
+        name=listed["name"],
+        baselines=tuple(listed["baselines"]),
+        runs=frame,
+        predictions=examples,
+        scores=_scores(examples, frame),
+        costs=frame.join(pd.DataFrame(costs).set_index("run")),
+        curves=pd.DataFrame(curves, columns=["run", "step", "episode", "nll", "accuracy", "ece"]),
+        skipped=tuple(skipped),
+    )
+
+
+def parse_name(name: str) -> tuple[str, float]:
+    """The sweep that a setting or a score is a point of, and its value there; the name itself and NaN without one."""
+    found = re.fullmatch(r"(.+?)-(-?\d+(?:\.\d+)?(?:e-?\d+)?)", name)
+    return (found[1], float(found[2])) if found else (name, np.nan)
+
+
+def condition(score_name: str) -> str:
+    """What a score was taken under.
+
+    Samples and corrections are free for anyone to use, and compete under the standard condition. Other sweeps (pruning,
+    support size) change the problem: each of their points is a condition, under which only like is compared with like.
+    """
+    family, value = parse_name(score_name)
+    return STANDARD if np.isnan(value) or family == "samples" else score_name
+
+
+def _extended(label: pd.Series, name: pd.Series, unnamed: str) -> pd.Series:
+    """`abmll, beta-1e-8`: a label, and a name unless it is the one that goes without saying."""
+    return label.where(name == unnamed, label + ", " + name)
+
+
+def _scores(examples: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (run, name, steps, task), part in examples.groupby(["run", "score", "steps", "task"], sort=False):
+        predictions, (sweep, value) = as_predictions(part), parse_name(name)
+        place = {"run": run, "score": name, "sweep": sweep, "value": value, "condition": condition(name)}
+        metrics = {**asdict(score(predictions)), **asdict(uncertainty(predictions))}
+        rows.append({**place, "steps": steps, "task": task, **metrics})
+    scores = runs.join(pd.DataFrame(rows).set_index("run"), how="inner").reset_index()
+    scores["label"] = _extended(scores["run_label"], scores["score"], PLAIN)
+    return scores
+
+
+def _own_predictions(examples: pd.DataFrame, method: str) -> pd.DataFrame:
+    """On test tasks, by the run's method: the pretrained model that a run scores beside it has runs of its own."""
+    pretrained = examples["method"] == "pretrained"
+    return examples[(pretrained == (method == "pretrained")) & (examples["split"] == "test")]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _costs(lines: list[dict[str, Any]], config: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Of training alone: validation and scoring are no part of it. Parameters are theta's, and phi has as many."""
+    steps = [line for line in lines if "seconds" in line]
+    method = METHODS[config["method"]["name"]](MethodConfig.model_validate(config["method"]))
+    episodes = max((line["episode"] for line in steps), default=0)
+    with safe_open(folder / "final" / THETA, "np") as theta:
+        parameters = sum(int(np.prod(theta.get_slice(name).get_shape())) for name in theta.keys())  # noqa: SIM118
+    return {
+        "seconds": sum(line["seconds"] for line in steps),
+        "episodes": episodes,
+        "inner_steps": episodes * method.config.inner_steps if method.inner_loop else 0,
+        "outer_steps": len(steps) * method.updates_per_episode,
+        "tokens": round(sum(line["real_tokens_per_second"] * line["seconds"] for line in steps)),
+        "peak_memory_bytes": max((line["peak_memory_bytes"] for line in steps), default=np.nan),
+        "parameters": parameters,
+    }
+
+
+def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """NLL of the last inner step by outer step, and the validation's accuracy and ECE after adaptation."""
+    episode = {line["step"]: line["episode"] for line in lines if "seconds" in line}
+    points = []
+    for line in lines:
+        place = {"step": line["step"], "episode": episode.get(line["step"], 0)}
+        adapted = [key for key in line if key.startswith("validation_")]
+        if adapted:
+            found = line[max(adapted, key=lambda key: int(key.split("_")[1]))]
+            points.append({**place, "accuracy": found["accuracy"], "ece": found["ece"]})
+        elif "nll_last" in line:
+            points.append({**place, "nll": line["nll_last"]})
+    return points

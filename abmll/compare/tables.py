@@ -1,0 +1,282 @@
+"""A comparison's tables: Markdown for readers, CSV with all of the numbers behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from abmll.compare.estimates import (
+    ACCURACY,
+    COSTS,
+    MAIN,
+    PAPERS,
+    UNCERTAINTY,
+    Metric,
+    against_baseline,
+    by_task,
+    costs,
+    groups,
+    papers_metrics,
+    summary,
+    sweeps,
+)
+from abmll.compare.results import PLAIN, Results
+from abmll.files import write_whole
+
+INTERVALS = "In brackets: 95 % bootstrap interval, tasks resampled, seeds averaged before."
+
+
+@dataclass(frozen=True)
+class Table:
+    """`frame` is the CSV, in the metrics' own units; `text` the Markdown."""
+
+    name: str
+    text: str
+    frame: pd.DataFrame
+
+    def write(self, folder: Path) -> list[Path]:
+        paths = [folder / f"{self.name}.md", folder / f"{self.name}.csv"]
+        write_whole(paths[0], self.text)
+        write_whole(paths[1], self.frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        return paths
+
+
+def all_tables(results: Results) -> list[Table]:
+    """Every table that there are rows for, the summary first."""
+    scores, baselines = results.scores, results.baselines
+    overall = summary(scores)
+    against, tasks = against_baseline(scores, baselines), by_task(scores, baselines)
+    made = [
+        _table("summary", "Summary", _SUMMARY, overall, _summary),
+        _table("uncertainty", "What the uncertainty is worth", _UNCERTAINTY, overall, _uncertainty),
+        _table("against_baseline", "Against the best baseline", _AGAINST, against, _against),
+        _table("by_task", "Accuracy by task", _BY_TASK, tasks, _by_task),
+        _table("costs", "Costs of training", _COSTS, costs(results), _costs),
+    ]
+    for name, frame in sweeps(results).items():
+        made.append(_table(f"sweep_{name}", f"Sweep of {name}", f"After adaptation. {INTERVALS}", frame, _sweep(name)))
+    made.append(_table("paper", "Beside the paper's own figures", _PAPER, beside_paper(scores), _beside_paper))
+    return [table for table in made if len(table.frame)]
+
+
+def beside_paper(scores: pd.DataFrame) -> pd.DataFrame:
+    """A row a figure of the paper for a task set that was compared, and each of ours by its metrics that answers it."""
+    paper = yaml.safe_load((files("abmll.compare") / "paper.yaml").read_text())
+    rows: list[dict[str, Any]] = []
+    for place, own in groups(papers_metrics(scores)):
+        name = next((name for name in paper["scores"] if _same(name, place["task_set"])), None)
+        for figure in [] if name is None else _figures(paper, name):
+            method, pruned = figure["paper_method"], figure["pruned"]
+            mine = own[(own["method"] == method) | own["method"].str.startswith(f"{method}-")]
+            pruning = mine["sweep"].str.startswith("pruning") & (mine["value"] == pruned)
+            mine = mine[(mine["score"] == PLAIN) if math.isnan(pruned) else pruning]
+            known = mine if math.isnan(figure["beta"]) else mine[:0]  # our own sweep of beta has its own table
+            rows += [{**place, **figure, **ours} for ours in known.to_dict("records") or [{}]]
+    return pd.DataFrame(rows)
+
+
+def _figures(paper: dict[str, Any], task_set: str) -> Iterator[dict[str, Any]]:
+    """The paper's figures for a task set, with standard errors, as fractions."""
+
+    def figure(method: str, accuracy: list[float], ece: list[float], pruned: float = math.nan, beta: float = math.nan):
+        values = [*(value / 100 for value in accuracy), *ece]
+        names = ("paper_accuracy", "paper_accuracy_se", "paper_ece", "paper_ece_se")
+        return {"paper_method": method, "pruned": pruned, "beta": beta, **dict(zip(names, values, strict=True))}
+
+    none = [math.nan, math.nan]
+    for method, found in paper["scores"][task_set].items():
+        yield figure(method, found["accuracy"], found["ece"])
+        for fraction, accuracy in zip(paper["pruned"], paper["pruning"][task_set][method], strict=True):
+            yield figure(method, accuracy, none, pruned=fraction)
+    if task_set == "cls-45":
+        for beta, (accuracy, ece) in paper["beta"].items():
+            yield figure("abmll", [accuracy, math.nan], [ece, math.nan], beta=float(beta))
+
+
+def _same(one: str, other: str) -> bool:
+    """cls-23 is cls23."""
+    return "".join(filter(str.isalnum, one.lower())) == "".join(filter(str.isalnum, other.lower()))
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows with the same keys, which are the headings."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float, metric: Metric, sign: bool = False) -> str:
+    """Percent with one decimal, all else with three; nothing where there is none."""
+    if math.isnan(value):
+        return ""
+    return f"{value * metric.factor:{'+' if sign else ''}.{1 if metric.factor == 100 else 3}f}"
+
+
+def interval(row: pd.Series | dict[str, Any], metric: Metric, name: str | None = None, sign: bool = False) -> str:
+    """`60.2 [55.1, 65.0]`; without the brackets where there is no interval; NaN where an adaptation diverged."""
+    name = name or metric.name
+    if math.isnan(row[name]) and not metric.partial:
+        return "NaN"
+    bounds = [number(row[f"{name}_{end}"], metric, sign) for end in ("low", "high")]
+    return number(row[name], metric, sign) + (f" [{', '.join(bounds)}]" if all(bounds) else "")
+
+
+def _table(
+    name: str, title: str, note: str, frame: pd.DataFrame, rows: Callable[[pd.DataFrame], list[dict[str, str]]]
+) -> Table:
+    """A Markdown table for each task set and model, under one title and note."""
+    parts = [f"# {title}", note]
+    if len(frame):
+        for place, part in groups(frame):
+            parts += [f"## {', '.join(place.values())}", markdown(rows(part))]
+    return Table(name, "\n\n".join(parts) + "\n", frame)
+
+
+_SUMMARY = (
+    f"Means over tasks, then over seeds. {INTERVALS} SD: of the accuracy, over seeds. Constant: tasks with one and the "
+    "same prediction for all examples, in every seed. Beatable: tasks on which some row is right more often than the "
+    "commonest answer; chosen with these scores, so that luck is in it. ECE of 15 bins by task; NLL among the options."
+)
+
+
+def _summary(part: pd.DataFrame) -> list[dict[str, str]]:
+    count = part["beatable_tasks"].iloc[0]
+    return [
+        {
+            "method": row["label"],
+            "steps": str(row["steps"]),
+            **{metric.heading: interval(row, metric) for metric in MAIN},
+            "constant %": f"{100 * row['constant']:.0f}",
+            f"accuracy % on the {count} beatable": interval(row, ACCURACY, "beatable_accuracy") if count else "",
+            "SD %": number(row["accuracy_seed_sd"], ACCURACY),
+            "seeds": str(row["seeds"]),
+            "tasks": str(row["tasks"]),
+        }
+        for _, row in part.iterrows()
+    ]
+
+
+_UNCERTAINTY = (
+    "Coverage: only the surest answers count. NLL of the options = refinement (what the best temperature leaves) + "
+    "calibration (what it takes away), in nats. AUROC: how well a wrong answer is told from a right one within a task, "
+    "0.5 by chance, tasks without either left out; variance and mutual information need samples. " + INTERVALS
+)
+
+
+def _uncertainty(part: pd.DataFrame) -> list[dict[str, str]]:
+    metrics = [metric for metric in UNCERTAINTY if part[metric.name].notna().any()]
+    return [
+        {"method": row["label"], "steps": str(row["steps"]), **{m.heading: interval(row, m) for m in metrics}}
+        for _, row in part.iterrows()
+    ]
+
+
+_AGAINST = (
+    "After adaptation, each label minus the best baseline by that metric, chosen with these scores, under the same "
+    "condition (pruning, support size) or the standard one. For accuracy and macro-F1 more is better, for the others "
+    "less. Interval of the paired difference by task; p of the paired permutation test; Holm over a task set's, "
+    "model's and condition's rows; wins, ties and losses by task. " + INTERVALS
+)
+
+
+def _against(part: pd.DataFrame) -> list[dict[str, str]]:
+    metrics = {metric.name: metric for metric in MAIN}
+    return [
+        {
+            "method": row["label"],
+            "metric": metrics[row["metric"]].heading,
+            "best baseline": row["baseline"],
+            "difference": interval(row, metrics[row["metric"]], "difference", sign=True),
+            "p": _p(row["p"]),
+            "p, Holm": _p(row["p_holm"]),
+            "wins-ties-losses": f"{row['wins']}-{row['ties']}-{row['losses']}",
+        }
+        for _, row in part.iterrows()
+    ]
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else "< .0001" if p < 1e-4 else f"{p:.4f}".removeprefix("0")
+
+
+_BY_TASK = (
+    "Accuracy % after adaptation, mean over seeds. + and -: better and worse than the baseline of the best mean; c: "
+    "the predictions are constant in every seed."
+)
+
+
+def _by_task(part: pd.DataFrame) -> list[dict[str, str]]:
+    marks = {1: " +", -1: " -"}
+    rows: dict[str, dict[str, str]] = {}
+    for _, row in part.iterrows():
+        facts = {"task": row["task"], "n": str(row["n"]), "majority %": number(row["majority"], ACCURACY)}
+        cells = rows.setdefault(row["task"], {**facts, **dict.fromkeys(part["label"], "")})
+        constant = " c" if row["constant"] else ""
+        cells[row["label"]] = f"{number(row['accuracy'], ACCURACY)}{marks.get(row['outcome'], '')}{constant}"
+    return list(rows.values())
+
+
+_COSTS = (
+    "Means over seeds, of training alone. Inner steps move phi, outer ones theta. Peak memory is the GPU's, or without "
+    "one the process's. Parameters are theta's, which a run keeps; phi has as many while it trains."
+)
+
+
+def _costs(part: pd.DataFrame) -> list[dict[str, str]]:
+    form: dict[str, tuple[str, Callable[[float], str]]] = {
+        "seconds": ("wall time, min", lambda value: f"{value / 60:.1f}"),
+        "peak_memory_bytes": ("peak, GB", lambda value: "" if math.isnan(value) else f"{value / 1e9:.2f}"),
+    }
+    rows = []
+    for _, row in part.iterrows():
+        cells = {"method": row["run_label"]}
+        for name in COSTS:
+            heading, show = form.get(name, (name.replace("_", " "), lambda value: f"{value:,.0f}"))
+            cells[heading] = show(row[name])
+        rows.append({**cells, "seeds": str(row["seeds"])})
+    return rows
+
+
+def _sweep(name: str) -> Callable[[pd.DataFrame], list[dict[str, str]]]:
+    def rows(part: pd.DataFrame) -> list[dict[str, str]]:
+        return [
+            {
+                "method": row["line"],
+                name: f"{row['value']:g}",
+                **{metric.heading: interval(row, metric) for metric in MAIN},
+                "seeds": str(row["seeds"]),
+            }
+            for _, row in part.iterrows()
+        ]
+
+    return rows
+
+
+_PAPER = (
+    "The paper's: Zhang, Snell and Griffiths (2025), version 2, Llama3-8B-Chat, ± standard error over three seeds. "
+    "Both by its metrics: accuracy over the whole vocabulary, and an ECE near 1 - accuracy, not the pooled one. "
+    "Models, budgets and test examples differ: what can be compared is the order of the methods. " + INTERVALS
+)
+
+
+def _beside_paper(part: pd.DataFrame) -> list[dict[str, str]]:
+    rows = []
+    for _, row in part.iterrows():
+        pruned = "" if math.isnan(row["pruned"]) else f", {row['pruned']:.0%} pruned"
+        beta = "" if math.isnan(row["beta"]) else f", beta {row['beta']:g} (validation)"
+        cells = {"method": f"{row['paper_method']}{pruned}{beta}"}
+        for metric, name in zip(PAPERS, ("accuracy", "ece"), strict=True):
+            spread = number(row[f"paper_{name}_se"], metric)
+            cells[f"the paper's {metric.heading}"] = number(row[f"paper_{name}"], metric) + (
+                f" ± {spread}" if spread else ""
+            )
+        ours = isinstance(row.get("label"), str)
+        cells |= {"ours": row["label"], "steps": f"{row['steps']:.0f}"} if ours else {"ours": "", "steps": ""}
+        rows.append({**cells, **{f"our {metric.heading}": interval(row, metric) if ours else "" for metric in PAPERS}})
+    return rows

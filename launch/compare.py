@@ -1,0 +1,34 @@
+"""Compare methods: python launch/compare.py --config configs/compare/tiny.yaml [section.key=value ...]"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the comparison")
+    parser.add_argument("--workers", type=int, help="runs at a time; default: one a GPU, or one a core")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of each run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--list", action="store_const", const="list", dest="only", help="print the runs, and stop")
+    only.add_argument(
+        "--analysis", action="store_const", const="analysis", dest="only", help="tables and plots of what is there"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of all runs")
+    arguments = parser.parse_intermixed_args()
+
+    from abmll.compare.command import ConfigError, Refused, compare  # behind the parser: --help should not wait
+
+    launch = Path(__file__).resolve().parent
+    try:
+        return compare(
+            arguments.config, arguments.overrides, launch, arguments.workers, arguments.ranks, arguments.only
+        )
+    except (ConfigError, Refused) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from abmll.compare.estimates import MAIN, UNCERTAINTY, against_baseline, beatable, by_task, summary, sweeps
+from abmll.compare.results import condition
+from abmll.compare.statistics import estimate, holm, permutation_p
+
+METRICS = [metric.name for metric in (*MAIN, *UNCERTAINTY)] + ["accuracy_vocabulary", "ece_paper"]
+
+
+def rows(
+    label: str, values: list[list[float]], method: str | None = None, score: str = "plain", steps: int = 5, **more
+):
+    """Scores of a label: values[task][seed] is every metric's value; the majority share is a half."""
+    return pd.DataFrame(
+        [
+            {
+                "task_set": "cls-23",
+                "model": "tiny",
+                "method": method or label,
+                "label": label if score == "plain" else f"{label}, {score}",
+                "score": score,
+                "condition": condition(score),
+                "seed": seed,
+                "steps": steps,
+                "task": f"task-{task}",
+                **{name: value for name in METRICS},
+                "majority": 0.5,
+                "commonest_prediction": 0.7,
+                "n": 20,
+                **more,
+            }
+            for task, seeds in enumerate(values)
+            for seed, value in enumerate(seeds)
+        ]
+    )
+
+
+BASE = [[0.4, 0.4], [0.5, 0.7], [0.3, 0.3], [0.6, 0.4]]  # by task .4 .6 .3 .5
+OURS = [[0.6, 0.6], [0.6, 0.6], [0.5, 0.1], [0.8, 0.8]]  # by task .6 .6 .3 .8
+
+
+def test_mean_over_seeds_then_tasks_with_the_tasks_interval():
+    (row,) = summary(rows("abmll", OURS)).to_dict("records")
+    assert (row["seeds"], row["tasks"]) == (2, 4)
+    by_hand = np.array([0.6, 0.6, 0.3, 0.8])
+    assert row["accuracy"] == pytest.approx(by_hand.mean())
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(estimate(by_hand)[1:])
+    seeds = np.array([(0.6 + 0.6 + 0.5 + 0.8) / 4, (0.6 + 0.6 + 0.1 + 0.8) / 4])
+    assert row["accuracy_seed_sd"] == pytest.approx(seeds.std(ddof=1))
+
+
+def test_beatable_tasks_are_those_that_some_row_beats():
+    scores = pd.concat([rows("lora", BASE), rows("abmll", OURS)])
+    assert beatable(scores) == ["task-0", "task-1", "task-3"]
+    found = summary(scores).set_index("label")
+    assert (found["beatable_tasks"] == 3).all()
+    assert found.loc["abmll", "beatable_accuracy"] == pytest.approx((0.6 + 0.6 + 0.8) / 3)
+    assert math.isnan(summary(rows("abmll", [[0.5], [0.2]])).loc[0, "beatable_accuracy"])
+
+
+def test_share_of_constant_tasks_asks_for_every_seed():
+    scores = rows("abmll", OURS)
+    scores.loc[
+        (scores["task"] == "task-0") | ((scores["task"] == "task-1") & (scores["seed"] == 1)), "commonest_prediction"
+    ] = 1
+    assert summary(scores).loc[0, "constant"] == 0.25
+
+
+def test_difference_to_the_best_baseline():
+    """The best by accuracy is the one of the largest mean, by NLL the one of the smallest; tasks are paired."""
+    worse = [[value - 0.1 for value in seeds] for seeds in BASE]
+    scores = pd.concat([rows("lora", BASE), rows("reptile", worse), rows("abmll", OURS), rows("abmll", BASE, steps=0)])
+    found = against_baseline(scores, ("lora", "reptile")).set_index("metric")
+    assert set(found["label"]) == {"abmll"} and len(found) == len(MAIN)
+    accuracy, nll = found.loc["accuracy"], found.loc["nll_options"]
+    by_hand = np.array([0.2, 0.0, 0.0, 0.3])
+    assert accuracy["baseline"] == "lora" and accuracy["difference"] == pytest.approx(by_hand.mean())
+    assert (accuracy["wins"], accuracy["ties"], accuracy["losses"], accuracy["tasks"]) == (2, 2, 0, 4)
+    assert accuracy["p"] == pytest.approx(permutation_p(by_hand)) == pytest.approx(0.5)
+    assert nll["baseline"] == "reptile" and (nll["wins"], nll["losses"]) == (0, 4)
+    np.testing.assert_allclose(found["p_holm"], holm(found["p"].to_numpy()))
+
+
+def test_like_is_compared_with_like():
+    """Pruned against the best pruned baseline, plain against all corrections; where no baseline was pruned, so too."""
+    low = [[0.1, 0.1]] * 4
+    scores = pd.concat(
+        [
+            rows("lora", BASE),
+            rows("lora", low, score="pruning-0.1"),
+            rows("lora", OURS, score="temperature"),
+            *(rows("abmll", OURS, score=score) for score in ("plain", "pruning-0.1", "pruning-0.2")),
+        ]
+    )
+    found = against_baseline(scores, ("lora",))
+    accuracy = found[found["metric"] == "accuracy"].set_index("label")["baseline"].to_dict()
+    assert accuracy == {
+        "abmll": "lora, temperature",
+        "abmll, pruning-0.1": "lora, pruning-0.1",
+        "abmll, pruning-0.2": "lora, temperature",
+    }
+
+
+def test_a_method_that_diverged_is_nobodys_best_and_has_no_mean():
+    broken = [[math.nan, 0.9], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]]
+    scores = pd.concat([rows("lora", BASE), rows("reptile", broken), rows("abmll", broken)])
+    found = summary(scores).set_index("label")
+    assert math.isnan(found.loc["abmll", "accuracy"]) and not math.isnan(found.loc["lora", "accuracy"])
+    against = against_baseline(scores, ("lora", "reptile"))
+    assert set(against["baseline"]) == {"lora"}
+    assert against[["difference", "p", "p_holm"]].isna().all(axis=None)
+
+
+def test_tasks_without_errors_are_left_out_of_an_auroc():
+    scores = rows("abmll", OURS)
+    scores.loc[scores["task"] == "task-0", "auroc_variance"] = math.nan
+    assert summary(scores).loc[0, "auroc_variance"] == pytest.approx((0.6 + 0.3 + 0.8) / 3)
+
+
+def test_wins_and_losses_by_task():
+    scores = pd.concat([rows("lora", BASE), rows("abmll", OURS)])
+    scores.loc[scores["task"] == "task-2", "commonest_prediction"] = 1
+    found = by_task(scores, ("lora",)).set_index(["label", "task"])
+    assert found.loc["abmll", "outcome"].tolist() == [1, 0, 0, 1]
+    assert found.loc["lora", "outcome"].isna().all()
+    assert found.loc["abmll", "constant"].tolist() == [False, False, True, False]
+    assert found.loc["abmll", "accuracy"].tolist() == pytest.approx([0.6, 0.6, 0.3, 0.8])
+
+
+def test_no_baseline_no_comparison():
+    assert against_baseline(rows("abmll", OURS), ("lora",)).empty
+    assert by_task(rows("abmll", OURS), ("lora",))["outcome"].isna().all()
+
+
+def test_sweeps(full):
+    found = sweeps(full)
+    assert list(found) == ["beta", "pruning", "samples"]
+    assert found["beta"]["line"].tolist() == ["abmll"] * 3 and found["beta"]["value"].tolist() == [1e-14, 1e-12, 1e-10]
+    plain = summary(full.scores).set_index(["label", "steps"])["accuracy"]
+    assert found["beta"]["accuracy"].tolist() == [
+        plain[f"abmll, beta-{beta}", 5] for beta in ("1e-14", "1e-12", "1e-10")
+    ]
+    pruning = found["pruning"].set_index(["line", "value"])["accuracy"]
+    assert pruning["lora"].index.tolist() == [0, 0.01, 0.1, 0.2, 0.3]
+    assert pruning["lora", 0] == plain["lora", 5]
+    assert found["samples"].set_index("line").loc["abmll", "value"].tolist() == [0, 8]

@@ -1,0 +1,122 @@
+"""What a comparison's file stands for, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from abmll.compare.grid import grid_of, jobs, load_comparison
+from abmll.config import ConfigError, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEXT = f"""
+name: some
+config: {CONFIGS}/tiny.yaml
+output: out
+overrides: {{method.inner_lr: 1e-2}}
+models: {{small: {{adapters.rank: 3}}}}
+methods:
+  lora: {{method.name: lora}}
+  abmll: {{method.beta: 1e-9}}
+settings:
+  default:
+  beta-1e-6: {{methods: [abmll], method.beta: 1e-6}}
+seeds: [4, 5]
+scores:
+  samples-2: {{methods: [abmll], eval.samples: 2}}
+  steps-1: {{method.test_steps: 1}}
+baselines: [lora]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text=TEXT, **changes):
+        path = tmp_path / "comparison.yaml"
+        for old, new in changes.values():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_runs_of_a_file(write):
+    comparison = load_comparison(write())
+    found = jobs(comparison, {}, ("trainer.episodes=2",))
+    assert [(job.method, job.setting, job.seed) for job in found] == [
+        ("lora", "default", 4),
+        ("abmll", "default", 4),
+        ("abmll", "beta-1e-6", 4),
+        ("lora", "default", 5),
+        ("abmll", "default", 5),
+        ("abmll", "beta-1e-6", 5),
+    ]
+    assert len({job.folder for job in found}) == 6
+    assert found[2].folder == "small/tasks/abmll/beta-1e-6/seed-4"
+    config = load_config(comparison.config, found[2].overrides)
+    assert (config.method.beta, config.method.inner_lr, config.adapters.rank) == (1e-6, 1e-2, 3)
+    assert (config.seed, config.trainer.episodes) == (4, 2)
+    assert load_config(comparison.config, found[1].overrides).method.beta == 1e-9
+    assert found[0].scores == {"steps-1": {"method.test_steps": 1}}
+    assert set(found[1].scores) == {"samples-2", "steps-1"} and found[1].scores["samples-2"] == {"eval.samples": 2}
+
+
+def test_choices_stand_behind_the_methods_own_settings_and_before_the_named_ones(write):
+    comparison = load_comparison(write())
+    chosen = {("small", "tasks", "abmll"): {"method.beta": 1e-3, "method.outer_lr": 0.5}}
+    _, plain, beta, *_ = jobs(comparison, chosen, ())
+    configs = [load_config(comparison.config, job.overrides).method for job in (plain, beta)]
+    assert [(config.beta, config.outer_lr) for config in configs] == [(1e-3, 0.5), (1e-6, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("methods: [abmll], eval", "methods: [abml], eval", r"scores\.samples-2\.methods: \['abml'\]: no such methods"),
+        (
+            "baselines: [lora]",
+            "baselines: [pretrained]",
+            "baselines: pretrained: no such method here; known: abmll, lora",
+        ),
+        ("method.name: lora", "method.nam: lora", "lora: .*method.nam"),
+        ("eval.samples: 2", "eval.sample: 2", "abmll: .*eval.sample"),
+        ("seeds: [4, 5]", "seeds: [a]", r"seeds\.0: "),
+        ("seeds: [4, 5]", "sedes: [4]", "sedes: "),
+        ("small:", "../small:", r"models: \.\./small: names a folder"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(old, new, told, write):
+    with pytest.raises(ConfigError, match=told):
+        load_comparison(write(change=(old, new)))
+
+
+def test_a_tries_grid_is_all_combinations(write):
+    tune = (
+        "tune: {tasks: [t], grid: {abmll: {method.beta: [1, 2], method.outer_lr: [3, 4]}, all: {method.outer_lr: [5]}}}"
+    )
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml").replace(
+        "small: {adapters.rank: 3}", "small: {}"
+    )
+    tuning = load_comparison(write(f"{text}{tune}")).tune
+    tries = [tuple(values.values()) for values in grid_of(tuning, "abmll")]
+    assert tries == [(1, 3), (1, 4), (2, 3), (2, 4)]
+    assert grid_of(tuning, "lora") == [{"method.outer_lr": 5}]
+
+
+@pytest.mark.parametrize(("task", "role"), [("ag_news", "test"), ("sciq", "train")])
+def test_settings_are_chosen_on_neither_training_nor_test_tasks(task, role, write):
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    with pytest.raises(ConfigError, match=rf"tune\.tasks: {task}: among the {role} tasks"):
+        load_comparison(write(f"{text}tune: {{tasks: [glue-sst2, {task}], grid: {{all: {{method.beta: [1]}}}}}}"))
+    with pytest.raises(ConfigError, match=r"tune\.tasks: the builtin source"):
+        load_comparison(write(f"{TEXT}tune: {{tasks: [glue-sst2], grid: {{all: {{method.beta: [1]}}}}}}"))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_comparison_is_right(path):
+    found = load_comparison(path)
+    assert found.name == path.stem
+    assert jobs(found, {}, ())

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from abmll.compare.estimates import sweeps
+from abmll.compare.plots import (
+    all_plots,
+    learning_curves,
+    reliability_bins,
+    risk_coverage,
+    smoothed,
+    styles_of,
+    sweep,
+    variance_error,
+)
+
+STYLES = styles_of(["pretrained", "lora", "reptile", "abmll"])
+
+
+def test_window_is_the_three_most_recent():
+    assert smoothed(pd.Series([3.0, 1.0, 2.0, 6.0]), 3).tolist() == [3, 2, 2, 3]
+
+
+def test_learning_curves_are_means_over_seeds_with_the_papers_window():
+    seeds = {0: [0.3, 0.6, 0.9, 0.6], 1: [0.5, 0.4, 0.3, 0.5]}
+    rows = [
+        {"run": run, "run_label": "abmll", "episode": 10 * k, "accuracy": value, "ece": math.nan, "nll": math.nan}
+        for run, values in seeds.items()
+        for k, value in enumerate(values)
+    ]
+    (axis,) = learning_curves(pd.DataFrame(rows), STYLES).axes
+    (line,) = axis.lines
+    assert line.get_xdata().tolist() == [0, 10, 20, 30]
+    # smoothed .3 .45 .6 .7 and .5 .45 .4 .4
+    np.testing.assert_allclose(line.get_ydata(), [40, 45, 50, 55])
+    assert learning_curves(pd.DataFrame(rows).assign(accuracy=math.nan), STYLES) is None
+
+
+def test_bins_of_reliability_by_hand():
+    share, confidence, accuracy = reliability_bins(
+        np.array([0.5, 0.52, 0.94, 1.0]), np.array([True, False, True, True])
+    )
+    assert share[7] == share[14] == 0.5 and share.sum() == 1  # .5 lies in [7/15, 8/15), 1 in the last
+    assert (confidence[7], accuracy[7]) == (pytest.approx(0.51), 0.5)
+    assert (confidence[14], accuracy[14]) == (pytest.approx(0.97), 1.0)
+    assert np.isnan(np.delete(accuracy, [7, 14])).all()
+
+
+def examples(confidence, correct, variance=None, task="task"):
+    frame = pd.DataFrame({"confidence": confidence, "correct": correct, "task": task, "run": 0, "label": "abmll"})
+    return frame.assign(variance=variance)
+
+
+def test_risk_coverage_is_the_mean_over_tasks():
+    easy = examples(np.linspace(0.6, 0.9, 10), [True] * 10, task="easy")
+    hard = examples(np.linspace(0.6, 0.9, 20), [False] * 10 + [True] * 10, task="hard")  # the unsure half is wrong
+    (line,) = risk_coverage(pd.concat([easy, hard]), STYLES).axes[0].lines
+    x, y = line.get_xdata(), line.get_ydata()
+    assert x[-1] == pytest.approx(100) and y[-1] == pytest.approx((0 + 50) / 2)
+    np.testing.assert_allclose(y[x < 50.1], 0)
+    at_80 = np.isclose(x, 80)
+    assert y[at_80] == pytest.approx((0 + 100 * 6 / 16) / 2)
+
+
+def test_variance_against_error_sorts_within_a_task():
+    """The fifth of the largest variance is wrong, in tasks of very different variances; confidence is all the same."""
+    wrong = np.arange(20) >= 16
+    frames = [examples(0.7, ~wrong, scale * np.arange(20), task) for task, scale in (("one", 1.0), ("other", 0.01))]
+    figure = variance_error(pd.concat(frames, ignore_index=True))
+    variance, confidence = (bars.lines[0] for bars in figure.axes[0].containers)
+    np.testing.assert_allclose(variance.get_ydata(), [0, 0, 0, 0, 100])
+    np.testing.assert_allclose(confidence.get_ydata(), [20])  # ties share a place: all in the middle
+    assert variance_error(frames[0][:0]) is None
+
+
+def test_sweep_draws_a_line_a_method(full):
+    figure = sweep("pruning", sweeps(full)["pruning"], STYLES)
+    accuracy = figure.axes[0]
+    assert [tick.get_text() for tick in accuracy.get_xticklabels()] == ["0", "0.01", "0.1", "0.2", "0.3"]
+    assert [bars.get_label() for bars in accuracy.containers] == ["pretrained", "lora", "reptile", "abmll"]
+    drawn = accuracy.containers[3].lines[0].get_ydata()
+    frame = sweeps(full)["pruning"]
+    np.testing.assert_allclose(drawn, 100 * frame[frame["line"] == "abmll"].sort_values("value")["accuracy"])
+
+
+def test_one_value_is_no_sweep(full):
+    assert sweep("beta", sweeps(full)["beta"][:1], STYLES) is None
+
+
+def test_styles_are_told_apart_beyond_ten():
+    styles = styles_of([f"method {number}" for number in range(25)])
+    assert len({tuple(style.items()) for style in styles.values()}) == 25
+
+
+def test_files_of_all_plots(full, tmp_path):
+    paths = all_plots(full, tmp_path)
+    kinds = ["learning_curves", "reliability", "risk_coverage", "variance_error"]
+    kinds += ["sweep_beta", "sweep_pruning", "sweep_samples"]
+    assert [path.name for path in paths] == [f"{kind}_cls-23_random_tiny.png" for kind in kinds]
+    assert all(path.stat().st_size > 10_000 for path in paths)

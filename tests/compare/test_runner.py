@@ -1,0 +1,146 @@
+"""The runner with commands that take no time: what is skipped, what is continued, what a failure stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from abmll.compare.grid import jobs, load_comparison
+from abmll.compare.runner import Runner
+from abmll.config import Refused, load_config, save_config, with_absolute_paths
+
+CONFIG = Path(__file__).parents[2] / "configs/tiny.yaml"
+# A stand-in for train.py: notes its call, fails where it is told to, and leaves what a run leaves.
+TRAIN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(next(a for a in sys.argv if a.startswith("output=")).removeprefix("output="))
+seed = next(a for a in sys.argv if a.startswith("seed="))
+with open({calls!r}, "a") as calls:
+    calls.write(f"train {{folder.parts[-3]}} {{seed}} {{os.environ['OMP_NUM_THREADS']}}\\n")
+if Path({broken!r}).exists() and "lora" in str(folder):
+    sys.exit("it is broken")
+if Path({slow!r}).exists():
+    time.sleep(60)
+(folder / "final").mkdir(parents=True, exist_ok=True)
+(folder / "final/summary.json").write_text(json.dumps({{"scores": []}}))
+"""
+EVALUATE = """
+import sys
+from pathlib import Path
+with open({calls!r}, "a") as calls:
+    calls.write("evaluate\\n")
+folder = Path(sys.argv[sys.argv.index("--run") + 1]) / "scores/steps-1"
+folder.mkdir(parents=True)
+(folder / "scores.json").write_text("[]")
+"""
+TEXT = f"""
+name: some
+config: {CONFIG}
+output: out
+methods: {{lora: {{method.name: lora}}, abmll: {{}}}}
+seeds: [0, 1]
+scores: {{steps-1: {{methods: [abmll], method.test_steps: 1}}}}
+"""
+
+
+class Bench:
+    def __init__(self, folder: Path):
+        self.folder, self.calls_file = folder, folder / "calls"
+        self.broken, self.slow, self.said = folder / "broken", folder / "slow", []
+        places = {"calls": str(self.calls_file), "broken": str(self.broken), "slow": str(self.slow)}
+        for name, text in (("train.py", TRAIN), ("evaluate.py", EVALUATE)):
+            (folder / name).write_text(text.format(**places))
+        (folder / "comparison.yaml").write_text(TEXT)
+        self.jobs = jobs(load_comparison(folder / "comparison.yaml"), {}, ())
+
+    def runner(self) -> Runner:
+        return Runner(str(CONFIG), self.folder / "out", self.folder, workers=2, say=self.said.append)
+
+    def calls(self) -> list[str]:
+        """Since they were last asked for."""
+        found = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return sorted(found)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    return Bench(tmp_path)
+
+
+def test_finished_runs_and_scores_are_not_made_again(bench):
+    assert [outcome.problem for outcome in bench.runner().run(bench.jobs)] == [None] * 4
+    everything = [*(["evaluate"] * 2), *(f"train {m} seed={s} 7" for m in ("abmll", "lora") for s in (0, 1))]
+    assert bench.calls() == sorted(everything)
+    bench.runner().run(bench.jobs)
+    assert bench.calls() == []
+    (bench.folder / "out" / bench.jobs[1].folder / "scores/steps-1/scores.json").unlink()
+    (bench.folder / "out" / bench.jobs[1].folder / "scores/steps-1").rmdir()
+    bench.runner().run(bench.jobs)
+    assert bench.calls() == ["evaluate"]
+
+
+def test_a_failure_is_told_with_its_logs_end_and_stops_no_other(bench):
+    bench.broken.touch()
+    outcomes = bench.runner().run(bench.jobs)
+    assert [bool(outcome.problem) for outcome in outcomes] == [True, False, True, False]
+    assert "it is broken" in outcomes[0].problem and "exit status 1" in outcomes[0].problem
+    assert sum("failed" in line for line in bench.said) == 2
+    bench.broken.unlink()
+    bench.calls()
+    assert not any(outcome.problem for outcome in bench.runner().run(bench.jobs))
+    assert bench.calls() == ["train lora seed=0 7", "train lora seed=1 7"]
+
+
+def test_a_folder_of_another_run_is_refused(bench):
+    job = bench.jobs[0]
+    place = bench.folder / "out" / job.folder
+    wanted = load_config(CONFIG, [*job.overrides, f"output={place}", "logging.progress_bar=false"])
+    save_config(with_absolute_paths(wanted, CONFIG), place / "config.yaml")
+    bench.runner().check(job)
+    other = wanted.model_copy(update={"seed": 9})
+    save_config(with_absolute_paths(other, CONFIG), place / "config.yaml")
+    with pytest.raises(Refused, match="holds another run: seed: 9 there, 0 now; remove it"):
+        bench.runner().run(bench.jobs)
+    assert bench.calls() == []
+
+
+def test_an_interrupt_stops_what_runs(bench):
+    """The command as a user stops it: its children are gone, and a second call makes what is missing."""
+    bench.slow.touch()
+    code = (
+        "import sys; from pathlib import Path; from abmll.compare.grid import jobs, load_comparison;"
+        "from abmll.compare.runner import Runner; folder = Path(sys.argv[1]);"
+        "Runner(sys.argv[2], folder / 'out', folder, 2).run(jobs(load_comparison(folder / 'comparison.yaml'), {}, ()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(bench.folder), str(CONFIG)])
+    deadline = time.monotonic() + 60
+    while not bench.calls_file.exists() or len(bench.calls_file.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert time.monotonic() - began < 30
+    assert len(bench.calls()) == 2 and not list((bench.folder / "out").rglob("summary.json"))
+    alive = subprocess.run(["pgrep", "-f", str(bench.folder / "train.py")], capture_output=True, text=True)
+    assert alive.stdout == ""
+    bench.slow.unlink()
+    assert not any(outcome.problem for outcome in bench.runner().run(bench.jobs))
+    assert sum(call.startswith("train") for call in bench.calls()) == 4
+
+
+def test_every_gpu_gets_its_share(bench, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    runner = Runner(str(CONFIG), bench.folder / "out", bench.folder, ranks=2)
+    assert runner.workers == 4
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert Runner(str(CONFIG), bench.folder / "out", bench.folder).workers == os.cpu_count()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from abmll.compare.statistics import estimate, holm, permutation_p, record
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    """400 comparisons of 40 tasks: the hits of a 95 % interval lie within the binomial's 99.9 % range.
+
+    Tasks differ much more than the methods on them: unpaired, the intervals would cover every time.
+    """
+    random = np.random.default_rng(1)
+    sets, tasks, seeds, gain = 400, 40, 3, 0.02
+    difficulty = random.normal(0.6, 0.2, size=(sets, tasks, 1))
+    one = (
+        difficulty + gain + random.normal(0, 0.03, size=(sets, tasks, 1)) + random.normal(0, 0.03, (sets, tasks, seeds))
+    )
+    other = difficulty + random.normal(0, 0.03, size=(sets, tasks, seeds))
+    found = [estimate(differences) for differences in (one - other).mean(axis=2)]
+    hits = sum(interval.low <= gain <= interval.high for interval in found)
+    fewest, most = stats.binom.interval(0.999, sets, 0.95)
+    assert fewest <= hits <= most
+    assert sets - 1 > most  # an interval that always covers would be seen
+
+
+def test_interval_of_the_mean_by_the_normal_distribution():
+    """Of many tasks the bootstrap's interval is the normal one: 1.96 standard errors to each side."""
+    values = np.random.default_rng(0).normal(size=2_000)
+    found, error = estimate(values), values.std(ddof=1) / math.sqrt(len(values))
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_interval_of_few_and_of_equal_tasks():
+    assert estimate(np.array([0.3, 0.3, 0.3])) == (pytest.approx(0.3),) * 3
+    one = estimate(np.array([0.3]))
+    assert one.mean == 0.3 and math.isnan(one.low) and math.isnan(one.high)
+    assert all(map(math.isnan, estimate(np.array([0.3, math.nan]))))
+    with pytest.raises(ValueError, match="0 tasks"):
+        estimate(np.array([]))
+
+
+def test_same_scores_make_the_same_interval():
+    values = np.array([0.1, 0.4, 0.35, 0.8])
+    assert estimate(values) == estimate(values)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_p_is_that_of_all_sign_flips(n):
+    differences = np.random.default_rng(n).normal(0.5, 1, size=n)
+    means = [abs(np.mean(np.array(signs) * differences)) for signs in product((1, -1), repeat=n)]
+    want = np.mean([mean >= abs(differences.mean()) - 1e-12 for mean in means])
+    assert permutation_p(differences) == pytest.approx(want)
+
+
+def test_p_by_hand():
+    assert permutation_p(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 8)  # of 8 flips only +++ and --- reach 2
+    assert permutation_p(np.zeros(4)) == permutation_p(np.array([0.7])) == 1.0
+    assert math.isnan(permutation_p(np.array([0.1, math.nan])))
+
+
+def test_p_of_many_tasks_is_small_where_all_agree():
+    assert permutation_p(np.linspace(0.1, 0.2, 45)) < 1e-4
+
+
+def test_holm_by_hand():
+    # in order .01, .02, .03, .04: times 4, 3, 2, 1 are .04, .06, .06, .04, and the last is held up by those before it
+    np.testing.assert_allclose(holm(np.array([0.04, 0.01, 0.03, 0.02])), [0.06, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm(np.array([0.9, 0.6])), [1.0, 1.0])
+    np.testing.assert_allclose(holm(np.array([math.nan, 0.02, 0.5])), [math.nan, 0.04, 0.5])
+
+
+def test_record():
+    assert record(np.array([0.1, 0.0, -0.2, 1e-15, 0.3])) == (2, 2, 1)

@@ -1,0 +1,87 @@
+"""Choosing settings: the best mean over seeds, from validation tasks, written down with what was tried."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from abmll.compare.grid import load_comparison
+from abmll.compare.runner import Outcome
+from abmll.compare.tuning import best, choose
+from abmll.config import load_config
+
+CONFIG = Path(__file__).parents[2] / "configs/cls23.yaml"
+TEXT = f"""
+name: some
+config: {CONFIG}
+output: out
+methods: {{lora: {{method.name: lora}}, abmll: {{}}, pretrained: {{method.name: pretrained}}}}
+seeds: [0, 1, 2]
+tune:
+  tasks: [glue-sst2, rotten_tomatoes]
+  seeds: [7, 8]
+  overrides: {{trainer.episodes: 4}}
+  grid:
+    lora: {{method.outer_lr: [1e-4, 1e-3, 1e-2]}}
+    abmll: {{method.outer_lr: [1e-4, 1e-3], method.beta: [1e-12, 1e-10]}}
+    pretrained: {{method.test_lr: [3e-4]}}
+"""
+
+
+class MadeUp:
+    """A runner whose runs score what a function says."""
+
+    def __init__(self, folder, nll):
+        self.folder, self.nll, self.jobs = folder, nll, []
+
+    def run(self, jobs):
+        for job in jobs:
+            self.jobs.append(job)
+            config = load_config(CONFIG, job.overrides)
+            place = self.folder / job.folder
+            place.mkdir(parents=True)
+            overall = {"0": {"nll_options": 9.0}, "5": {"nll_options": self.nll(config)}}
+            (place / "scores.json").write_text(json.dumps([{"overall": overall}]))
+        return [Outcome(job, None) for job in jobs]
+
+
+def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
+    (tmp_path / "comparison.yaml").write_text(TEXT)
+    comparison = load_comparison(tmp_path / "comparison.yaml")
+
+    def nll(config):  # lora best at 1e-3; abmll at (1e-3, 1e-10), at one seed worse
+        target = -3.0
+        value = abs(math.log10(config.method.outer_lr) - target)
+        if config.method.name == "abmll":
+            value += abs(math.log10(config.method.beta) + 10) + (0.5 if config.seed == 8 else 0.0)
+        return value
+
+    runner = MadeUp(tmp_path / "out", nll)
+    runner.folder.mkdir()
+    choices, outcomes = choose(comparison, runner, ("tasks.folder=x",))
+    assert len(outcomes) == len(runner.jobs) == 2 * (3 + 4)
+    for job in runner.jobs:
+        config = load_config(CONFIG, job.overrides)
+        assert config.tasks.test == ("glue-sst2", "rotten_tomatoes") and config.trainer.episodes == 4
+        assert config.seed in (7, 8) and config.tasks.folder == "x" and job.scores == {}
+    assert len({job.folder for job in runner.jobs}) == 14
+    found = {choice.cell[2]: choice for choice in choices}
+    assert found["lora"].chosen == {"method.outer_lr": 1e-3} and found["lora"].at_the_end_of == []
+    assert found["abmll"].chosen == {"method.outer_lr": 1e-3, "method.beta": 1e-10}
+    assert found["abmll"].at_the_end_of == ["method.outer_lr", "method.beta"]
+    assert found["pretrained"].chosen == {"method.test_lr": 3e-4} and found["pretrained"].tried == []
+    written = json.loads((runner.folder / "tuning.json").read_text())
+    assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
+    scores = [one["score"] for one in written[1]["tried"]]
+    assert scores == pytest.approx([1 + 2 + 0.25, 1 + 0.25, 2 + 0.25, 0.25])
+
+
+@pytest.mark.parametrize(("select_by", "expected"), [("nll_options", 2), ("accuracy", 3)])
+def test_a_diverged_try_is_never_the_best(select_by, expected):
+    scored = [({"a": value}, score) for value, score in ((1, math.nan), (2, 0.2), (3, 0.9), (4, 0.5))]
+    choice = best(("model", "tasks", "lora"), scored, select_by, {"a": [1, 2, 3, 4]})
+    assert choice.chosen == {"a": expected}
+    assert choice.to_json()["tried"][0]["score"] is None
