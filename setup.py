@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "compare", "config", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "evaluation", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",
@@ -32,6 +32,7 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.10",
         "torchmetrics>=1.7",
+        "scipy>=1.15",
         "tqdm>=4.66",
         "safetensors>=0.5",
         # deepspeed imports setuptools and builds its CPU communication op with ninja
@@ -53,7 +54,6 @@ setup(
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
-            "scipy>=1.15",
             "matplotlib>=3.8",
             "pandas>=2.2",
             "tensorboard>=2.17",

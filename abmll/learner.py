@@ -73,6 +73,12 @@ class Learner:
         """[S, V] of the posterior mean of one episode's phi, number `slot`."""
         return self.forward(batch, None, slot=slot)[0].softmax(dim=-1)
 
+    @torch.no_grad()
+    def probabilities_by_slot(self, batch: Batch) -> Tensor:
+        """[G, S, V]: by each of phi's G slots, all of them on the same batch in one forward pass."""
+        logits, _ = self.forward(side_by_side([batch] * self.adapters.groups), None)
+        return logits.softmax(dim=-1).unflatten(0, (self.adapters.groups, -1))
+
     @phase("forward")
     def forward(
         self,

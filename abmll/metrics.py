@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch.nn.functional import one_hot, pad
@@ -45,6 +45,16 @@ class Predictions:
     def entropy(self) -> torch.Tensor:
         """Of each example's options, in nats: [n]."""
         return torch.special.entr(self.options).sum(dim=1)
+
+    def tempered(self, temperature: float) -> Predictions:
+        """At another temperature T: options ∝ p^(1/T), while all letters together stay as likely in the vocabulary.
+
+        What else a prediction says (the likeliest token, the samples' spread) is left as it is at T = 1.
+        """
+        options = (self.options.log() / temperature).softmax(dim=1)
+        options = options.clamp(min=SMALLEST).where(self.options != 0, 0.0)  # of an option it is never 0
+        before, after = (of.gather(1, self.label[:, None])[:, 0].log() for of in (self.options, options))
+        return replace(self, options=options, nll=self.nll + before - after)  # -log(mass) = nll + before
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from abmll.evaluation import Evaluator
 from abmll.methods import Pretrained
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.checks import LETTERS
-from abmll.tasks.episodes import support_batches
+from abmll.tasks.episodes import in_batches, support_examples
 
 MODES = ("test", "adaptation", "always")
 # Batches of another shape are summed in other orders: fp32's roundings, all to one side, in a row of sums over 1,024
@@ -72,7 +72,7 @@ def test_the_base_model_in_context(build_tiny):
     base = random_model(architecture_config("tiny"), torch.device("cpu"), torch.float32, "sdpa").eval()
     letters, tokenizer = tiny.parts.tasks.letter_ids, tiny.parts.tokenizer
     for task in tiny.parts.tasks.test:
-        (batch, *_) = support_batches(task, letters, 3, 2, tiny.config.seed)
+        (batch, *_) = in_batches(support_examples(task, 2, tiny.config.seed), letters, 2)
         former = [tokenizer.decode(ids) for ids in batch.input_ids.split(batch.prompts.sizes)]
         answered = [f"{text}{LETTERS[label]}<|im_end|>\n" for text, label in zip(former, batch.label, strict=True)]
         for row, plain in enumerate(task.test):

@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import duplicates, show
 
+SAMPLED = ("abmll", "blob")  # methods that have a posterior
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -80,6 +82,43 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "method.reset_inner_optimizer=true",
         "method.reset_inner_optimizer",
     )
+
+    sampled, active = config.method.name in SAMPLED, config.eval.active
+    rule(
+        sampled and config.eval.tfb.samples,
+        "eval.tfb.samples",
+        f"draws weights around a point estimate, and {config.method.name} has a posterior; set eval.samples instead",
+        "method.name",
+    )
+    rule(
+        active and active.labels > active.candidates,
+        "eval.active.labels",
+        f"more than the {active and active.candidates} candidates; set eval.active.candidates higher",
+        "eval.active.candidates",
+    )
+    rule(
+        active and active.by == "variance" and not (sampled and config.eval.samples > 1),
+        "eval.active.by",
+        "needs samples of a posterior; set eval.samples=2 or more with method.name=abmll or blob, or "
+        "eval.active.by=entropy",
+        "eval.samples",
+        "method.name",
+    )
+    rule(
+        active and active.by == "variance" and config.eval.pretrained,
+        "eval.active.by",
+        "the pretrained model has no samples to vary; set eval.pretrained=false, or eval.active.by=entropy",
+        "eval.pretrained",
+    )
+
+    for key, changed in (("eval.active.by", active), ("eval.support_labels", config.eval.support_labels != "given")):
+        rule(
+            changed and config.tasks.demonstrations,
+            key,
+            f"the {config.tasks.demonstrations} demonstrations show the support set as it is; set "
+            "tasks.demonstrations=0",
+            "tasks.demonstrations",
+        )
 
     tasks = config.tasks
     rule(

@@ -187,6 +187,33 @@ class TrainerConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
 
 
+class TFBConfig(Section):
+    """Training-free Bayesianization of a point estimate: `abmll.evaluation.tfb`."""
+
+    samples: int = Field(0, ge=0, description="S draws of the weights, whose predictions are averaged; 0: none.")
+    tolerance: float = Field(0.05, ge=0, description="By what fraction the NLL of the support set may grow.")
+    evaluations: int = Field(10, ge=1, description="Of the support set, in the search for the noise that it bears.")
+
+
+class PruneConfig(Section):
+    """The smallest activations of every token set to zero, whenever the model predicts; adaptation is not pruned."""
+
+    fraction: float = Field(0.0, ge=0, lt=1)
+    where: Literal["hidden", "projections"] = Field(
+        "hidden", description="Each decoder layer's output (the paper), or each adapted projection's (its code)."
+    )
+
+
+class ActiveConfig(Section):
+    """A task is adapted on a few examples chosen among many."""
+
+    labels: int = Field(4, ge=1, description="Examples chosen; the adaptation's batches go round them.")
+    candidates: int = Field(50, ge=1, description="Training examples to choose from.")
+    by: Literal["random", "entropy", "variance"] = Field(
+        "entropy", description="Entropy of the prediction before adaptation, or its variance over samples."
+    )
+
+
 class EvalConfig(Section):
     """Scores on unseen tasks."""
 
@@ -197,6 +224,11 @@ class EvalConfig(Section):
     max_examples: int | None = Field(None, ge=1, description="Test examples scored a task; null: all.")
     validation_examples: int = Field(50, ge=1, description="Validation examples scored a task.")
     samples: int = Field(0, ge=0, description="0: the posterior mean; S: average of S sampled predictions.")
+    tfb: TFBConfig = TFBConfig()
+    temperature: bool = Field(False, description="Temperature scaling, fitted to each task's support set.")
+    prune: PruneConfig = PruneConfig()
+    support_labels: Literal["given", "shuffled"] = Field("given", description="Shuffled: within the support set.")
+    active: ActiveConfig | None = Field(None, description="Choose the support set; null: drawn at random.")
     pretrained: bool = Field(True, description="Also score the pretrained model, at 0 and K steps.")
     select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = "accuracy"
 

@@ -284,10 +284,20 @@ def _outer_optimizer(method: Method, gpu: bool, parameters: Iterable[nn.Paramete
 def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: Counting) -> None:
     evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, examples, setup.config.seed, ranks=None)
     keys = iter([NoiseKey(0, 0)]) if method.sampled and setup.config.eval.samples else None
+    draws, phi = setup.config.eval.tfb.samples, list(learner.adapters.phi.values())
     learner.model.eval()
-    with counter.stage(SCORING), torch.inference_mode():
-        batch = make_batch(examples, setup.config.tasks.max_tokens)
-        ScoreAccumulator().update(evaluator.probabilities(batch, keys), batch)
+    with counter.stage(SCORING):
+        if draws:  # beside the tasks' own; a draw's B, which it shares, stands for what is added to its A
+            before = [parameter.data for parameter in phi]
+            for parameter in phi:
+                parameter.data = parameter.data.new_zeros(draws, *parameter.shape[1:])
+            counter.label(ADAPTERS, phi)
+        with torch.inference_mode():
+            batch = make_batch(examples, setup.config.tasks.max_tokens)
+            ScoreAccumulator().update(evaluator.probabilities(batch, keys, None if draws else 0), batch)
+        if draws:
+            for parameter, own in zip(phi, before, strict=True):
+                parameter.data = own
 
 
 def episodes_beside(config: Config, world_size: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import PreTrainedConfig
 
 from abmll.config import Config
@@ -98,7 +99,7 @@ def _scoring_batches(config: Config) -> tuple[int, ...]:
 
 def _usual_batch(config: Config) -> int:
     """Scoring keeps nothing for a backward pass, so that it bears several times a training batch."""
-    return max(1, 4 * config.tasks.batch_size // max(config.eval.samples, 1))
+    return max(1, 4 * config.tasks.batch_size // max(config.eval.samples, config.eval.tfb.samples, 1))
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"adapters.backend": "auto"}
     if config.eval.samples > 1:
         yield {"eval.samples": 1}
+    if config.eval.tfb.samples > 1:
+        yield {"eval.tfb.samples": 1}
     if config.tasks.batch_size > 1:
         yield {"tasks.batch_size": config.tasks.batch_size // 2}
     if config.tasks.max_tokens >= 256:
@@ -149,12 +152,16 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
 def _changed(plan: Plan, overrides: dict[str, Any]) -> Plan:
     config = plan.setup.config
     for key, value in overrides.items():
-        section, name = key.split(".")
-        part = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: part})
+        config = _with(config, key.split("."), value)
     setup = plan.setup
     leanest = _policies(config, setup.architecture)[-1:]
     return plan_run(config, setup.architecture, setup.deepspeed, setup.world_size, setup.gpu, plan.budget, leanest)
+
+
+def _with(section: BaseModel, path: Sequence[str], value: Any) -> BaseModel:
+    """The section with another value at a path of keys."""
+    name, *deeper = path
+    return section.model_copy(update={name: _with(getattr(section, name), deeper, value) if deeper else value})
 
 
 def _text(value: Any) -> str:

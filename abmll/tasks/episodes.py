@@ -62,7 +62,7 @@ class EpisodeSampler:
         return self.tasks[number].name
 
     def episode(self, index: int) -> Episode:
-        batches = tuple(_batches(self._examples(index), self.batch_size, self.letter_ids))
+        batches = tuple(in_batches(self._examples(index), self.letter_ids, self.batch_size))
         query = batches[-1] if self.query else None
         return Episode(index, index // self.episodes_per_epoch, self.task(index), batches[: self.inner_steps], query)
 
@@ -125,26 +125,24 @@ class PooledSampler(EpisodeSampler):
         return example
 
 
-def support_batches(
-    task: PromptedTask, letter_ids: Sequence[int], steps: int, batch_size: int, seed: int
-) -> tuple[Batch, ...]:
-    """The batches on which an unseen task is adapted, the same for every method that is given the same seed.
+def support_examples(task: PromptedTask, count: int, seed: int) -> list[PromptedExample]:
+    """The first examples of an unseen task's support shuffle: the same for every method that is given the same seed,
+    and more of them go on from fewer.
 
-    With demonstrations in adaptation each example is behind others of these batches (leave-one-out).
+    With demonstrations in adaptation each example is behind others of these (leave-one-out).
     """
-    places, count = _support_places(task, steps * batch_size, seed), task.demonstrations.before_adaptation
-    examples = task.train.demonstrated(places, places, count, seed, "demonstrations", task.name)
-    return tuple(_batches(examples, batch_size, letter_ids))
+    places, shown = _support_places(task, count, seed), task.demonstrations.before_adaptation
+    return task.train.demonstrated(places, places, shown, seed, "demonstrations", task.name)
 
 
-def scored_examples(
-    task: PromptedTask, split: Literal["validation", "test"], steps: int, batch_size: int, seed: int
-) -> ScoredExamples:
-    """A split as it is scored: every question behind the first of the examples that `support_batches` adapts to."""
-    examples, count = getattr(task, split), task.demonstrations.count
-    if not count:
+def scored_examples(task: PromptedTask, split: Literal["validation", "test"], count: int, seed: int) -> ScoredExamples:
+    """A split as it is scored: every question behind the first of the examples that adaptation takes: of
+    the `count` of `support_examples`.
+    """
+    examples, shown = getattr(task, split), task.demonstrations.count
+    if not shown:
         return examples
-    return examples.behind(task.train.rows(_support_places(task, steps * batch_size, seed))[:count])
+    return examples.behind(task.train.rows(_support_places(task, count, seed))[:shown])
 
 
 def _support_places(task: PromptedTask, number: int, seed: int) -> list[int]:
@@ -152,19 +150,15 @@ def _support_places(task: PromptedTask, number: int, seed: int) -> list[int]:
     return EndlessShuffle(len(task.train), seed, "support", task.name).take(0, number)
 
 
-def scoring_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
+def in_batches(examples: Sequence[PromptedExample], letter_ids: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Every example once, in its order; the last batch may be smaller."""
-    yield from _batches(examples, batch_size, letter_ids)
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], letter_ids)
 
 
 def by_length(examples: Sequence[PromptedExample]) -> Tensor:
     """Places of the examples, the shortest first (int64 [n]): together with its like a prompt needs little padding."""
     return torch.tensor([len(example.token_ids) for example in examples], dtype=torch.int64).argsort(stable=True)
-
-
-def _batches(examples: Sequence[PromptedExample], batch_size: int, letter_ids: Sequence[int]) -> Iterator[Batch]:
-    for start in range(0, len(examples), batch_size):
-        yield collate(examples[start : start + batch_size], letter_ids)
 
 
 def _check_trainable(tasks: Sequence[PromptedTask]) -> None:

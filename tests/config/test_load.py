@@ -55,6 +55,18 @@ def test_overrides_win_in_order_and_reach_nested_keys(write):
     assert config.output == "runs/a=b"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.tfb.samples=8", "method.name=reptile"],
+        ["eval.active.by=variance", "eval.samples=2", "eval.pretrained=false"],
+        ["eval.active={labels: 8}", "eval.active.by=entropy"],
+    ],
+)
+def test_what_the_rules_of_scoring_allow(write, overrides):
+    load_config(write(GOOD), overrides)
+
+
 def test_an_empty_section_means_its_defaults(write):
     assert load_config(write(GOOD + "eval:\n  # every: 10\n")).eval == Config.model_fields["eval"].default
 
@@ -154,6 +166,14 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["tasks.validation=[a, a]"], "tasks.validation"),
         (["adapters.modules=[q_proj, q_proj]"], "adapters.modules"),
         (["model.revision=main"], "model.revision"),
+        (["eval.active.by=entropy", "tasks.demonstrations=2"], "eval.active.by"),
+        (["eval.support_labels=shuffled", "tasks.demonstrations=2"], "eval.support_labels"),
+        (["eval.tfb.samples=8"], "eval.tfb.samples"),
+        (["eval.tfb.samples=8", "method.name=blob"], "eval.tfb.samples"),
+        (["eval.active.labels=51"], "eval.active.labels"),
+        (["eval.active.by=variance", "eval.pretrained=false"], "eval.active.by"),
+        (["eval.active.by=variance", "eval.pretrained=false", "eval.samples=1"], "eval.active.by"),
+        (["eval.active.by=variance", "eval.samples=2"], "eval.active.by"),
     ],
 )
 def test_rules_between_keys(write, overrides, key):

@@ -161,6 +161,32 @@ def test_samples_side_by_side_count():
     assert four > one
 
 
+def test_draws_of_the_weights_have_factors_of_their_own():
+    """Beside theta and the task's phi, which are all the adapters that training has."""
+    plans = [plan(eval={"batch_size": 4, "tfb": {"samples": n}}, method={"name": "reptile"}) for n in (0, 1, 4)]
+    none, one, four = (found.ledger.phases[SCORING] for found in plans)
+    copy = none["adapters"] / 2
+    assert (one["adapters"], four["adapters"]) == (3 * copy, 6 * copy)
+    assert four["temporaries"] > 2 * one["temporaries"]
+    assert plans[2].eval_batch_size == 4
+
+
+def test_fewer_draws_are_a_remedy():
+    sections = {"eval": {"batch_size": 4, "tfb": {"samples": 16}}, "method": {"name": "reptile"}}
+    start = plan(1e-9, **sections)
+    found = {remedy.overrides: remedy.plan.ledger.peak for remedy in remedies(start)}
+    assert found[("eval.tfb.samples=1",)] < start.ledger.peak
+
+
+def test_a_pruned_model_is_counted(monkeypatch):
+    pruned = []
+    monkeypatch.setattr("abmll.evaluation.prune.zero_smallest", lambda x, fraction: pruned.append(x.shape) or x)
+    assert plan(eval={"batch_size": 4, "prune": {"fraction": 0.1}}).ledger is not None
+    assert pruned == [(1, 4 * 64, 64)] * 2
+    monkeypatch.undo()
+    assert plan(eval={"batch_size": 4, "prune": {"fraction": 0.1}}).ledger is not None
+
+
 def test_a_batch_of_samples_does_not_depend_on_the_device():
     """Their noise belongs to places in the batch, and so do the scores."""
     sizes = {plan(budget, tasks={"batch_size": 6}, eval={"samples": 3}).eval_batch_size for budget in (1e-9, 40.0)}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from abmll.tasks.checks import LETTERS
-from abmll.tasks.episodes import EpisodeSampler, PooledSampler, scored_examples, support_batches
+from abmll.tasks.episodes import EpisodeSampler, PooledSampler, in_batches, scored_examples, support_examples
 from abmll.tasks.examples import Demonstrations
 from abmll.tasks.prompt import Prompter
 from abmll.tasks.task import Example, Task
@@ -154,6 +154,11 @@ def rows(name, count, first=0):
     return tuple(Example(f"{name}-{number}", ("a", "b"), "ab"[number % 2]) for number in range(first, first + count))
 
 
+def support_of(prompter, prompted, count, seed=0):
+    """The batches of an adaptation, two examples each."""
+    return in_batches(support_examples(prompted, count, seed), prompter.letter_ids, 2)
+
+
 def shown(prompter, batches):
     """Of every prompt: the questions in it, the scored one last."""
     prompts = [prompt.tolist() for batch in batches for prompt in batch.input_ids.split(batch.prompts.sizes)]
@@ -169,9 +174,7 @@ def test_adaptation_leaves_one_out(plain_tokenizer):
     lists = {}
     for count, demonstrate in ((3, "adaptation"), (9, "always"), (3, "test")):
         prompter = prompter_of(plain_tokenizer, count, 4096, demonstrate=demonstrate)
-        found = lists[count, demonstrate] = shown(
-            prompter, support_batches(prompter.prompt_task(task), prompter.letter_ids, 3, 2, 0)
-        )
+        found = lists[count, demonstrate] = shown(prompter, support_of(prompter, prompter.prompt_task(task), 6))
         support = {questions[-1] for questions in found}
         assert len(found) == len(support) == 6
         for questions in found:
@@ -185,7 +188,7 @@ def test_examples_that_come_back_are_not_shown_to_themselves(plain_tokenizer):
     """Two rows for six places; one is written twice in the file."""
     task = Task("t", (*rows("t", 2), *rows("t", 1)), (), ())
     prompter = prompter_of(plain_tokenizer, 4, 4096, demonstrate="adaptation")
-    found = shown(prompter, support_batches(prompter.prompt_task(task), prompter.letter_ids, 3, 2, 0))
+    found = shown(prompter, support_of(prompter, prompter.prompt_task(task), 6))
     others = {"t-0": {"t-1"}, "t-1": {"t-0"}}
     assert all(set(questions[:-1]) == others[questions[-1]] for questions in found) and len(found) == 6
 
@@ -198,8 +201,8 @@ def test_all_questions_of_a_task_have_the_same_demonstrations(demonstrate, plain
 
     def scored(split, seed, steps=3):
         prompted = prompter.prompt_task(task)
-        support = [q[-1] for q in shown(prompter, support_batches(prompted, prompter.letter_ids, steps, 2, seed))]
-        texts = [decoded(prompter, example) for example in scored_examples(prompted, split, steps, 2, seed)]
+        support = [q[-1] for q in shown(prompter, support_of(prompter, prompted, 2 * steps, seed))]
+        texts = [decoded(prompter, example) for example in scored_examples(prompted, split, 2 * steps, seed)]
         return support, [re.findall(r"Question: (\S+)", text) for text in texts]
 
     support, found = scored("test", 0)
@@ -220,7 +223,7 @@ def test_scored_prompts_are_made_once(plain_tokenizer, monkeypatch):
     texts, encode = [], prompter._encode
     monkeypatch.setattr(prompter, "_encode", lambda more: texts.extend(more) or encode(more))
     for _ in range(3):
-        assert len(scored_examples(task, "test", 3, 2, 0)) == 30
+        assert len(scored_examples(task, "test", 6, 0)) == 30
     assert len(texts) == 3 * 2 + 3 + 30, "the support set, the demonstrations cut to their shares, the prompts"
 
 

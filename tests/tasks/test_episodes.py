@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from abmll.tasks.episodes import EpisodeSampler, PooledSampler, by_length, scoring_batches, support_batches
+from abmll.tasks.episodes import EpisodeSampler, PooledSampler, by_length, in_batches, support_examples
 from abmll.tasks.examples import PromptedTask, ScoredExamples, TrainingExamples
 from abmll.tasks.shuffle import EndlessShuffle
 from abmll.tasks.task import PromptedExample
@@ -139,28 +139,27 @@ def test_endless_shuffle_in_any_order():
     assert Counter(whole) == dict.fromkeys(range(5), 12)
 
 
-def test_support_batches():
-    task = numbered_task("unseen", 12)
-    batches = support_batches(task, LETTER_IDS, steps=3, batch_size=4, seed=0)
-    assert sorted(numbers(batches)) == list(range(12))
-    assert numbers(batches) == numbers(support_batches(task, LETTER_IDS, 3, 4, 0))
-    assert numbers(batches) != numbers(support_batches(task, LETTER_IDS, 3, 4, 1))
-    assert numbers(batches)[:8] == numbers(support_batches(task, LETTER_IDS, 2, 4, 0)), "more steps go on from fewer"
-    small = numbers(support_batches(numbered_task("small", 3), LETTER_IDS, 3, 4, 0))
-    assert Counter(small) == {0: 4, 1: 4, 2: 4}
+def test_support_examples():
+    def support(count, seed=0, size=12):
+        return [example.token_ids[1] for example in support_examples(numbered_task("unseen", size), count, seed)]
+
+    assert sorted(support(12)) == list(range(12))
+    assert support(12) == support(12) != support(12, seed=1)
+    assert support(12)[:8] == support(8), "more steps go on from fewer"
+    assert Counter(support(12, size=3)) == {0: 4, 1: 4, 2: 4}
 
 
-def test_scoring_batches_hold_every_example_once_in_the_order_of_lengths():
+def test_in_batches_hold_every_example_once_in_the_order_of_lengths():
     lengths = (5, 2, 9, 2, 7, 3, 8)
     examples = [PromptedExample((50 + i,) * length, i % 4, 4) for i, length in enumerate(lengths)]
     order = by_length(examples)
     assert order.tolist() == [1, 3, 5, 0, 4, 6, 2]
-    batches = list(scoring_batches([examples[place] for place in order], LETTER_IDS, 3))
+    batches = list(in_batches([examples[place] for place in order], LETTER_IDS, 3))
     assert [batch.prompts.sizes for batch in batches] == [(2, 2, 3), (5, 7, 8), (9,)]
     assert numbers(batches) == [51, 53, 55, 50, 54, 56, 52]
     assert torch.cat([batch.label for batch in batches]).tolist() == [1, 3, 1, 0, 0, 2, 2]
     assert sum(batch.num_tokens for batch in batches) == sum(lengths)
-    assert list(scoring_batches([], LETTER_IDS, 3)) == []
+    assert list(in_batches([], LETTER_IDS, 3)) == []
 
 
 @pytest.mark.parametrize("kind", [EpisodeSampler, PooledSampler])
@@ -170,4 +169,4 @@ def test_nothing_to_train_on_is_an_error(kind):
     with pytest.raises(ValueError, match="task task1: no training examples"):
         make(kind, sizes=(3, 0))
     with pytest.raises(ValueError, match="no training examples"):
-        support_batches(numbered_task("empty", 0), LETTER_IDS, 1, 2, 0)
+        support_examples(numbered_task("empty", 0), 2, 0)

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from abmll.tasks.episodes import EpisodeSampler, PooledSampler, scoring_batches, support_batches
+from abmll.tasks.episodes import EpisodeSampler, PooledSampler, in_batches, support_examples
 from abmll.tasks.examples import ScoredExamples, TrainingExamples
 from abmll.tasks.prompt import Limits, Prompter
 from abmll.tasks.task import Example, PromptedExample, Task
@@ -67,10 +67,10 @@ def test_scores_tokenise_the_support_and_the_scored_split_once(counted):
     prompter, texts = counted
     task = prompter.prompt_task(Task("t", rows(500), rows(40), rows(90)), Limits(test=30))
     texts.clear()
-    support_batches(task, prompter.letter_ids, STEPS, BATCH, 0)
+    support_examples(task, STEPS * BATCH, 0)
     assert len(texts) == STEPS * BATCH
     for _ in range(3):
-        assert sum(len(batch.label) for batch in scoring_batches(task.test, prompter.letter_ids, 16)) == 30
+        assert sum(len(batch.label) for batch in in_batches(task.test, prompter.letter_ids, 16)) == 30
     assert len(texts) == STEPS * BATCH + 30
 
 

@@ -46,6 +46,36 @@ def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path,
         evaluate(str(finished.folder), [], None, str(settings))
 
 
+def test_every_scoring_option_is_a_setting(finished, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        "warm: {eval.temperature: true}\npruned: {eval.prune.fraction: 0.3}\n"
+        "shuffled: {eval.support_labels: shuffled}\nchosen: {eval.active.by: entropy, eval.active.labels: 2}\n"
+    )
+    evaluate(str(finished.folder), [], None, str(settings))
+    for name in ("warm", "pruned", "shuffled", "chosen"):
+        *_, found = load_scores(finished.folder / "scores" / name)
+        own = json_keys(finished.scores[-1])
+        assert found.tasks[found.steps[-1]] != own["tasks"][found.steps[-1]]
+        assert ("temperature" in next(iter(found.tasks[0].values()))) == (name == "warm")
+    settings.write_text("drawn: {eval.tfb.samples: 4}\n")
+    with pytest.raises(ConfigError, match=r"eval\.tfb\.samples: 4: draws weights around a point estimate"):
+        evaluate(str(finished.folder), [], None, str(settings))
+
+
+def test_a_point_estimate_is_scored_with_drawn_weights(make_run):
+    run = make_run("lora").train("method.name=lora", "trainer.episodes=2")
+    settings = run.folder.with_suffix(".settings")
+    settings.write_text("drawn: {eval.tfb.samples: 3, eval.tfb.evaluations: 4}\n")
+    evaluate(str(run.folder), ["eval.pretrained=true"], None, str(settings))
+    pretrained, lora = load_scores(run.folder / "scores/drawn")
+    assert {scores["tfb_sigma"] for scores in pretrained.tasks[0].values()} == {0.0}
+    for steps, tasks in lora.tasks.items():
+        for task, scores in tasks.items():
+            spread = lora.predictions[steps][task].variance
+            assert scores["tfb_sigma"] > 0 and (spread > 0).all()
+
+
 def json_keys(item):
     """Steps as numbers, which JSON has as text."""
     return {

@@ -74,7 +74,7 @@ def test_freed_blocks_between_used_ones_go_back():
 def test_training_sets_both(run, monkeypatch):
     released = []
     monkeypatch.setattr("abmll.trainer.release_freed", lambda _: released.append("step"))
-    monkeypatch.setattr("abmll.evaluation.release_freed", lambda _: released.append("task"))
+    monkeypatch.setattr("abmll.evaluation.evaluator.release_freed", lambda _: released.append("task"))
     for name in resident.CACHES:
         monkeypatch.delenv(name, raising=False)
     run.train("trainer.episodes=3")

@@ -3,85 +3,37 @@
 import copy
 import json
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from evaluations import (
+    CLOSE,
+    OPTIONS,
+    Meeting,
+    adapt_by_hand,
+    evaluate,
+    evaluator,
+    mean_nll,
+    predictions,
+    scattered,
+)
 
-from abmll.evaluation import Evaluation, Evaluator
+from abmll.evaluation import Evaluation
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.methods import Pretrained
 from abmll.models.answers import Rows, answer_logits
 from abmll.models.architectures import architecture_config, random_model
 from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import by_length, scoring_batches, support_batches
-
-# Batches of another shape are summed in other orders: fp32's roundings, all to one side, in a row of sums over 320 keys
-# and 128 columns in each of two layers.
-ROUNDING = (320 + 128) * 2 * 2.0**-24
-CLOSE = {"rtol": ROUNDING, "atol": ROUNDING}
-
-
-class OneRank:
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def owns(self, index):
-        return index % self.world_size == self.rank
-
-    def gather(self, item):
-        return [item]
-
-
-class Meeting:
-    """Several ranks as threads of this process."""
-
-    def __init__(self, world_size):
-        self.items, self.barrier = [None] * world_size, threading.Barrier(world_size, timeout=60)
-
-    def rank(self, number):
-        ranks = OneRank()
-        ranks.rank, ranks.world_size = number, len(self.items)
-
-        def gather(item):
-            self.items[number] = item
-            self.barrier.wait()
-            return list(self.items)
-
-        ranks.gather = gather
-        return ranks
-
-
-def evaluator(tiny, ranks=None, **changes):
-    config = tiny.config.eval.model_copy(update=changes)
-    return Evaluator(
-        tiny.learner, tiny.parts.tasks.letter_ids, config, config.batch_size, tiny.config.seed, ranks or OneRank()
-    )
-
-
-def evaluate(tiny, split="test", method=None, **changes):
-    return evaluator(tiny, **changes).evaluate(method or tiny.method, tiny.parts.tasks.test, split)
-
-
-def predictions(tiny, method=None, **changes):
-    """The stored predictions of the first task, by adaptation steps."""
-    task = tiny.parts.tasks.test[0]
-    return evaluator(tiny, **changes)._evaluate_tasks(method or tiny.method, [task], "test")[task.name]
-
-
-def scattered(tiny, size=0.03):
-    """As between two outer steps: theta somewhere, phi its copy."""
-    tiny.scatter(size)
-    tiny.adapters.reset_phi()
-    return tiny
-
+from abmll.tasks.episodes import by_length, in_batches, support_examples
 
 METHODS = ("abmll", "reptile", "lora", "pretrained")
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-@pytest.mark.parametrize("name", METHODS)
-def test_evaluation_leaves_no_trace(name, samples, build_tiny):
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in METHODS for option in OPTIONS if (name, option) != ("abmll", "tfb")]
+)
+def test_evaluation_leaves_no_trace(name, option, build_tiny):
     tiny = scattered(build_tiny(method={"name": name}))
     learner, adapters = tiny.learner, tiny.adapters
     optimizer = learner.optimizer(1e-3)
@@ -92,7 +44,8 @@ def test_evaluation_leaves_no_trace(name, samples, build_tiny):
     moments = copy.deepcopy(optimizer.state_dict())
     generator = torch.get_rng_state()
 
-    evaluate(tiny, samples=samples)
+    evaluate(tiny, **OPTIONS[option])
+    assert not any(module._forward_hooks for module in tiny.model.modules())
     for key, value in tiny.model.state_dict().items():
         assert torch.equal(value, everything[key]), key
     assert {key: value.requires_grad for key, value in tiny.model.named_parameters()} == flags
@@ -138,23 +91,10 @@ def test_scores_before_and_after_adaptation(name, build_tiny):
 def test_both_scores_equal_a_loop_by_hand(name, build_tiny):
     tiny = scattered(build_tiny(method={"name": name}))
     found = predictions(tiny)
-    task, letters, seed = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids, tiny.config.seed
-
-    def nll():
-        tokens = []
-        for batch in scoring_batches(task.test, letters, 3):
-            with torch.no_grad():
-                log_probabilities = tiny.learner.forward(batch, None)[0].log_softmax(dim=-1)
-            tokens.append(-log_probabilities.gather(1, batch.target[:, None])[:, 0].double())
-        return torch.cat(tokens)
-
-    torch.testing.assert_close(found[0].nll, nll(), **CLOSE)
-    optimizer = tiny.learner.optimizer(tiny.config.method.test_lr)
-    support = support_batches(task, letters, 3, tiny.config.tasks.batch_size, seed)
-    for step, batch in enumerate(support):
-        key = NoiseKey(fold_seed(seed, "adaptation", task.name), step) if name == "abmll" else None
-        tiny.learner.phi_step(batch, key, optimizer)
-    torch.testing.assert_close(found[3].nll, nll(), **CLOSE)
+    task = tiny.parts.tasks.test[0]
+    torch.testing.assert_close(found[0].nll, mean_nll(tiny, task.test), **CLOSE)
+    adapt_by_hand(tiny, support_examples(task, 3 * tiny.config.tasks.batch_size, tiny.config.seed))
+    torch.testing.assert_close(found[3].nll, mean_nll(tiny, task.test), **CLOSE)
     assert (found[3].nll - found[0].nll).abs().max() > 0.01
 
 
@@ -163,7 +103,7 @@ def test_pretrained_at_no_steps_is_the_base_model(build_tiny):
     found = predictions(tiny, Pretrained(tiny.config.method))[0]
     base = random_model(architecture_config("tiny"), torch.device("cpu"), torch.float32, "sdpa").eval()
     row = 0
-    for batch in scoring_batches(tiny.parts.tasks.test[0].test, tiny.parts.tasks.letter_ids, 1):
+    for batch in in_batches(tiny.parts.tasks.test[0].test, tiny.parts.tasks.letter_ids, 1):
         with torch.no_grad():
             logits = base(input_ids=batch.input_ids[None]).logits[0, -1].double()
         options = logits[batch.letter_ids[0][batch.option_mask[0]]].softmax(dim=-1)
@@ -188,7 +128,7 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     task, letters = tiny.parts.tasks.test[0], tiny.parts.tasks.letter_ids
     seed, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), [], []
     order = by_length(task.test)
-    for step, batch in enumerate(scoring_batches([task.test[place] for place in order], letters, 3)):
+    for step, batch in enumerate(in_batches([task.test[place] for place in order], letters, 3)):
         key, repeated = NoiseKey(seed, step), Rows.of(tiny.model, side_by_side([batch] * samples))
         names = key.rows(samples, "cpu")
         context = tiny.adapters.context.forward_pass(names, groups=repeated.groups, slot=0)
@@ -235,15 +175,20 @@ def test_the_split_decides_which_examples_are_scored(build_tiny):
     assert [validation.tasks[0][task.name]["n"] for task in tasks] == [len(task.validation) for task in tasks]
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-def test_two_ranks_gather_what_one_scores(samples, build_tiny):
-    alone = evaluate(scattered(build_tiny()), samples=samples)
-    meeting, tinies = Meeting(2), [scattered(build_tiny()) for _ in range(2)]
+def of_option(option, build_tiny, **sections):
+    """A tiny run that it is for."""
+    return scattered(build_tiny(method={"name": "reptile" if option == "tfb" else "abmll"}, **sections))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_two_ranks_gather_what_one_scores(option, build_tiny):
+    alone = evaluate(of_option(option, build_tiny), **OPTIONS[option])
+    meeting, tinies = Meeting(2), [of_option(option, build_tiny) for _ in range(2)]
 
     def run(number):
         tiny = tinies[number]
         ranks = meeting.rank(number)
-        return evaluator(tiny, ranks, samples=samples).evaluate(tiny.method, tiny.parts.tasks.test, "test")
+        return evaluator(tiny, ranks, **OPTIONS[option]).evaluate(tiny.method, tiny.parts.tasks.test, "test")
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(run, range(2)))
@@ -251,16 +196,38 @@ def test_two_ranks_gather_what_one_scores(samples, build_tiny):
     assert found[0] == found[1] == alone
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_task_scores_beside_others_as_alone(option, build_tiny):
+    tiny = of_option(option, build_tiny)
+    alone, beside = (evaluate(tiny, beside=beside, **OPTIONS[option]) for beside in (1, 3))
+    for steps in (0, 3):
+        for task, expected in alone.tasks[steps].items():
+            for fitted in {"temperature", "tfb_sigma"} & set(expected):
+                assert beside.tasks[steps][task][fitted] == pytest.approx(expected[fitted], rel=1e-3)
+            found = beside.predictions[steps][task]
+            torch.testing.assert_close(found.options, alone.predictions[steps][task].options, rtol=1e-3, atol=1e-4)
+
+
+def test_options_go_together(build_tiny):
+    every = {key: value for options in OPTIONS.values() for key, value in options.items() if key != "samples"}
+    tiny = of_option("tfb", build_tiny)
+    found = evaluate(tiny, **every)
+    assert all({"temperature", "tfb_sigma"} < set(scores) for scores in found.tasks[3].values())
+    for option in ("mean", "support", "predictions", "tfb"):
+        assert evaluate(tiny, **OPTIONS[option]).overall[3]["nll"] != found.overall[3]["nll"]
+
+
 def test_scores_survive_json(build_tiny):
-    found = evaluate(build_tiny())
+    found = evaluate(build_tiny(), temperature=True)
     assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_a_diverged_model_has_no_scores(build_tiny):
-    tiny = build_tiny()
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_diverged_model_has_no_scores(option, build_tiny):
+    tiny = of_option(option, build_tiny)
     with torch.no_grad():
         next(iter(tiny.adapters.theta.values())).fill_(float("nan"))
-    found = evaluate(tiny)
+    found = evaluate(tiny, **OPTIONS[option])
     names = [task.name for task in tiny.parts.tasks.test]
     assert found.diverged == [(steps, name) for steps in found.steps for name in names]
     assert all(math.isnan(found.overall[steps]["accuracy"]) for steps in found.steps)

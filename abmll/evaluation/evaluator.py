@@ -1,0 +1,190 @@
+"""Scores on tasks that training never saw: before adaptation and after K steps on a few of the task's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abmll.config.schema import EvalConfig
+from abmll.dealing import deal
+from abmll.distributed import Ranks
+from abmll.evaluation.active import choose
+from abmll.evaluation.labels import shuffle_labels
+from abmll.evaluation.prune import pruned
+from abmll.evaluation.scores import Evaluation, Split
+from abmll.evaluation.temperature import fit_temperature
+from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
+from abmll.kernels import NoiseKey, fold_seed, rows_of_keys
+from abmll.learner import Learner
+from abmll.methods import Method
+from abmll.metrics import Predictions, ScoreAccumulator, pool, score
+from abmll.resident import release_freed
+from abmll.tasks.batch import side_by_side
+from abmll.tasks.episodes import by_length, in_batches, scored_examples, support_examples
+from abmll.tasks.examples import PromptedTask
+from abmll.tasks.task import Batch, PromptedExample
+
+
+class Scored(NamedTuple):
+    """One task's predictions, and what was fitted to its support set to make them."""
+
+    predictions: Predictions
+    fitted: dict[str, float]
+
+    def scores(self) -> dict[str, float]:
+        return asdict(score(self.predictions)) | self.fitted
+
+
+class Evaluator:
+    """Adapts copies of theta to several tasks side by side, scores each, and throws them away.
+
+    The copies are phi itself: they equal theta before and after, bit for bit, and theta is never written. Tasks are
+    dealt to the ranks, and every rank gets all the scores. A task's scores do not depend on those beside it.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        letter_ids: Sequence[int],
+        config: EvalConfig,
+        batch_size: int,  # config's own, or what the plan makes of `auto`
+        seed: int,
+        ranks: Ranks,
+        parallel_tasks: int = 1,
+    ):
+        self.learner, self.letter_ids, self.config, self.seed, self.ranks = learner, letter_ids, config, seed, ranks
+        self.batch_size, self.parallel_tasks = batch_size, parallel_tasks
+
+    def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
+        """All ranks call this with the same tasks. Scores are NaN where a prediction is."""
+        work = [(task.test if split == "test" else task.validation).work(self.config.max_examples) for task in tasks]
+        own = [tasks[number] for number in deal(work, self.ranks.world_size)[self.ranks.rank]]
+        mine = {}
+        for start in range(0, len(own), self.parallel_tasks):
+            mine |= self._evaluate_tasks(method, own[start : start + self.parallel_tasks], split)
+        by_task = {name: found for part in self.ranks.gather(mine) for name, found in part.items()}
+        steps = (0, method.config.adaptation_steps)
+        return Evaluation(
+            method.name,
+            split,
+            {k: {task.name: by_task[task.name][k].scores() for task in tasks} for k in steps},
+            {k: pool([by_task[task.name][k].predictions for task in tasks]) for k in steps},
+            {k: {task.name: by_task[task.name][k].predictions for task in tasks} for k in steps},
+        )
+
+    def _evaluate_tasks(
+        self, method: Method, tasks: Sequence[PromptedTask], split: Split
+    ) -> dict[str, dict[int, Scored]]:
+        adapters, steps = self.learner.adapters, method.config.adaptation_steps
+        size, most = steps * self.learner.batch_size, self.config.max_examples if split == "test" else None
+        examples = {task.name: scored_examples(task, split, size, self.seed)[:most] for task in tasks}
+        adapters.reset_phi()
+        support = {task.name: self._support(method, task, size) for task in tasks}
+        found = {name: {0: self._score(method, name, own, support[name], 0)} for name, own in examples.items()}
+        adapters.reset_phi(len(tasks))
+        batches = [in_batches(own, self.letter_ids, self.learner.batch_size) for own in support.values()]
+        batches = [side_by_side(own).to(self.ranks.device) for own in zip(*batches, strict=True)]
+        seeds = [fold_seed(self.seed, "adaptation", task.name) for task in tasks]
+        keys = [rows_of_keys([NoiseKey(seed, step) for seed in seeds], self.ranks.device) for step in range(steps)]
+        method.adapt(self.learner, batches, keys)
+        for slot, (name, own) in enumerate(examples.items()):
+            found[name][steps] = self._score(method, name, own, support[name], steps, slot)
+        adapters.reset_phi()
+        release_freed(self.ranks.device)
+        return found
+
+    def _support(self, method: Method, task: PromptedTask, count: int) -> list[PromptedExample]:
+        """The examples of all batches together, `count` of them. phi equals theta."""
+        active = self.config.active
+        if active is None:
+            support = support_examples(task, count, self.seed)
+        else:
+            candidates = support_examples(task, min(active.candidates, len(task.train)), self.seed)
+            chosen = choose(candidates, partial(self._predict, method, ("candidate", task.name, 0)), active)
+            support = list(islice(cycle(chosen), count))
+        return shuffle_labels(support, self.seed, task.name) if self.config.support_labels == "shuffled" else support
+
+    def _score(
+        self,
+        method: Method,
+        task: str,
+        examples: Sequence[PromptedExample],
+        support: Sequence[PromptedExample],
+        adapted: int,
+        slot: int = 0,
+    ) -> Scored:
+        """One task's examples by the phi in `slot`, or by draws around it."""
+        tfb, support = self.config.tfb, list({id(example): example for example in support}.values())
+        if not tfb.samples:
+            return self._score_by_slot(method, task, examples, support, adapted, slot)
+        anchor, seed = ("support", task, adapted), fold_seed(self.seed, "tfb", task)
+        with drawn_weights(self.learner.adapters, slot, tfb.samples, seed) as drawn:
+
+            def nll(sigma: float) -> float:
+                drawn.set_sigma(sigma)
+                return float(self._predict(method, anchor, support, slot=None).nll.mean())
+
+            # against the least noise, not none: in bf16 any noise moves the roundings that phi was adapted with
+            sigma = 0.0
+            if drawn.varies:
+                sigma = largest_sigma(nll, (1 + tfb.tolerance) * nll(RANGE[0]), tfb.evaluations)
+            drawn.set_sigma(sigma)
+            scored = self._score_by_slot(method, task, examples, support, adapted, slot=None)
+        return scored._replace(fitted=scored.fitted | {"tfb_sigma": sigma})
+
+    def _score_by_slot(
+        self,
+        method: Method,
+        task: str,
+        examples: Sequence[PromptedExample],
+        support: Sequence[PromptedExample],
+        adapted: int,
+        slot: int | None,
+    ) -> Scored:
+        predictions = self._predict(method, ("prediction", task, adapted), examples, slot)
+        if not self.config.temperature:
+            return Scored(predictions, {})
+        temperature = fit_temperature(self._predict(method, ("support", task, adapted), support, slot))
+        return Scored(predictions.tempered(temperature), {"temperature": temperature})
+
+    @torch.inference_mode()
+    def _predict(
+        self,
+        method: Method,
+        stream: tuple[str, str, int],
+        examples: Sequence[PromptedExample],
+        slot: int | None = 0,
+    ) -> Predictions:
+        """Of examples in their order; `stream` names the noise: what for, the task and the steps it is adapted by."""
+        self.learner.model.eval()
+        accumulator = ScoreAccumulator()
+        keys = self._prediction_keys(method, stream)
+        order = by_length(examples)
+        for batch in in_batches([examples[place] for place in order], self.letter_ids, self.batch_size):
+            batch = batch.to(self.ranks.device)
+            accumulator.update(self.probabilities(batch, keys, slot), batch)
+        return accumulator.predictions().take(order.argsort())
+
+    def _prediction_keys(self, method: Method, stream: tuple[str, str, int]) -> Iterator[NoiseKey] | None:
+        """An endless row of noise names, or None for the posterior mean (all that a point estimate has)."""
+        if not (method.sampled and self.config.samples):
+            return None
+        seed = fold_seed(self.seed, *stream)
+        return (NoiseKey(seed, step) for step in range(2**32))
+
+    def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None, slot: int | None = 0) -> Tensor:
+        """Probabilities over the vocabulary by the phi in `slot`: of the mean [1, B, V], or of S posterior samples
+        [S, B, V], whose average predicts. Without a slot each of phi's slots is a sample.
+        """
+        with pruned(self.learner.model, self.learner.adapters, self.config.prune):
+            if slot is None:
+                return self.learner.probabilities_by_slot(batch)
+            if keys is None:
+                return self.learner.mean_probabilities(batch, slot)[None]
+            return self.learner.sampled_probabilities(batch, next(keys), self.config.samples, slot)
