@@ -28,6 +28,7 @@ setup(
         "deepspeed>=0.19",
         "transformers>=5.17",
         "datasets>=4.0",
+        "pandas>=2.2",
         "triton>=3.6; platform_system == 'Linux'",
         "pyyaml>=6.0",
         "pydantic>=2.10",
@@ -47,15 +48,13 @@ setup(
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
-        # tables and plots of comparisons; pandas and pyarrow come with datasets
-        "compare": ["scipy>=1.15", "matplotlib>=3.8", "pandas>=2.2"],
+        "compare": ["matplotlib>=3.8"],  # plots of comparisons
         "test": [
             "pytest>=8.0",
             "peft>=0.17",  # a contender in the benchmark of memory
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
-            "pandas>=2.2",
             "tensorboard>=2.17",
             "ruff>=0.8",
             "bitsandbytes>=0.46.1",

@@ -175,7 +175,9 @@ class Session:
         """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made."""
         step = position.best["step"] if position.best else position.step
         config = self.config.model_dump(mode="json")
-        return {"config": config, "step": step, "trained_steps": position.step, "best": position.best}
+        parameters = sum(value.numel() for value in self.parts.learner.adapters.theta.values())
+        steps = {"step": step, "trained_steps": position.step, "best": position.best}
+        return {"config": config, "parameters": parameters, **steps}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:

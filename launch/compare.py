@@ -1,6 +1,7 @@
 """Compare methods: python launch/compare.py --config configs/compare/tiny.yaml [section.key=value ...]"""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of all runs")
     arguments = parser.parse_intermixed_args()
 
+    if importlib.util.find_spec("matplotlib") is None:
+        print("error: comparisons are plotted by matplotlib; pip install -e '.[compare]'", file=sys.stderr)
+        return 2
     from abmll.compare.command import ConfigError, Refused, compare  # behind the parser: --help should not wait
 
     launch = Path(__file__).resolve().parent

@@ -36,6 +36,7 @@ MAIN = (
     Metric("brier", "Brier"),
     Metric("aurc", "AURC"),
 )
+PAIRED = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece", "nll_options", "brier"))
 UNCERTAINTY = (
     Metric("accuracy_at_80", "accuracy % at 80 % coverage", 100, 1),
     Metric("accuracy_at_50", "at 50 %", 100, 1),
@@ -102,6 +103,33 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
             corrected = holm(np.array([row["p"] for row in family]))
             rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return pd.DataFrame(rows)
+
+
+def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
+    """A row a pair of labels and a metric, after adaptation and under the standard condition: difference and test.
+
+    Each label is held against every label of a baseline, and against its own run's plain score: what samples or a
+    temperature change. Baselines are not held against one another. Holm's family is one rival's rows.
+    """
+    rows = []
+    for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
+        rivals = {label: own for label, own in part.groupby("label", sort=False)}
+        for rival, theirs in rivals.items():
+            family = [
+                {**place, "rival": rival, "label": label, "metric": metric.name, **_paired(mine, theirs, metric)}
+                for label, mine in rivals.items()
+                if label != rival and _held_against(mine.iloc[0], theirs.iloc[0], baselines)
+                for metric in PAIRED
+            ]
+            corrected = holm(np.array([row["p"] for row in family]))
+            rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def _held_against(mine: pd.Series, theirs: pd.Series, baselines: tuple[str, ...]) -> bool:
+    if mine["run_label"] == theirs["run_label"]:
+        return theirs["score"] == PLAIN
+    return mine["method"] not in baselines and theirs["method"] in baselines
 
 
 def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
@@ -218,11 +246,15 @@ def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
 
 def _difference(mine: pd.DataFrame, rivals: pd.DataFrame, metric: Metric) -> dict[str, Any]:
     baseline, rows = best_of(rivals, metric)
-    own, theirs = task_values(mine, metric), task_values(rows, metric)
-    common = own.index.intersection(theirs.index)
-    values = (own[common] - theirs[common]).to_numpy()
+    return {"baseline": baseline, **_paired(mine, rows, metric)}
+
+
+def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> dict[str, Any]:
+    """One label minus another, task by task."""
+    own, other = task_values(mine, metric), task_values(theirs, metric)
+    common = own.index.intersection(other.index)
+    values = (own[common] - other[common]).to_numpy()
     return {
-        "baseline": baseline,
         **dict(zip(("difference", "difference_low", "difference_high"), estimate(values), strict=True)),
         "p": permutation_p(values),
         **record(metric.better * values)._asdict(),

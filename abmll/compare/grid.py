@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
+from abmll.config.layers import read_layers
 from abmll.config.settings import check_settings
-from abmll.config.yaml_text import read_mapping
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
@@ -83,20 +83,29 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
 
     ConfigError with a line for every unknown key, wrong value, method, task or override.
     """
-    data = read_mapping(path)
     try:
-        found = Comparison.model_validate(data)
+        found = Comparison.model_validate(_read(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.problems) from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
         raise ConfigError(lines) from None
-    base = str(resolve_path(found.config, path))
-    found = found.model_copy(update={"config": base})
     problems = [f"{path}: {line}" for line in _problems(found, overrides)]
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """What the file says, and of its bases what it does not. `overrides` are put together; all else is one value."""
+    data: dict[str, Any] = {}
+    for name, layer in reversed(read_layers(path)):
+        if isinstance(layer.get("config"), str):  # relative to the file that names it
+            layer["config"] = str(resolve_path(layer["config"], name))
+        if isinstance(layer.get("overrides"), dict):
+            layer["overrides"] = {**data.get("overrides", {}), **layer["overrides"]}
+        data |= layer
+    return data
 
 
 def jobs(comparison: Comparison, chosen: Mapping[tuple[str, str, str], Overrides], extra: tuple[str, ...]) -> list[Job]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
 from abmll.config.schema import MethodConfig
 from abmll.methods import METHODS
 from abmll.metrics import score
 from abmll.score_files import PREDICTIONS, as_predictions
-from abmll.summary import FACTS, THETA
+from abmll.summary import FACTS
 from abmll.uncertainty import uncertainty
 
 INDEX = "comparison.json"
@@ -61,16 +60,16 @@ def load_results(folder: Path) -> Results:
         if not (place / "final" / FACTS).is_file():
             skipped.append(f"{run['folder']}: not finished")
             continue
-        config = json.loads((place / "final" / FACTS).read_text())["config"]
+        facts = json.loads((place / "final" / FACTS).read_text())
         for name, where in run["scores"].items():
             if not (place / where / PREDICTIONS).is_file():
                 skipped.append(f"{run['folder']}: not scored as {name}")
                 continue
-            own = _own_predictions(pd.read_parquet(place / where / PREDICTIONS), config["method"]["name"])
+            own = _own_predictions(pd.read_parquet(place / where / PREDICTIONS), facts["config"]["method"]["name"])
             predictions.append(own.assign(run=number, score=name))
         lines = _lines(place / "metrics.jsonl")
         runs[number] = {key: run[key] for key in RUN}
-        costs.append({"run": number, **_costs(lines, config, place)})
+        costs.append({"run": number, **_costs(lines, facts)})
         curves += [{"run": number, **point} for point in _curve(lines)]
     if not predictions:
         raise ValueError(f"comparison {folder}: none of {len(listed['runs'])} runs is finished; run compare.py again")
@@ -132,13 +131,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _costs(lines: list[dict[str, Any]], config: dict[str, Any], folder: Path) -> dict[str, float]:
+def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, float]:
     """Of training alone: validation and scoring are no part of it. Parameters are theta's, and phi has as many."""
     steps = [line for line in lines if "seconds" in line]
-    method = METHODS[config["method"]["name"]](MethodConfig.model_validate(config["method"]))
+    settings = MethodConfig.model_validate(facts["config"]["method"])
+    method = METHODS[settings.name](settings)
     episodes = max((line["episode"] for line in steps), default=0)
-    with safe_open(folder / "final" / THETA, "np") as theta:
-        parameters = sum(int(np.prod(theta.get_slice(name).get_shape())) for name in theta.keys())  # noqa: SIM118
     return {
         "seconds": sum(line["seconds"] for line in steps),
         "episodes": episodes,
@@ -146,7 +144,7 @@ def _costs(lines: list[dict[str, Any]], config: dict[str, Any], folder: Path) ->
         "outer_steps": len(steps) * method.updates_per_episode,
         "tokens": round(sum(line["real_tokens_per_second"] * line["seconds"] for line in steps)),
         "peak_memory_bytes": max((line["peak_memory_bytes"] for line in steps), default=np.nan),
-        "parameters": parameters,
+        "parameters": facts["parameters"],
     }
 
 

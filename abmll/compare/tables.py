@@ -16,10 +16,12 @@ from abmll.compare.estimates import (
     ACCURACY,
     COSTS,
     MAIN,
+    PAIRED,
     PAPERS,
     UNCERTAINTY,
     Metric,
     against_baseline,
+    against_each,
     by_task,
     costs,
     groups,
@@ -57,6 +59,7 @@ def all_tables(results: Results) -> list[Table]:
         _table("summary", "Summary", _SUMMARY, overall, _summary),
         _table("uncertainty", "What the uncertainty is worth", _UNCERTAINTY, overall, _uncertainty),
         _table("against_baseline", "Against the best baseline", _AGAINST, against, _against),
+        _table("against_each", "One against another", _EACH, against_each(scores, baselines), _each),
         _table("by_task", "Accuracy by task", _BY_TASK, tasks, _by_task),
         _table("costs", "Costs of training", _COSTS, costs(results), _costs),
     ]
@@ -199,6 +202,24 @@ def _against(part: pd.DataFrame) -> list[dict[str, str]]:
         }
         for _, row in part.iterrows()
     ]
+
+
+_EACH = (
+    "After adaptation, each label minus another: every baseline, and its own run's plain score. Holm over one rival's "
+    "rows. Otherwise as against the best baseline. " + INTERVALS
+)
+
+
+def _each(part: pd.DataFrame) -> list[dict[str, str]]:
+    """A line a pair: each metric's difference, and the p that Holm leaves."""
+    rows = []
+    for (rival, label), own in part.groupby(["rival", "label"], sort=False):
+        cells = {"method": label, "minus": rival}
+        for metric in PAIRED:
+            row = own[own["metric"] == metric.name].iloc[0]
+            cells[metric.heading] = f"{interval(row, metric, 'difference', sign=True)}, p {_p(row['p_holm'])}"
+        rows.append(cells)
+    return rows
 
 
 def _p(p: float) -> str:

@@ -44,7 +44,7 @@ def write_run(
     inner_steps: int = 5,
 ) -> None:
     """A finished run: its summary, the lines of its steps, and a parquet file for every score folder."""
-    facts = {"config": {"method": {"name": method, "inner_steps": inner_steps}}}
+    facts = {"config": {"method": {"name": method, "inner_steps": inner_steps}}, "parameters": PARAMETERS}
     save_summary(folder / "final", {"a": torch.zeros(2, 8), "b": torch.zeros(8, 1)}, facts)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for place, frame in scores.items():

@@ -17,7 +17,7 @@ def test_analysis_of_a_comparison(full_folder, tmp_path):
     written = analyse(folder)
     assert all(path.is_file() for path in written)
     text = (folder / "report.md").read_text()
-    assert "runs/fomaml/default/seed-0: not finished" in text and "## Against the best baseline" in text
+    assert "runs/fomaml/default/seed-0: not finished" in text and "## One against another" in text
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert {folder / link for link in links} == set(written) - {folder / "report.md"}
     before = {path: path.read_bytes() for path in written if path.suffix != ".png"}

@@ -6,7 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from abmll.compare.estimates import MAIN, UNCERTAINTY, against_baseline, beatable, by_task, summary, sweeps
+from abmll.compare.estimates import (
+    MAIN,
+    UNCERTAINTY,
+    adapted,
+    against_baseline,
+    against_each,
+    beatable,
+    by_task,
+    summary,
+    sweeps,
+)
 from abmll.compare.results import condition
 from abmll.compare.statistics import estimate, holm, permutation_p
 
@@ -150,3 +160,19 @@ def test_sweeps(full):
     assert pruning["lora"].index.tolist() == [0, 0.01, 0.1, 0.2, 0.3]
     assert pruning["lora", 0] == plain["lora", 5]
     assert found["samples"].set_index("line").loc["abmll", "value"].tolist() == [0, 8]
+
+
+def test_each_label_is_held_against_every_baseline_and_its_own_plain_score(full):
+    found = against_each(full.scores, full.baselines)
+    own = found[(found["task_set"] == found["task_set"].iloc[0]) & (found["model"] == found["model"].iloc[0])]
+    pairs = set(zip(own["label"], own["rival"], strict=True))
+    assert ("abmll", "lora") in pairs and ("abmll", "pretrained") in pairs and ("lora", "abmll") not in pairs
+    assert ("lora", "pretrained") not in pairs and all(label != rival for label, rival in pairs)
+    with_samples = [pair for pair in pairs if pair[0].startswith("abmll, samples") and pair[1] == "abmll"]
+    assert with_samples and ("abmll", with_samples[0][0]) not in pairs
+    row = own[(own["label"] == "abmll") & (own["rival"] == "lora") & (own["metric"] == "nll_options")].iloc[0]
+    scores = adapted(full.scores)
+    scores = scores[(scores["task_set"] == row["task_set"]) & (scores["model"] == row["model"])]
+    means = [scores[scores["label"] == label].groupby("task")["nll_options"].mean() for label in ("abmll", "lora")]
+    assert row["difference"] == pytest.approx((means[0] - means[1]).mean())
+    assert row["wins"] == (means[0] < means[1]).sum() and row["p_holm"] >= row["p"]

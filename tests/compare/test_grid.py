@@ -115,6 +115,20 @@ def test_settings_are_chosen_on_neither_training_nor_test_tasks(task, role, writ
         load_comparison(write(f"{TEXT}tune: {{tasks: [glue-sst2], grid: {{all: {{method.beta: [1]}}}}}}"))
 
 
+def test_a_file_may_be_based_on_another(write, tmp_path):
+    write()
+    (tmp_path / "more").mkdir()
+    above = tmp_path / "more/above.yaml"
+    above.write_text(
+        "base: ../comparison.yaml\nname: other\noverrides: {trainer.episodes: 9}\nmethods: {abmll: {}}\n"
+        "settings: {default: }\nscores: {}\nbaselines: []\n"
+    )
+    found = load_comparison(above)
+    assert (found.name, found.seeds, list(found.methods)) == ("other", [4, 5], ["abmll"])
+    assert found.overrides == {"method.inner_lr": 1e-2, "trainer.episodes": 9}
+    assert found.config == str(CONFIGS / "tiny.yaml")
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_comparison_is_right(path):
     found = load_comparison(path)

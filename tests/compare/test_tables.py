@@ -27,6 +27,7 @@ def test_which_tables_are_made(tables):
         "summary",
         "uncertainty",
         "against_baseline",
+        "against_each",
         "by_task",
         "costs",
         "sweep_beta",
