@@ -22,7 +22,8 @@ def main() -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("error: comparisons are plotted by matplotlib; pip install -e '.[compare]'", file=sys.stderr)
         return 2
-    from abmll.compare.command import ConfigError, Refused, compare  # behind the parser: --help should not wait
+    from abmll.compare.command import compare  # behind the parser: --help should not wait for torch
+    from abmll.config import ConfigError, Refused
 
     launch = Path(__file__).resolve().parent
     try:

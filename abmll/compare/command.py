@@ -11,7 +11,7 @@ from abmll.compare.analysis import analyse
 from abmll.compare.grid import Comparison, Job, jobs, load_comparison
 from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
-from abmll.config import ConfigError, Refused
+from abmll.config import Refused
 from abmll.files import write_whole
 
 INDEX = "comparison.json"
@@ -69,5 +69,3 @@ def index(comparison: Comparison, wanted: list[Job]) -> dict:
     ]
     return {"name": comparison.name, "baselines": comparison.baselines, "runs": runs}
 
-
-__all__ = ["ConfigError", "Refused", "compare"]
