@@ -42,6 +42,7 @@ class Learner:
         """`num_train_tasks` is M, which weighs the prior in theta's gradient; None where theta is not trained."""
         self.model, self.adapters, self.method, self.batch_size = model, adapters, method, batch_size
         self.outer_weights = OuterWeights(method.beta, method.beta / num_train_tasks) if num_train_tasks else None
+        adapters.context.kl_estimate = method.kl_estimate
         for parameter in adapters.theta.values():
             parameter.requires_grad_(False)  # the engine alone turns it on, for the moment of its backward
 

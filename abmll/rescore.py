@@ -9,6 +9,7 @@ from typing import Any
 
 from abmll.build import build, rebuild_for_scoring
 from abmll.config import ConfigError, Refused, load_config, override_texts, read_settings
+from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.lockstep import in_step
@@ -16,8 +17,11 @@ from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.report import score_table
 from abmll.run import plan_on
-from abmll.score_files import SCORES, save_scores
+from abmll.score_files import save_scores, scored_under
 from abmll.summary import load_summary
+
+# sections and keys that the loaded model, its adapters and theta were made with
+LOADED = ("model.", "adapters.", "method.name", "method.blob_")
 
 
 class FinishedRun:
@@ -48,10 +52,11 @@ class FinishedRun:
         All ranks call this. ConfigError for overrides of the model or the adapters, which are loaded.
         """
         config = load_config(self.config_path, [*self.overrides, *overrides], scoring=True)
-        for section in ("model", "adapters"):
-            if getattr(config, section) != getattr(self.config, section):
+        told, loaded = (flat(one.model_dump()) for one in (config, self.config))
+        for key in told:
+            if told[key] != loaded[key] and key.startswith(LOADED):
                 raise ConfigError(
-                    [f"override: {section}: is loaded already; name it behind --run, or score another run"]
+                    [f"override: {key}: what was loaded depends on it; set it for all, or score another run"]
                 )
         try:
             parts = self.parts if config == self.config else rebuild_for_scoring(self.parts, config, self.config_path)
@@ -97,9 +102,9 @@ def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]
     """The run's scores under each of the named overrides, into its folder scores/NAME. All ranks call this."""
     for name, values in named.items():
         folder = finished.folder / "scores" / name
-        if finished.ranks.from_main((folder / SCORES).is_file()):
+        if finished.ranks.from_main(scored_under(folder, values)):
             continue
         evaluations, _ = finished.score(override_texts(values))
         if finished.ranks.is_main:
-            save_scores(folder, evaluations)
+            save_scores(folder, evaluations, values)
             print(f"{name}\n{score_table(evaluations)}")

@@ -14,6 +14,7 @@ from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
+from abmll.config.settings import flat
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
@@ -310,7 +311,7 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
-    saved, now = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
+    saved, now = flat(checkpoint.state["config"]), flat(config.model_dump(mode="json"))
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
@@ -332,15 +333,6 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> 
             + "\n  ".join(different)
             + f"\nset these back{kept}, or start another run with output=FOLDER"
         )
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by `section.key`."""
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, values in config.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
 
 
 def _where(folder: Path) -> str:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from abmll.config import Refused
 from abmll.evaluation import Evaluation
 from abmll.files import write_whole
 from abmll.metrics import Predictions
 
-SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
+SCORES, PREDICTIONS, SETTINGS = "scores.json", "predictions.parquet", "settings.json"
 _PLACE = ["method", "split", "steps", "task", "example"]
 _NUMBERS = ["label", "nll", "correct_vocabulary", "variance", "mutual_information"]
 
@@ -41,11 +43,25 @@ def prediction_table(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
     return table[[*_PLACE, *_NUMBERS, *options]]
 
 
-def save_scores(folder: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Both files; the scores last: where they are, the predictions are whole."""
+def save_scores(folder: Path, evaluations: Sequence[Evaluation], settings: Mapping[str, Any] | None = None) -> None:
+    """Both files; the scores last: where they are, the predictions are whole. `settings`: the overrides they are under,
+    kept beside them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if settings is not None:
+        write_whole(folder / SETTINGS, json.dumps(settings))
     write_whole(folder / PREDICTIONS, prediction_table(evaluations).to_parquet(index=False))
     write_whole(folder / SCORES, json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
+
+
+def scored_under(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the folder holds scores under these overrides. Refused where they are under others."""
+    if not (folder / SCORES).is_file():
+        return False
+    there = json.loads((folder / SETTINGS).read_text())
+    if there != dict(settings):
+        raise Refused(f"{folder}: holds scores under {there}, not {dict(settings)}; remove it, or take another name")
+    return True
 
 
 def load_scores(folder: Path) -> list[Evaluation]:

@@ -14,10 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-
 from abmll.compare.analysis import analyse
 from abmll.compare.command import INDEX
+from abmll.provenance import provenance
 from abmll.score_files import PREDICTIONS, SCORES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compare"

@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 import triton
 from host_calls import Inputs, count
-from provenance import provenance
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface
@@ -42,6 +41,7 @@ from triton.runtime import KernelInterface
 from abmll.kernels import assume_gpu
 from abmll.kernels.fused import activation, launch, weight
 from abmll.kernels.fused.dry_run import BODIES, dry_launches
+from abmll.provenance import provenance
 
 POSTERIORS = ("activation", "weight")
 PARTS = ("checks", "autograd", "dispatch", "body", "binders")

@@ -34,10 +34,10 @@ from kernel_goals import goals_table
 from kernel_measure import measure, number, told
 from kernel_report import exceptions, parity_table, report, times_table, verdict
 from kernel_timing import device_works
-from provenance import provenance
 
 from abmll.kernels import Posterior
 from abmll.kernels.backends import interpreted, obstacle
+from abmll.provenance import provenance
 
 HERE = Path(__file__).resolve().parent
 # Transformers, which PEFT imports, would take this file for an optional package called `kernels`.

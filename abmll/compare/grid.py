@@ -3,25 +3,29 @@
     models x task sets x methods x settings x seeds, each with the overrides of all of them, in this order
 
 Where the file has a `tune` section, every method's settings are chosen first, on tasks that are neither training nor
-test tasks, from the same number of tries each: see `abmll.compare.tuning`.
+test tasks: see `abmll.compare.tuning`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
+from abmll.config.errors import duplicates
 from abmll.config.layers import read_layers
 from abmll.config.settings import check_settings
+from abmll.config.task_lists import resolve_task_lists
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
+Cell = tuple[str, str, str]  # model, task set, method
+PLAIN = "plain"  # a run's own scores
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
 
 
@@ -31,7 +35,8 @@ class Tuning(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tasks: list[str] = Field(min_length=1, description="Validation tasks: neither training nor test tasks.")
     grid: dict[str, dict[str, list[Any]]] = Field(
-        min_length=1, description="method, or `all` for those not named -> section.key -> values to try."
+        min_length=1,
+        description="method, or `all` for those not named -> section.key, or several joined by + -> values to try.",
     )
     seeds: list[int] = Field(default=[0], min_length=1)
     overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
@@ -108,7 +113,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def jobs(comparison: Comparison, chosen: Mapping[tuple[str, str, str], Overrides], extra: tuple[str, ...]) -> list[Job]:
+def jobs(comparison: Comparison, chosen: Mapping[Cell, Overrides], extra: tuple[str, ...]) -> list[Job]:
     """The runs, in an order in which all methods of one seed come before the next seed.
 
     `chosen`: each (model, task set, method)'s settings, of a comparison that tunes.
@@ -152,10 +157,44 @@ def _methods_of(comparison: Comparison, values: Overrides) -> list[str]:
     return values.get(ONLY, list(comparison.methods))
 
 
+def lists_of(tuning: Tuning, method: str) -> dict[str, list[Any]]:
+    """A method's values to try, by section.key, or by several joined by + that take one value."""
+    return tuning.grid.get(method, tuning.grid.get("all", {}))
+
+
 def grid_of(tuning: Tuning, method: str) -> list[Overrides]:
     """A method's tries, in the order of its lists."""
-    lists = tuning.grid.get(method, tuning.grid.get("all", {}))
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    lists = lists_of(tuning, method)
+    return [
+        {key: value for keys, value in zip(lists, values, strict=True) for key in keys.split("+")}
+        for values in itertools.product(*lists.values())
+    ]
+
+
+def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tuple[Overrides, list[Job]]]]:
+    """Each cell's combinations with their runs, one a seed, of the cells that have more than one to try."""
+    tuning, found = comparison.tune, {}
+    plain = comparison.model_copy(update={"settings": {"default": {}}, "seeds": tuning.seeds, "scores": {}})
+    over = (*override_texts({**tuning.overrides, "tasks.test": tuning.tasks}), "tasks.missing=error")
+    for cell in cells(comparison):
+        grid = grid_of(tuning, cell[2])
+        for number, values in enumerate(grid if len(grid) > 1 else ()):
+            own = [
+                replace(
+                    job,
+                    setting=f"try-{number}",
+                    folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
+                    overrides=(*job.overrides, *over),
+                )
+                for job in jobs(plain, {cell: values}, extra)
+                if (job.model, job.task_set, job.method) == cell
+            ]
+            found.setdefault(cell, []).append((values, own))
+    return found
+
+
+def cells(comparison: Comparison) -> list[Cell]:
+    return list(itertools.product(comparison.models, comparison.task_sets, comparison.methods))
 
 
 def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
@@ -168,29 +207,50 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     for method in comparison.baselines:
         if method not in known:
             yield f"baselines: {method}: no such method here; known: {', '.join(sorted(known))}"
-    if comparison.tune:
-        for method in comparison.tune.grid:
-            if method not in known | {"all"}:
-                yield f"tune.grid: {method}: no such method here; known: all, {', '.join(sorted(known))}"
-    told = set()
+    if PLAIN in comparison.scores:
+        yield f"scores.{PLAIN}: is the name of a run's own scores; take another"
+    if twice := duplicates(comparison.seeds):
+        yield f"seeds: {twice}: listed twice; list each once"
+    told: dict[str, None] = {}  # in order, each once
     for job in jobs(comparison, {}, extra):
-        if job.seed != comparison.seeds[0]:
-            continue
-        for overrides in ((), *(override_texts(values) for values in job.scores.values())):
+        if job.seed == comparison.seeds[0]:
+            for overrides in ((), *(override_texts(values) for values in job.scores.values())):
+                told |= dict.fromkeys(_run_problems(comparison, [*job.overrides, *overrides], job.method))
+    yield from told
+    if comparison.tune:
+        yield from _grid_problems(comparison, extra)
+
+
+def _run_problems(comparison: Comparison, overrides: list[str], method: str) -> Iterator[str]:
+    try:
+        config = load_config(comparison.config, overrides)
+    except ConfigError as error:
+        yield from (f"{method}: {line}" for line in error.problems)
+        return
+    if comparison.tune:
+        yield from _leaks(comparison.tune, config, comparison.config)
+
+
+def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    tuning, known = comparison.tune, set(comparison.methods)
+    for method in tuning.grid:
+        if method not in known | {"all"}:
+            yield f"tune.grid: {method}: no such method here; known: all, {', '.join(sorted(known))}"
+    without = [method for method in comparison.methods if not lists_of(tuning, method)]
+    if without:
+        yield f"tune.grid: nothing to try for {', '.join(without)}; add them, or `all`"
+    told: dict[str, None] = {}
+    for (_, _, method), of_cell in tries(comparison, extra).items():
+        for _, own in of_cell:
             try:
-                config = load_config(comparison.config, [*job.overrides, *overrides])
+                load_config(comparison.config, own[0].overrides)
             except ConfigError as error:
-                told |= {f"{job.method}: {line}" for line in error.problems}
-                continue
-        if comparison.tune and not told:
-            told |= set(_tuning_problems(comparison.tune, config, comparison.config))
-    yield from sorted(told)
+                told |= dict.fromkeys(f"tune: {method}: {line}" for line in error.problems)
+    yield from told
 
 
-def _tuning_problems(tuning: Tuning, config: Config, config_path: str) -> Iterator[str]:
+def _leaks(tuning: Tuning, config: Config, config_path: str) -> Iterator[str]:
     """Choosing on a test task would be cheating, and on a training task no test of what is to be found."""
-    from abmll.config.task_lists import resolve_task_lists
-
     if config.tasks.source == "builtin":
         yield "tune.tasks: the builtin source makes its own tasks, of which none can be named; remove `tune`"
         return

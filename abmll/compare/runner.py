@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from abmll.compare.grid import Job
 from abmll.config import ConfigError, Refused, load_config, with_absolute_paths
+from abmll.config.settings import flat
 from abmll.config.yaml_text import dump
 from abmll.files import write_whole
-from abmll.score_files import SCORES
+from abmll.provenance import PROVENANCE, provenance
+from abmll.score_files import SCORES, scored_under
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,15 @@ class Runner:
         say: Callable[[str], None] = print,
     ):
         """`folder`: the comparison's; `launch`: where train.py and evaluate.py lie."""
-        gpus = torch.cuda.device_count()
-        self.workers = workers or max(1, gpus // ranks if gpus else (os.cpu_count() or 1) // ranks)
+        self.gpus = visible_gpus()
+        self.workers = workers or max(1, len(self.gpus or range(os.cpu_count() or 1)) // ranks)
         self.config, self.folder, self.launch, self.ranks, self.say = config, folder, launch, ranks, say
         self._places: queue.Queue[int] = queue.Queue()
         for place in range(self.workers):
             self._places.put(place)
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
+        self._starting = threading.Lock()  # nothing is started behind the stop
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """All jobs, in their order as far as they are beside each other. A failed one does not stop the others.
@@ -69,14 +76,18 @@ class Runner:
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                self._stopped.set()
+                with self._starting:
+                    self._stopped.set()
                 for process in list(self._running):
-                    os.killpg(process.pid, signal.SIGTERM)
+                    with suppress(ProcessLookupError):  # it ended by itself
+                        os.killpg(process.pid, signal.SIGTERM)
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def check(self, job: Job) -> None:
-        """Refused where the job's folder holds a run with another configuration."""
+        """Refused where the job's folder holds a run with another configuration, or scores under other overrides."""
+        for name, values in job.scores.items():
+            scored_under(self.folder / job.folder / "scores" / name, values)
         path = self.folder / job.folder / "config.yaml"
         if not path.exists():
             return
@@ -86,16 +97,17 @@ class Runner:
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
         if there != wanted:
-            pairs = zip(_flat(there), _flat(wanted), strict=True)
-            different = [f"{key}: {old!r} there, {new!r} now" for (key, old), (_, new) in pairs if old != new]
+            old, new = flat(there.model_dump()), flat(wanted.model_dump())
+            different = [f"{key}: {old[key]!r} there, {new[key]!r} now" for key in new if old[key] != new[key]]
             raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; remove it, or set another output")
 
     def finished(self, job: Job) -> bool:
         """Whether the run and all of its scores are there."""
         scores = self.folder / job.folder / "scores"
-        return self._trained(job) and all((scores / name / SCORES).is_file() for name in job.scores)
+        return self.trained(job) and all((scores / name / SCORES).is_file() for name in job.scores)
 
-    def _trained(self, job: Job) -> bool:
+    def trained(self, job: Job) -> bool:
+        """Whether the run ended with its own scores."""
         try:
             facts = json.loads((self.folder / job.folder / "final/summary.json").read_text())
         except (OSError, ValueError):
@@ -118,59 +130,71 @@ class Runner:
 
     def _stages(self, job: Job, place: int) -> str | None:
         folder = self.folder / job.folder
-        log = folder / "compare.log"
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._trained(job):
-            arguments = ["--config", self.config, "--resume", "auto", *self._overrides(job)]
-            if problem := self._command("train.py", arguments, log, place):
-                return problem
-        if job.scores:
+        with (folder / "lock").open("w") as lock:  # held by what is started here too, should this process be killed
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"{folder}: another process is at work in it; wait for it, or stop it"
+            if not self.trained(job):
+                if not (folder / PROVENANCE).exists():
+                    write_whole(folder / PROVENANCE, json.dumps(provenance()))
+                arguments = ["--config", self.config, "--resume", "auto", *self._overrides(job)]
+                if problem := self._command("train.py", arguments, folder / "compare.log", place, lock):
+                    return problem
+            if not job.scores:
+                return None
             settings = folder / "settings.yaml"
             write_whole(settings, dump(job.scores))
-            return self._command("evaluate.py", ["--run", str(folder), "--settings", str(settings)], log, place)
-        return None
+            arguments = ["--run", str(folder), "--settings", str(settings)]
+            return self._command("evaluate.py", arguments, folder / "compare.log", place, lock)
 
     def _overrides(self, job: Job) -> list[str]:
         return [*job.overrides, f"output={self.folder / job.folder}", "logging.progress_bar=false"]
 
-    def _command(self, name: str, arguments: list[str], log: Path, place: int) -> str | None:
+    def _command(self, name: str, arguments: list[str], log: Path, place: int, lock: IO) -> str | None:
         """Runs a command with its output in `log`; the log's end if it fails."""
-        if self._stopped.is_set():
-            return "stopped"
         cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
         environment = {**os.environ, "OMP_NUM_THREADS": threads or str(max(1, cores // self.workers // self.ranks))}
-        if gpus := torch.cuda.device_count():
-            own = [str((place * self.ranks + rank) % gpus) for rank in range(self.ranks)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        start = [sys.executable]
-        if self.ranks > 1:
-            port = 29500 + place
-            start = [shutil.which("deepspeed") or "deepspeed", "--num_accelerators", str(self.ranks)]
-            start += ["--master_port", str(port)]
-        command = [*start, str(self.launch / name), *arguments]
+        command = [*self._start(place, environment), str(self.launch / name), *arguments]
         with log.open("a") as stream:
             stream.write(f"$ {' '.join(command)}\n")
             stream.flush()
-            process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            self._running.add(process)
+            with self._starting:
+                if self._stopped.is_set():
+                    return "stopped"
+                process = subprocess.Popen(
+                    command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+                    start_new_session=True, pass_fds=[lock.fileno()],
+                )  # fmt: skip
+                self._running.add(process)
             try:
                 code = process.wait()
             finally:
                 self._running.discard(process)
         return None if code == 0 else f"exit status {code}: {log}:\n{_end(log)}"
 
+    def _start(self, place: int, environment: dict[str, str]) -> list[str]:
+        """What comes before the script; the worker's own GPUs go into the environment."""
+        if self.gpus:
+            own = [self.gpus[(place * self.ranks + rank) % len(self.gpus)] for rank in range(self.ranks)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        if self.ranks == 1:
+            return [sys.executable]
+        # with a number given, the launcher would forget which GPUs are visible
+        number = [] if self.gpus else ["--num_accelerators", str(self.ranks)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(port)]
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them, which this process may have been given."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]
+
 
 def _end(log: Path, lines: int = 8) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _flat(config) -> list[tuple[str, object]]:
-    sections = config.model_dump()
-    return [
-        (f"{section}.{key}" if key else section, value)
-        for section, values in sections.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    ]

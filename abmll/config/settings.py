@@ -1,4 +1,4 @@
-"""Named groups of overrides in a YAML file, as mappings of `section.key` to a value."""
+"""Mappings of `section.key` to a value: overrides, named groups of them in a YAML file, a whole configuration."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")  # serves as a folder's name
 def override_texts(values: Mapping[str, Any]) -> list[str]:
     """The overrides as a command line has them: `section.key=value`."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]  # JSON is YAML
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped configuration's values by `section.key`."""
+    return {
+        f"{section}.{key}" if key else section: value
+        for section, values in config.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
 
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:

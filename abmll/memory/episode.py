@@ -183,7 +183,9 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         counter.label(GRADIENTS, sums)
     if method.updates_per_episode:
         counter.label(STATES, _states(inner))
-        update = method.update(learner, Visit(range(beside), (batch,), batch, 0, keys, inner, 0.0))
+        # one step more needs no more memory than one, unless all are kept for the derivative through them
+        steps = config.method.inner_steps if method.second_order else 1
+        update = method.update(learner, Visit(range(beside), (batch,) * steps, batch, 0, keys, inner, 0.0))
         if config.method.reset_inner_optimizer:
             inner.state.clear()
         counter.label(GRADIENTS, update.gradient.values())

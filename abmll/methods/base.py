@@ -82,6 +82,7 @@ class Method:
     name: ClassVar[str]
     layers: ClassVar[LayerKind] = "mean"
     pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
+    second_order: ClassVar[bool] = False  # an update keeps the graphs of all its inner steps
     inner_loop: ClassVar[bool] = True  # an update adapts phi to its task, by the inner optimizer
 
     def __init__(self, config: MethodConfig, posterior: Posterior = "activation"):

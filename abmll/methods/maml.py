@@ -32,6 +32,7 @@ class MAML(FOMAML):
     """The same steps, by SGD, with the derivative taken through all of them: K + 1 forward passes live at a time."""
 
     name = "maml"
+    second_order = True
 
     def update(self, learner: Learner, visit: Visit) -> Update:
         config, answers = self.config, _Answers(learner)

@@ -7,7 +7,5 @@ this package is found, the folder around it is no longer searched.
 import sys
 from pathlib import Path
 
-import provenance  # noqa: F401  found while the folder is searched, known afterwards
-
 _AROUND = Path(__file__).resolve().parent.parent
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != _AROUND]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 
 import pytest
@@ -11,8 +12,8 @@ MODULE = "NVRM version: NVIDIA UNIX {kind}  550.54.15  Tue Mar  5 22:23:56 UTC 2
 
 
 @pytest.fixture
-def provenance(load):
-    return load("provenance")
+def provenance():
+    return importlib.import_module("abmll.provenance")
 
 
 @pytest.fixture

@@ -50,20 +50,21 @@ def test_killed_half_way_it_ends_with_the_same_tables(tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     lora = killed / "model/tasks/lora/default/seed-0/final/summary.json"
     before = lora.stat().st_mtime_ns
-    assert not (killed / "report.md").exists()
+    assert not list(killed.rglob("report.md"))
 
     found = call(*command(killed))
     assert found.returncode == 0, found.stderr
     assert lora.stat().st_mtime_ns == before
     assert "resumed from" in (half_way.parent / "compare.log").read_text()
-    tables = sorted(path.name for path in (whole / "tables").iterdir())
+    one, other = (folder / "comparisons/some" for folder in (whole, killed))
+    tables = sorted(path.name for path in (one / "tables").iterdir())
     assert {"summary.md", "against_baseline.csv", "costs.md", "sweep_samples.md"} <= set(tables)
     for name in tables:
         if not name.startswith("costs"):  # times differ
-            assert (killed / "tables" / name).read_text() == (whole / "tables" / name).read_text(), name
-    plots = sorted(path.name for path in (whole / "plots").iterdir())
-    assert plots and plots == sorted(path.name for path in (killed / "plots").iterdir())
-    assert "## Summary" in (killed / "report.md").read_text()
+            assert (other / "tables" / name).read_text() == (one / "tables" / name).read_text(), name
+    plots = sorted(path.name for path in (one / "plots").iterdir())
+    assert plots and plots == sorted(path.name for path in (other / "plots").iterdir())
+    assert "## Summary" in (other / "report.md").read_text()
 
     listed = call(*command(killed, "--list"))
     assert listed.stdout.count("finished") == 2

@@ -84,6 +84,8 @@ def test_choices_stand_behind_the_methods_own_settings_and_before_the_named_ones
         ("method.name: lora", "method.nam: lora", "lora: .*method.nam"),
         ("eval.samples: 2", "eval.sample: 2", "abmll: .*eval.sample"),
         ("seeds: [4, 5]", "seeds: [a]", r"seeds\.0: "),
+        ("seeds: [4, 5]", "seeds: [4, 4]", r"seeds: \[4\]: listed twice"),
+        ("steps-1:", "plain:", r"scores\.plain: is the name of a run's own scores"),
         ("seeds: [4, 5]", "sedes: [4]", "sedes: "),
         ("small:", "../small:", r"models: \.\./small: names a folder"),
     ],
@@ -94,16 +96,12 @@ def test_mistakes_are_told_with_their_place(old, new, told, write):
 
 
 def test_a_tries_grid_is_all_combinations(write):
-    tune = (
-        "tune: {tasks: [t], grid: {abmll: {method.beta: [1, 2], method.outer_lr: [3, 4]}, all: {method.outer_lr: [5]}}}"
-    )
-    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml").replace(
-        "small: {adapters.rank: 3}", "small: {}"
-    )
+    grid = "{abmll: {method.beta: [1, 2], method.outer_lr: [3, 4]}, all: {method.inner_lr+method.test_lr: [5]}}"
+    tune, text = f"tune: {{tasks: [t], grid: {grid}}}", TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
     tuning = load_comparison(write(f"{text}{tune}")).tune
     tries = [tuple(values.values()) for values in grid_of(tuning, "abmll")]
     assert tries == [(1, 3), (1, 4), (2, 3), (2, 4)]
-    assert grid_of(tuning, "lora") == [{"method.outer_lr": 5}]
+    assert grid_of(tuning, "lora") == [{"method.inner_lr": 5, "method.test_lr": 5}]
 
 
 @pytest.mark.parametrize(("task", "role"), [("ag_news", "test"), ("sciq", "train")])
@@ -111,8 +109,28 @@ def test_settings_are_chosen_on_neither_training_nor_test_tasks(task, role, writ
     text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
     with pytest.raises(ConfigError, match=rf"tune\.tasks: {task}: among the {role} tasks"):
         load_comparison(write(f"{text}tune: {{tasks: [glue-sst2, {task}], grid: {{all: {{method.beta: [1]}}}}}}"))
+    hidden = text.replace("scores:", "scores:\n  others: {tasks.test: [art]}")  # the run's own test tasks count as well
+    with pytest.raises(ConfigError, match=rf"tune\.tasks: {task}: among the {role} tasks"):
+        load_comparison(write(f"{hidden}tune: {{tasks: [{task}], grid: {{all: {{method.beta: [1]}}}}}}"))
+    with pytest.raises(ConfigError, match=r"tune\.tasks: art: among the test tasks"):
+        load_comparison(write(f"{hidden}tune: {{tasks: [art], grid: {{all: {{method.beta: [1]}}}}}}"))
     with pytest.raises(ConfigError, match=r"tune\.tasks: the builtin source"):
         load_comparison(write(f"{TEXT}tune: {{tasks: [glue-sst2], grid: {{all: {{method.beta: [1]}}}}}}"))
+
+
+@pytest.mark.parametrize(
+    ("tune", "told"),
+    [
+        ("grid: {all: {method.bta: [1, 2]}}", r"tune: lora: .*method\.bta"),
+        ("grid: {all: {method.beta: [1, 2]}}, overrides: {trainer.episode: 3}", r"tune: lora: .*trainer\.episode"),
+        ("grid: {lora: {method.beta: [1, 2]}}", r"tune\.grid: nothing to try for abmll; add them, or `all`"),
+        ("grid: {all: {method.beta: [1]}, maml: {method.beta: [1]}}", r"tune\.grid: maml: no such method here"),
+    ],
+)
+def test_tries_are_checked_too(tune, told, write):
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    with pytest.raises(ConfigError, match=told):
+        load_comparison(write(f"{text}tune: {{tasks: [glue-sst2], {tune}}}"))
 
 
 def test_a_file_may_be_based_on_another(write, tmp_path):

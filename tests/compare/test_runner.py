@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +41,7 @@ with open({calls!r}, "a") as calls:
     calls.write("evaluate\\n")
 folder = Path(sys.argv[sys.argv.index("--run") + 1]) / "scores/steps-1"
 folder.mkdir(parents=True)
+(folder / "settings.json").write_text('{{"method.test_steps": 1}}')
 (folder / "scores.json").write_text("[]")
 """
 TEXT = f"""
@@ -82,10 +86,34 @@ def test_finished_runs_and_scores_are_not_made_again(bench):
     assert bench.calls() == sorted(everything)
     bench.runner().run(bench.jobs)
     assert bench.calls() == []
-    (bench.folder / "out" / bench.jobs[1].folder / "scores/steps-1/scores.json").unlink()
-    (bench.folder / "out" / bench.jobs[1].folder / "scores/steps-1").rmdir()
+    shutil.rmtree(bench.folder / "out" / bench.jobs[1].folder / "scores")
     bench.runner().run(bench.jobs)
     assert bench.calls() == ["evaluate"]
+
+
+def test_scores_under_other_overrides_are_refused(bench):
+    bench.runner().run(bench.jobs)
+    (bench.folder / "comparison.yaml").write_text(TEXT.replace("method.test_steps: 1", "method.test_steps: 2"))
+    changed = jobs(load_comparison(bench.folder / "comparison.yaml"), {}, ())
+    with pytest.raises(Refused, match=r"scores/steps-1: holds scores under \{'method.test_steps': 1\}, not .*2\}"):
+        bench.runner().run(changed)
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(bench):
+    folder = bench.folder / "out" / bench.jobs[0].folder
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first, *others = bench.runner().run(bench.jobs)
+    assert "another process is at work" in first.problem and not any(other.problem for other in others)
+    assert not any(outcome.problem for outcome in bench.runner().run(bench.jobs))
+
+
+def test_a_run_says_where_it_was_made(bench):
+    bench.runner().run(bench.jobs)
+    for job in bench.jobs:
+        made = json.loads((bench.folder / "out" / job.folder / "provenance.json").read_text())
+        assert made["versions"]["torch"] and "commit" in made
 
 
 def test_a_failure_is_told_with_its_logs_end_and_stops_no_other(bench):
@@ -139,8 +167,25 @@ def test_an_interrupt_stops_what_runs(bench):
 
 
 def test_every_gpu_gets_its_share(bench, monkeypatch):
+    def starts(runner):
+        environments = [{} for _ in range(runner.workers)]
+        commands = [runner._start(place, environment) for place, environment in enumerate(environments)]
+        return commands, [environment.get("CUDA_VISIBLE_DEVICES") for environment in environments]
+
+    def runner(**options):
+        return Runner(str(CONFIG), bench.folder / "out", bench.folder, **options)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    runner = Runner(str(CONFIG), bench.folder / "out", bench.folder, ranks=2)
-    assert runner.workers == 4
+    commands, visible = starts(runner(ranks=2))
+    assert visible == ["0,1", "2,3", "4,5", "6,7"]
+    # with a number of accelerators DeepSpeed's launcher forgets which are visible
+    assert all("--num_accelerators" not in command for command in commands)
+    assert len({command[-1] for command in commands}) == 4  # a port each
+    assert starts(runner(workers=2)) == ([[sys.executable]] * 2, ["0", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")  # what this process was given
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert starts(runner())[1] == ["2", "5"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert Runner(str(CONFIG), bench.folder / "out", bench.folder).workers == os.cpu_count()
+    assert runner().workers == os.cpu_count() and starts(runner())[1] == [None] * os.cpu_count()
+    assert "--num_accelerators" in starts(runner(ranks=2, workers=1))[0][0]

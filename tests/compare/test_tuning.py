@@ -11,7 +11,7 @@ import pytest
 from abmll.compare.grid import load_comparison
 from abmll.compare.runner import Outcome
 from abmll.compare.tuning import best, choose
-from abmll.config import load_config
+from abmll.config import Refused, load_config
 
 CONFIG = Path(__file__).parents[2] / "configs/cls23.yaml"
 TEXT = f"""
@@ -36,6 +36,10 @@ class MadeUp:
 
     def __init__(self, folder, nll):
         self.folder, self.nll, self.jobs = folder, nll, []
+        self.failing = set()  # values of lora's rate whose runs fail
+
+    def trained(self, job):
+        return load_config(CONFIG, job.overrides).method.outer_lr not in self.failing
 
     def run(self, jobs):
         for job in jobs:
@@ -77,6 +81,30 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
     assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
     scores = [one["score"] for one in written[1]["tried"]]
     assert scores == pytest.approx([1 + 2 + 0.25, 1 + 0.25, 2 + 0.25, 0.25])
+
+
+def test_a_failed_try_does_not_count_with_what_it_left_behind(tmp_path):
+    """The pretrained model's score, which is written before the training."""
+    (tmp_path / "comparison.yaml").write_text(TEXT)
+    comparison = load_comparison(tmp_path / "comparison.yaml")
+    runner = MadeUp(tmp_path / "out", lambda config: config.method.outer_lr)  # the smallest rate has the best score
+    runner.folder.mkdir()
+    runner.failing = {1e-4}
+    choices, _ = choose(comparison, runner, ())
+    assert {choice.cell[2]: choice.chosen.get("method.outer_lr") for choice in choices}["lora"] == 1e-3
+    lora = json.loads((runner.folder / "tuning.json").read_text())[0]
+    assert [one["score"] for one in lora["tried"]] == [None, 1e-3, 1e-2]
+
+
+def test_where_all_tries_fail_nothing_is_chosen():
+    with pytest.raises(Refused, match=r"tune: model tasks lora: all 2 tries failed or diverged"):
+        best(("model", "tasks", "lora"), [({"a": 1}, math.nan), ({"a": 2}, math.nan)], "nll", {"a": [1, 2]})
+
+
+def test_keys_that_take_one_value(tmp_path):
+    scored = [({"a": value, "b": value}, score) for value, score in ((1, 3.0), (2, 1.0), (3, 0.5))]
+    choice = best(("model", "tasks", "lora"), scored, "nll", {"a+b": [1, 2, 3]})
+    assert choice.chosen == {"a": 3, "b": 3} and choice.at_the_end_of == ["a+b"]
 
 
 @pytest.mark.parametrize(("select_by", "expected"), [("nll_options", 2), ("accuracy", 3)])

@@ -49,11 +49,10 @@ def closed(posterior, x, phi, theta, mask=None):
     return (found if mask is None else found[mask]).sum()
 
 
-@pytest.mark.parametrize("posterior", ["activation", "weight"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("posterior", "masked"), [("activation", False), ("activation", True), ("weight", False)])
 def test_value_and_gradients_are_the_estimates(posterior, masked):
     x = torch.randn(T, K, dtype=torch.float64, requires_grad=True)
-    mask = torch.tensor([True, False] * 3 + [True]) if masked and posterior == "activation" else None
+    mask = torch.tensor([True, False] * 3 + [True]) if masked else None
     phi, theta = factors(1), factors(2)
     named = (SETTINGS, KEY, LAYER, mask)
     leaves = [f for side in (phi, theta) for pair in side for f in pair] + ([x] if posterior == "activation" else [])

@@ -39,7 +39,10 @@ def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path,
     evaluate(str(finished.folder), [], None, str(settings))
     assert (finished.folder / "scores/few/scores.json").stat().st_mtime_ns == before
     settings.write_text("other: {adapters.rank: 3}\n")
-    with pytest.raises(ConfigError, match="adapters: is loaded already"):
+    with pytest.raises(ConfigError, match=r"adapters\.rank: what was loaded depends on it"):
+        evaluate(str(finished.folder), [], None, str(settings))
+    settings.write_text("few: {eval.max_examples: 2}\n")
+    with pytest.raises(Refused, match=r"scores/few: holds scores under \{'eval.max_examples': 1, .*remove it"):
         evaluate(str(finished.folder), [], None, str(settings))
     settings.write_text("../out: {eval.samples: 1}\nx: 3\n")
     with pytest.raises(ConfigError, match=r"\.\./out: names a folder; (?s:.)*x: 3: must be"):

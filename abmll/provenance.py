@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+PROVENANCE = "provenance.json"  # beside what was made
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "peft")
 CPU_FACTS, DRIVER_FACTS = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
 
