@@ -111,6 +111,36 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "eval.pretrained",
     )
 
+    held_out, support = config.eval.temperature == "held_out", "set eval.temperature=support"
+    rule(
+        held_out and config.method.adaptation_steps == 1,
+        "eval.temperature",
+        f"with the only step's batch held out none is left to adapt on; {support}, or method.test_steps=2 or more",
+        "method.test_steps",
+        "method.inner_steps",
+    )
+    rule(
+        held_out and active,
+        "eval.temperature",
+        f"the chosen examples come again in batch after batch, so none is held out; {support}, or eval.active=null",
+        "eval.active",
+    )
+    rule(
+        held_out and config.eval.tfb.samples,
+        "eval.temperature",
+        f"the noise that the support set bears would have to be found anew without each batch; {support}, or "
+        "eval.tfb.samples=0",
+        "eval.tfb.samples",
+    )
+    rule(
+        held_out and config.tasks.demonstrations and config.tasks.demonstrate != "test",
+        "eval.temperature",
+        f"what is held out is shown with its answer in the other batches' prompts; {support}, or "
+        "tasks.demonstrate=test",
+        "tasks.demonstrations",
+        "tasks.demonstrate",
+    )
+
     for key, changed in (("eval.active.by", active), ("eval.support_labels", config.eval.support_labels != "given")):
         rule(
             changed and config.tasks.demonstrations,

@@ -225,7 +225,11 @@ class EvalConfig(Section):
     validation_examples: int = Field(50, ge=1, description="Validation examples scored a task.")
     samples: int = Field(0, ge=0, description="0: the posterior mean; S: average of S sampled predictions.")
     tfb: TFBConfig = TFBConfig()
-    temperature: bool = Field(False, description="Temperature scaling, fitted to each task's support set.")
+    temperature: Literal["none", "support", "held_out"] = Field(
+        "none",
+        description="Temperature scaling, fitted to each task's support set: as the adapted model predicts it, or each "
+        "batch held out from another adaptation.",
+    )
     prune: PruneConfig = PruneConfig()
     support_labels: Literal["given", "shuffled"] = Field("given", description="Shuffled: within the support set.")
     active: ActiveConfig | None = Field(None, description="Choose the support set; null: drawn at random.")

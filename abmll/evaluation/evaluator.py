@@ -15,6 +15,7 @@ from abmll.config.schema import EvalConfig
 from abmll.dealing import deal
 from abmll.distributed import Ranks
 from abmll.evaluation.active import choose
+from abmll.evaluation.crossfit import leave_one_batch_out
 from abmll.evaluation.labels import shuffle_labels
 from abmll.evaluation.prune import pruned
 from abmll.evaluation.scores import Evaluation, Split
@@ -23,7 +24,7 @@ from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
 from abmll.kernels import NoiseKey, fold_seed, rows_of_keys
 from abmll.learner import Learner
 from abmll.methods import Method
-from abmll.metrics import Predictions, ScoreAccumulator, pool, score
+from abmll.metrics import Predictions, ScoreAccumulator, concatenate, pool, score
 from abmll.resident import release_freed
 from abmll.tasks.batch import side_by_side
 from abmll.tasks.episodes import by_length, in_batches, scored_examples, support_examples
@@ -87,17 +88,38 @@ class Evaluator:
         adapters.reset_phi()
         support = {task.name: self._support(method, task, size) for task in tasks}
         found = {name: {0: self._score(method, name, own, support[name], 0)} for name, own in examples.items()}
-        adapters.reset_phi(len(tasks))
-        batches = [in_batches(own, self.letter_ids, self.learner.batch_size) for own in support.values()]
-        batches = [side_by_side(own).to(self.ranks.device) for own in zip(*batches, strict=True)]
-        seeds = [fold_seed(self.seed, "adaptation", task.name) for task in tasks]
-        keys = [rows_of_keys([NoiseKey(seed, step) for seed in seeds], self.ranks.device) for step in range(steps)]
-        method.adapt(self.learner, batches, keys)
+        held_out = {}
+        if self.config.temperature == "held_out":
+            held_out = {name: self._predict_held_out(method, name, own) for name, own in support.items()}
+        self._adapt(method, list(support), list(support.values()))
         for slot, (name, own) in enumerate(examples.items()):
-            found[name][steps] = self._score(method, name, own, support[name], steps, slot)
+            found[name][steps] = self._score(method, name, own, support[name], steps, slot, held_out.get(name))
         adapters.reset_phi()
         release_freed(self.ranks.device)
         return found
+
+    def _adapt(self, method: Method, tasks: Sequence[str], examples: Sequence[Sequence[PromptedExample]]) -> None:
+        """phi from theta, a slot for each row of examples (of whole batches); `tasks` name the slots' noise."""
+        self.learner.adapters.reset_phi(len(tasks))
+        batches = [in_batches(own, self.letter_ids, self.learner.batch_size) for own in examples]
+        batches = [side_by_side(own).to(self.ranks.device) for own in zip(*batches, strict=True)]
+        seeds = [fold_seed(self.seed, "adaptation", task) for task in tasks]
+        steps = range(len(batches))
+        keys = [rows_of_keys([NoiseKey(seed, step) for seed in seeds], self.ranks.device) for step in steps]
+        method.adapt(self.learner, batches, keys)
+
+    def _predict_held_out(self, method: Method, task: str, support: Sequence[PromptedExample]) -> Predictions:
+        """Of the support examples, each by a phi adapted on the batches that it is not in.
+
+        Folds stand side by side as tasks do, so that they need no more memory than tasks.
+        """
+        found, folds = [], leave_one_batch_out(support, self.learner.batch_size, task)
+        for start in range(0, len(folds), self.parallel_tasks):
+            part = folds[start : start + self.parallel_tasks]
+            self._adapt(method, [task] * len(part), [fold.seen for fold in part])
+            for slot, fold in enumerate(part):
+                found.append(self._predict(method, ("held out", task, start + slot), fold.held_out, slot))
+        return concatenate(found)
 
     def _support(self, method: Method, task: PromptedTask, count: int) -> list[PromptedExample]:
         """The examples of all batches together, `count` of them. phi equals theta."""
@@ -118,11 +140,12 @@ class Evaluator:
         support: Sequence[PromptedExample],
         adapted: int,
         slot: int = 0,
+        held_out: Predictions | None = None,
     ) -> Scored:
-        """One task's examples by the phi in `slot`, or by draws around it."""
+        """One task's examples by the phi in `slot`, or by draws around it; T from `held_out` where it is given."""
         tfb, support = self.config.tfb, list({id(example): example for example in support}.values())
         if not tfb.samples:
-            return self._score_by_slot(method, task, examples, support, adapted, slot)
+            return self._score_by_slot(method, task, examples, support, adapted, slot, held_out)
         anchor, seed = ("support", task, adapted), fold_seed(self.seed, "tfb", task)
         with drawn_weights(self.learner.adapters, slot, tfb.samples, seed) as drawn:
 
@@ -146,11 +169,14 @@ class Evaluator:
         support: Sequence[PromptedExample],
         adapted: int,
         slot: int | None,
+        held_out: Predictions | None = None,
     ) -> Scored:
         predictions = self._predict(method, ("prediction", task, adapted), examples, slot)
-        if not self.config.temperature:
+        if self.config.temperature == "none":
             return Scored(predictions, {})
-        temperature = fit_temperature(self._predict(method, ("support", task, adapted), support, slot))
+        if held_out is None:
+            held_out = self._predict(method, ("support", task, adapted), support, slot)
+        temperature = fit_temperature(held_out)
         return Scored(predictions.tempered(temperature), {"temperature": temperature})
 
     @torch.inference_mode()
@@ -161,7 +187,9 @@ class Evaluator:
         examples: Sequence[PromptedExample],
         slot: int | None = 0,
     ) -> Predictions:
-        """Of examples in their order; `stream` names the noise: what for, the task and the steps it is adapted by."""
+        """Of examples in their order; `stream` names the noise: what for, the task, and the steps it is adapted by or
+        the fold.
+        """
         self.learner.model.eval()
         accumulator = ScoreAccumulator()
         keys = self._prediction_keys(method, stream)

@@ -12,17 +12,17 @@ from abmll.metrics import Predictions
 RANGE = (1 / 20, 20.0)  # of T: where every answer is right (or none), the best one is beyond an end
 
 
-def fit_temperature(support: Predictions) -> float:
+def fit_temperature(predictions: Predictions) -> float:
     """The T in RANGE that gives the right options the least NLL, for options ∝ p^(1/T); NaN where a prediction is.
 
-    After adaptation these are examples that it trained on: the model is surer and more often right on them than on new
-    ones, so that T comes out too low. Nobody who has a support set alone has others to fit it to.
+    Of examples that adaptation has trained on the model is surer and more often right than of new ones, so that T comes
+    out too low.
     """
-    if support.options.isnan().any():
+    if predictions.options.isnan().any():
         return math.nan
-    logits = support.options.log()
+    logits = predictions.options.log()
 
     def nll(log_temperature: float) -> float:
-        return float(nll_loss((logits / math.exp(log_temperature)).log_softmax(dim=1), support.label))
+        return float(nll_loss((logits / math.exp(log_temperature)).log_softmax(dim=1), predictions.label))
 
     return math.exp(minimize_scalar(nll, bounds=[math.log(end) for end in RANGE], method="bounded").x)

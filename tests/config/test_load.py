@@ -61,6 +61,10 @@ def test_overrides_win_in_order_and_reach_nested_keys(write):
         ["eval.tfb.samples=8", "method.name=reptile"],
         ["eval.active.by=variance", "eval.samples=2", "eval.pretrained=false"],
         ["eval.active={labels: 8}", "eval.active.by=entropy"],
+        ["eval.temperature=held_out", "eval.support_labels=shuffled"],
+        ["eval.temperature=held_out", "method.inner_steps=1", "method.test_steps=2"],
+        ["eval.temperature=held_out", "tasks.demonstrations=2"],
+        ["eval.temperature=support", "method.test_steps=1", "eval.active.by=entropy"],
     ],
 )
 def test_what_the_rules_of_scoring_allow(write, overrides):
@@ -99,6 +103,8 @@ def test_numbers_as_written(write, text, value):
         ("model.dtype=bfloat", "'bfloat': must be one of .*; did you mean bfloat16"),
         ("seed=x", "'x': must be a whole number; .* default, 0$"),
         ("eval=3", "3: must be a mapping"),
+        ("eval.temperature=true", "True: must be one of 'none', 'support' or 'held_out'"),
+        ("eval.temperature=false", "False: must be one of 'none', 'support' or 'held_out'"),
     ],
 )
 def test_wrong_values_are_not_coerced(write, override, wrong):
@@ -174,6 +180,11 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["eval.active.by=variance", "eval.pretrained=false"], "eval.active.by"),
         (["eval.active.by=variance", "eval.pretrained=false", "eval.samples=1"], "eval.active.by"),
         (["eval.active.by=variance", "eval.samples=2"], "eval.active.by"),
+        (["eval.temperature=held_out", "method.test_steps=1"], "eval.temperature"),
+        (["eval.temperature=held_out", "method.inner_steps=1"], "eval.temperature"),
+        (["eval.temperature=held_out", "eval.active.by=entropy"], "eval.temperature"),
+        (["eval.temperature=held_out", "eval.tfb.samples=8", "method.name=lora"], "eval.temperature"),
+        (["eval.temperature=held_out", "tasks.demonstrations=2", "tasks.demonstrate=always"], "eval.temperature"),
     ],
 )
 def test_rules_between_keys(write, overrides, key):

@@ -20,8 +20,9 @@ OPTIONS = {
     "mean": {},
     "samples": {"samples": 2},
     "support": {"support_labels": "shuffled", "active": ActiveConfig(labels=2, candidates=6)},
-    "predictions": {"temperature": True, "prune": PruneConfig(fraction=0.2)},
-    "tfb": {"temperature": True, "tfb": TFBConfig(samples=3, evaluations=3)},
+    "predictions": {"temperature": "support", "prune": PruneConfig(fraction=0.2)},
+    "held out": {"temperature": "held_out", "support_labels": "shuffled"},
+    "tfb": {"temperature": "support", "tfb": TFBConfig(samples=3, evaluations=3)},
 }
 
 

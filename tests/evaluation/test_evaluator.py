@@ -209,16 +209,17 @@ def test_a_task_scores_beside_others_as_alone(option, build_tiny):
 
 
 def test_options_go_together(build_tiny):
-    every = {key: value for options in OPTIONS.values() for key, value in options.items() if key != "samples"}
+    names = ("support", "predictions", "tfb")
+    every = {key: value for option in names for key, value in OPTIONS[option].items()}
     tiny = of_option("tfb", build_tiny)
     found = evaluate(tiny, **every)
     assert all({"temperature", "tfb_sigma"} < set(scores) for scores in found.tasks[3].values())
-    for option in ("mean", "support", "predictions", "tfb"):
+    for option in ("mean", *names):
         assert evaluate(tiny, **OPTIONS[option]).overall[3]["nll"] != found.overall[3]["nll"]
 
 
 def test_scores_survive_json(build_tiny):
-    found = evaluate(build_tiny(), temperature=True)
+    found = evaluate(build_tiny(), temperature="support")
     assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

@@ -65,7 +65,7 @@ def test_an_evaluation_fits_it_to_the_support_set(name, changes, build_tiny):
     tiny = scattered(build_tiny(method={"name": name}))
     task = tiny.parts.tasks.test[0]
     plain = predictions(tiny, **changes)
-    warm = evaluator(tiny, temperature=True, **changes)._evaluate_tasks(tiny.method, [task], "test")[task.name]
+    warm = evaluator(tiny, temperature="support", **changes)._evaluate_tasks(tiny.method, [task], "test")[task.name]
     for steps, scored in warm.items():
         expected = plain[steps].tempered(scored.fitted["temperature"])
         assert torch.equal(scored.predictions.options, expected.options)
@@ -78,5 +78,5 @@ def test_an_evaluation_fits_it_to_the_support_set(name, changes, build_tiny):
     support = support_examples(task, 3 * tiny.config.tasks.batch_size, tiny.config.seed)
     mean = evaluator(tiny)
     temperature = fit_temperature(mean._predict(tiny.method, ("support", task.name, 0), support))
-    found = evaluate(tiny, temperature=True).tasks[0][task.name]["temperature"]
+    found = evaluate(tiny, temperature="support").tasks[0][task.name]["temperature"]
     assert found == pytest.approx(temperature, rel=CLOSE["rtol"])

@@ -52,7 +52,7 @@ def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path,
 def test_every_scoring_option_is_a_setting(finished, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(
-        "warm: {eval.temperature: true}\npruned: {eval.prune.fraction: 0.3}\n"
+        "warm: {eval.temperature: held_out}\npruned: {eval.prune.fraction: 0.3}\n"
         "shuffled: {eval.support_labels: shuffled}\nchosen: {eval.active.by: entropy, eval.active.labels: 2}\n"
     )
     evaluate(str(finished.folder), [], None, str(settings))
