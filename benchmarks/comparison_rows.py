@@ -19,26 +19,33 @@ from abmll.compare.command import INDEX
 from abmll.provenance import provenance
 from abmll.score_files import PREDICTIONS, SCORES
 
+PROVENANCE = "provenance.json"
 RESULTS = Path(__file__).resolve().parent / "results" / "compare"
 # what the analysis reads of a run's configuration, and a reader needs to make the run again
 SECTIONS = ("seed", "adapters", "method", "eval")
-OF_TASKS = ("batch_size", "max_tokens", "too_long", "demonstrations", "demonstrate")
+OF_TASKS = ("train", "test", "batch_size", "max_tokens", "too_long", "demonstrations", "demonstrate")
 OF_TRAINER = ("episodes", "epochs", "tasks_per_step", "parallel_episodes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="folder of a comparison")
+    parser.add_argument("--runs", type=Path, help="folder of its runs, where it is another")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     index = json.loads((arguments.comparison / INDEX).read_text())
     folder = arguments.results / index["name"]
-    for written in keep(arguments.comparison, index, folder, provenance()):
+    for written in keep(arguments.runs or arguments.comparison, index, folder, provenance()):
         print(written)
 
 
 def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, Any]) -> list[Path]:
-    """Copy the finished runs that `folder` has not yet, list them beside those that it has, and analyse all."""
+    """Copy the finished runs and scores that `folder` has not yet, list them beside those that it has, and analyse all.
+
+    `comparison` holds the runs, `index` is its comparison.json. Where a run was made stands in its own provenance.json;
+    without one, `made` (where the rows are kept) is written down as `kept_by`. A kept run stays as it is: ValueError
+    where the one of that name has another configuration now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     there = folder / INDEX
     runs = {run["folder"]: run for run in json.loads(there.read_text())["runs"]} if there.is_file() else {}
@@ -47,31 +54,68 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
         summary = source / "final/summary.json"
         if not summary.is_file() or "scores" not in (facts := json.loads(summary.read_text())):
             continue
-        known = runs.get(run["folder"], {"scores": {}, "provenance": made})
-        scores = {n: place for n, place in run["scores"].items() if (source / place / PREDICTIONS).is_file()}
-        kept = {key: value for key, value in run.items() if key != "overrides"}
-        runs[run["folder"]] = {**kept, "scores": {**known["scores"], **scores}, "provenance": known["provenance"]}
-        (target / "final").mkdir(parents=True, exist_ok=True)
-        if (source / "metrics.jsonl").is_file():  # not of a run that trains nothing
-            shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
-        (target / "final/summary.json").write_text(json.dumps(without_paths(facts), indent=1) + "\n")
-        for place in scores.values():
-            (target / place).mkdir(parents=True, exist_ok=True)
-            for name in (SCORES, PREDICTIONS):
-                shutil.copyfile(source / place / name, target / place / name)
+        facts = without_paths(facts)
+        if run["folder"] in runs:
+            check_same(source, facts["config"], target)
+        else:
+            keep_run(source, facts, target)
+            kept = {key: value for key, value in run.items() if key not in ("overrides", "scores")}
+            runs[run["folder"]] = {**kept, "scores": {}, **made_by(source, made)}
+        scores = runs[run["folder"]]["scores"]
+        for name, place in run["scores"].items():
+            if name not in scores and (source / place / PREDICTIONS).is_file():
+                keep_scores(source / place, target / place)
+                scores[name] = place
     index = {"name": index["name"], "baselines": index["baselines"], "runs": list(runs.values())}
     there.write_text(json.dumps(index, indent=1) + "\n")
     return analyse(folder)
 
 
+def keep_run(source: Path, facts: dict[str, Any], target: Path) -> None:
+    (target / "final").mkdir(parents=True, exist_ok=True)
+    if (source / "metrics.jsonl").is_file():  # not of a run that trains nothing
+        shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
+    (target / "final/summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def keep_scores(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (SCORES, PREDICTIONS):
+        shutil.copyfile(source / name, target / name)
+
+
+def made_by(source: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """Which device, versions and commit made a run; where nobody wrote that down, which kept it."""
+    own = source / PROVENANCE
+    return {"provenance": json.loads(own.read_text())} if own.is_file() else {"kept_by": made}
+
+
+def check_same(source: Path, config: dict[str, Any], target: Path) -> None:
+    """ValueError where the run kept in `target` has another configuration, as far as it is kept."""
+    kept = json.loads((target / "final/summary.json").read_text())["config"]
+    now = json.loads(json.dumps(config))
+    different = [
+        f"{section}: {kept.get(section)} kept, {now.get(section)} now"
+        for section in {**kept, **now}
+        if kept.get(section) != now.get(section)
+    ]
+    if different:
+        raise ValueError(f"{source}: not the run kept in {target}: {'; '.join(different)}; remove the kept one")
+
+
 def without_paths(facts: dict[str, Any]) -> dict[str, Any]:
-    """A summary without names of files and folders, and without the scores, which lie beside it."""
+    """A summary without places of files, and without the scores' numbers, which lie beside it.
+
+    Of the tasks: the lists of names as they are, and of a file of lists its name. An empty `scores` says: finished.
+    """
     config = facts["config"]
     kept = {section: config[section] for section in SECTIONS}
-    kept["tasks"] = {key: config["tasks"][key] for key in OF_TASKS if key in config["tasks"]}
+    tasks = config["tasks"]
+    kept["tasks"] = {key: tasks[key] for key in OF_TASKS if key in tasks}
+    kept["tasks"]["lists"] = tasks["lists"] and Path(tasks["lists"]).name
     kept["trainer"] = {key: config["trainer"][key] for key in OF_TRAINER}
     kept["model"] = {key: value for key, value in config["model"].items() if key != "name"}
-    return {**{key: value for key, value in facts.items() if key != "scores"}, "config": kept}
+    return {**facts, "scores": [], "config": kept}
 
 
 if __name__ == "__main__":

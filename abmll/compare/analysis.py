@@ -12,23 +12,25 @@ from abmll.files import write_whole
 SHOWN = ("summary", "against_each", "costs")  # in the report itself; it links to the others
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write FOLDER/tables, FOLDER/plots and FOLDER/report.md from the runs that are finished; returns the files.
+def analyse(folder: Path, into: Path | None = None) -> list[Path]:
+    """Write INTO/tables, INTO/plots and INTO/report.md from the runs that are finished; returns the files.
 
-    Nothing is kept from an earlier analysis: tables and plots of runs that are gone go too. ValueError where the folder
-    holds no comparison or nothing of it is finished.
+    `folder` holds the runs, and `into` (by default the same) comparison.json, which lists them relative to `folder`:
+    several comparisons can share runs. Nothing is kept from an earlier analysis: tables and plots of runs that are gone
+    go too. ValueError where there is no comparison or nothing of it is finished.
     """
-    results = load_results(folder)
+    into = into or folder
+    results = load_results(folder, into)
     for name in ("tables", "plots"):
-        (folder / name).mkdir(exist_ok=True)
-        for old in (folder / name).glob("*.*"):
+        (into / name).mkdir(exist_ok=True)
+        for old in (into / name).glob("*.*"):
             if old.suffix in (".md", ".csv", ".png"):
                 old.unlink()
     tables = all_tables(results)
-    written = [path for table in tables for path in table.write(folder / "tables")]
-    plots = all_plots(results, folder / "plots")
-    write_whole(folder / "report.md", report(results, tables, plots))
-    return [*written, *plots, folder / "report.md"]
+    written = [path for table in tables for path in table.write(into / "tables")]
+    plots = all_plots(results, into / "plots")
+    write_whole(into / "report.md", report(results, tables, plots))
+    return [*written, *plots, into / "report.md"]
 
 
 def report(results: Results, tables: list[Table], plots: list[Path]) -> str:

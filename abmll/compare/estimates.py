@@ -7,13 +7,14 @@ nats, seconds, bytes. `label` names a method, its setting unless default, and it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from abmll.compare.results import PLAIN, STANDARD, Results, parse_name
+from abmll.compare.calibration import pooled_ece
+from abmll.compare.results import DEFAULT, PLAIN, STANDARD, Results, parse_name
 from abmll.compare.statistics import Estimate, estimate, holm, permutation_p, record
 
 
@@ -36,6 +37,7 @@ MAIN = (
     Metric("brier", "Brier"),
     Metric("aurc", "AURC"),
 )
+POOLED_ECE = Metric("pooled_ece", "pooled ECE")
 PAIRED = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece", "nll_options", "brier"))
 UNCERTAINTY = (
     Metric("accuracy_at_80", "accuracy % at 80 % coverage", 100, 1),
@@ -47,8 +49,17 @@ UNCERTAINTY = (
     Metric("auroc_mutual_information", "by mutual information", 1, 1, partial=True),
 )
 PAPERS = (Metric("accuracy_vocabulary", "accuracy %", 100, 1), Metric("ece_paper", "ECE"))
+PAIR = ["task", "seed"]  # what a difference is taken over
 COSTS = ("seconds", "episodes", "inner_steps", "outer_steps", "tokens", "peak_memory_bytes", "parameters")
-ZERO_IS_PLAIN = ("pruning", "samples")  # sweeps whose point 0 is the plain score
+# where a sweep's value stands in the configuration of the default run or the plain score, the first that is not null
+SWEPT_KEYS = {
+    "c": ("adapters.log_variance_offset",),
+    "beta": ("method.beta",),
+    "steps": ("method.test_steps", "method.inner_steps"),
+    "samples": ("eval.samples",),
+    "pruning": ("eval.prune.fraction",),
+    "pruning_projections": ("eval.prune.fraction",),
+}
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
@@ -66,6 +77,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                     "seeds": own["seed"].nunique(),
                     "tasks": own["task"].nunique(),
                     **estimates(own, (*MAIN, *UNCERTAINTY, *PAPERS), with_seeds=True),
+                    **named(POOLED_ECE.name, pooled_ece(own)),
                     "constant": float((by_task == 1).mean()),
                     "beatable_tasks": len(wanted),
                     **estimates(own[own["task"].isin(wanted)], (ACCURACY,), prefix="beatable_"),
@@ -77,78 +89,77 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a label that is no baseline and a metric: its difference to the best baseline, after adaptation.
 
-    The best by each metric, among those scored under the same condition, or the standard one where none was. Holm's
-    family is all that one task set, model and condition has: every label and metric.
+    The best by each metric on the tasks and seeds that both were scored on, under the same condition; no row where none
+    was. Holm's family is all that one task set, model and condition has: every label and metric.
     """
     rows = []
     for place, part in groups(adapted(scores)):
         is_baseline = part["method"].isin(baselines)
         for condition, own in part[~is_baseline].groupby("condition", sort=False):
             rivals = part[is_baseline & (part["condition"] == condition)]
-            if rivals.empty:
-                rivals = part[is_baseline & (part["condition"] == STANDARD)]
-            if rivals.empty:
-                continue
-            family = [
-                {
-                    **place,
-                    "condition": condition,
-                    "label": label,
-                    "metric": metric.name,
-                    **_difference(mine, rivals, metric),
-                }
-                for label, mine in own.groupby("label", sort=False)
-                for metric in MAIN
-            ]
+            family = []
+            for label, mine in own.groupby("label", sort=False):
+                shared = _scored_on(rivals, mine)
+                for metric in MAIN if len(shared) else ():
+                    baseline, theirs = best_of(shared, metric)
+                    row = {"condition": condition, "label": label, "metric": metric.name, "baseline": baseline}
+                    family.append({**place, **row, **_paired(mine, theirs, metric)})
             corrected = holm(np.array([row["p"] for row in family]))
             rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return pd.DataFrame(rows)
 
 
 def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
-    """A row a pair of labels and a metric, after adaptation and under the standard condition: difference and test.
+    """A row a pair of labels and a metric, after adaptation: difference and test on the tasks and seeds of both.
 
-    Each label is held against every label of a baseline, and against its own run's plain score: what samples or a
-    temperature change. Baselines are not held against one another. Holm's family is one rival's rows.
+    Under the standard condition each label is held against every label of a baseline, and under each condition against
+    its own run's first score there: what samples or a temperature change in the plain one, or entropy in a random
+    choice. Baselines are not held against one another. Holm's family is one rival's rows.
     """
     rows = []
-    for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
-        rivals = {label: own for label, own in part.groupby("label", sort=False)}
-        for rival, theirs in rivals.items():
-            family = [
-                {**place, "rival": rival, "label": label, "metric": metric.name, **_paired(mine, theirs, metric)}
-                for label, mine in rivals.items()
-                if label != rival and _held_against(mine.iloc[0], theirs.iloc[0], baselines)
-                for metric in PAIRED
-            ]
-            corrected = holm(np.array([row["p"] for row in family]))
-            rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
+    for place, part in groups(adapted(scores)):
+        for condition, own in part.groupby("condition", sort=False):
+            first = set(own.groupby("run_label")["label"].first())
+            against = [*baselines] if condition == STANDARD else []
+            labels = dict(list(own.groupby("label", sort=False)))
+            for rival, theirs in labels.items():
+                family = [
+                    {**place, "rival": rival, "label": label, "metric": metric.name, **_paired(mine, theirs, metric)}
+                    for label, mine in labels.items()
+                    if label != rival
+                    and _held_against(mine.iloc[0], theirs.iloc[0], against, rival in first)
+                    and len(_scored_on(theirs, mine))
+                    for metric in PAIRED
+                ]
+                corrected = holm(np.array([row["p"] for row in family]))
+                rows += [{**row, "p_holm": p} for row, p in zip(family, corrected, strict=True)]
     return pd.DataFrame(rows)
 
 
-def _held_against(mine: pd.Series, theirs: pd.Series, baselines: tuple[str, ...]) -> bool:
+def _held_against(mine: pd.Series, theirs: pd.Series, baselines: Sequence[str], theirs_is_first: bool) -> bool:
     if mine["run_label"] == theirs["run_label"]:
-        return theirs["score"] == PLAIN
+        return theirs_is_first
     return mine["method"] not in baselines and theirs["method"] in baselines
 
 
 def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a task and label after adaptation: accuracy, whether it is constant in all seeds, and its outcome.
 
-    `outcome` of what is no baseline is 1, 0 or -1 against the baseline that is the best on the mean over tasks.
+    `outcome` of what is no baseline is 1, 0 or -1 against the baseline that is the best on the mean over tasks, by the
+    seeds of both.
     """
     rows = []
     for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
         rivals = part[part["method"].isin(baselines)]
-        best = None if rivals.empty else task_values(best_of(rivals, ACCURACY)[1], ACCURACY)
+        best = rivals if rivals.empty else best_of(rivals, ACCURACY)[1]
         for label, own in part.groupby("label", sort=False):
-            accuracy = task_values(own, ACCURACY)
+            accuracy, difference = task_values(own, ACCURACY), _differences(own, best, ACCURACY)
             commonest = own.groupby("task")["commonest_prediction"].min()
             facts = own.groupby("task", sort=False)[["n", "majority"]].first()
             for task, (n, majority) in facts.iterrows():
                 row = {**place, "task": task, "n": int(n), "majority": majority, "label": label}
-                compared = best is not None and task in best and own["method"].iloc[0] not in baselines
-                outcome = float(np.sign(round(accuracy[task] - best[task], 12))) if compared else math.nan
+                compared = task in difference and own["method"].iloc[0] not in baselines
+                outcome = float(np.sign(round(difference[task], 12))) if compared else math.nan
                 rows.append({**row, "accuracy": accuracy[task], "constant": commonest[task] == 1, "outcome": outcome})
     return pd.DataFrame(rows)
 
@@ -160,20 +171,25 @@ def costs(results: Results) -> pd.DataFrame:
 
 
 def sweeps(results: Results) -> dict[str, pd.DataFrame]:
-    """By name, every sweep of a setting or a score, after adaptation: a row a line and value along it."""
+    """By name, every sweep of a setting or a score, after adaptation: a row a line and value along it.
+
+    A sweep of settings has a line a method and score, one of scores a line a method and setting. The default run or the
+    plain score stands on the line at its own value, where SWEPT_KEYS knows it and no other point does.
+    """
     scores = adapted(results.scores)
-    settings = scores[scores["condition"] == STANDARD].copy()
+    standard = scores[scores["condition"] == STANDARD]
+    lines = standard["method"].where(standard["score"] == PLAIN, standard["method"] + ", " + standard["score"])
+    settings = standard.assign(line=lines)
     settings[["sweep", "value"]] = [parse_name(name) for name in settings["setting"]]
-    settings["line"] = settings["label"].where(settings["score"] != PLAIN, settings["method"])
-    zero = scores[scores["score"] == PLAIN]
-    zeros = [
-        zero[zero["run"].isin(own["run"])].assign(sweep=name, value=0.0)
-        for name, own in scores[scores["value"].notna()].groupby("sweep", sort=False)
-        if name.startswith(ZERO_IS_PLAIN) and not (own["value"] == 0).any()
-    ]
-    points = pd.concat([settings, *(frame.assign(line=frame["run_label"]) for frame in [*zeros, scores])])
+    by_score = scores.assign(line=scores["run_label"])
+    points = pd.concat(
+        [
+            _with_default(settings, settings["setting"] == DEFAULT, results),
+            _with_default(by_score, by_score["score"] == PLAIN, results),
+        ]
+    )
     found = {}
-    for name, own in points[points["value"].notna()].groupby("sweep", sort=False):
+    for name, own in points.groupby("sweep", sort=False):
         rows = [
             {**place, "line": line, "value": value, "seeds": point["seed"].nunique(), **estimates(point, MAIN)}
             for place, part in groups(own)
@@ -182,6 +198,29 @@ def sweeps(results: Results) -> dict[str, pd.DataFrame]:
         ]
         found[str(name)] = pd.DataFrame(rows)
     return found
+
+
+def _with_default(points: pd.DataFrame, default: pd.Series, results: Results) -> pd.DataFrame:
+    """A sweep's points, and on each of their lines what is `default`, at its own value."""
+    swept, unnamed = points[points["value"].notna()], points[default]
+    places = ["task_set", "model", "line"]
+    added = []
+    for (*place, name), own in swept.groupby([*places, "sweep"], sort=False):
+        here = unnamed[(unnamed[places] == place).all(axis=1)]
+        values = here["run"].map({run: _set_to(config, str(name)) for run, config in results.configs.items()})
+        added.append(here.assign(sweep=name, value=values)[values.notna() & ~values.isin(own["value"])])
+    return pd.concat([swept, *added])
+
+
+def _set_to(config: dict[str, Any], sweep: str) -> float:
+    """What a configuration has where a sweep sets another value; NaN where that is not known."""
+    for key in SWEPT_KEYS.get(sweep, ()):
+        value: Any = config
+        for name in key.split("."):
+            value = (value or {}).get(name)
+        if value is not None:
+            return float(value)
+    return math.nan
 
 
 def papers_metrics(scores: pd.DataFrame) -> pd.DataFrame:
@@ -227,12 +266,15 @@ def estimates(
     found: dict[str, float] = {}
     for metric in metrics:
         values = task_values(own, metric).to_numpy()
-        mean, low, high = estimate(values) if len(values) else Estimate(math.nan, math.nan, math.nan)
         name = f"{prefix}{metric.name}"
-        found |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        found |= named(name, estimate(values) if len(values) else Estimate(math.nan, math.nan, math.nan))
         if with_seeds:
             found[f"{name}_seed_sd"] = float(own.groupby("seed")[metric.name].mean().std())
     return found
+
+
+def named(name: str, found: Estimate) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
@@ -244,19 +286,23 @@ def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
     return best, rivals[rivals["label"] == best]
 
 
-def _difference(mine: pd.DataFrame, rivals: pd.DataFrame, metric: Metric) -> dict[str, Any]:
-    baseline, rows = best_of(rivals, metric)
-    return {"baseline": baseline, **_paired(mine, rows, metric)}
+def _scored_on(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a task and seed that `others` have too: an unfinished comparison lacks some of one method's."""
+    return rows[pd.MultiIndex.from_frame(rows[PAIR]).isin(pd.MultiIndex.from_frame(others[PAIR]))]
+
+
+def _differences(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Series:
+    """One label minus another by task, over the tasks and seeds of both."""
+    return task_values(_scored_on(mine, theirs), metric) - task_values(_scored_on(theirs, mine), metric)
 
 
 def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> dict[str, Any]:
-    """One label minus another, task by task."""
-    own, other = task_values(mine, metric), task_values(theirs, metric)
-    common = own.index.intersection(other.index)
-    values = (own[common] - other[common]).to_numpy()
+    """`_differences` as one estimate, with its test. At least one task and seed must be in both."""
+    values = _differences(mine, theirs, metric).to_numpy()
     return {
-        **dict(zip(("difference", "difference_low", "difference_high"), estimate(values), strict=True)),
+        **named("difference", estimate(values)),
         "p": permutation_p(values),
         **record(metric.better * values)._asdict(),
         "tasks": len(values),
+        "seeds": _scored_on(mine, theirs)["seed"].nunique(),
     }

@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from abmll.compare.calibration import reliability_bins
 from abmll.compare.estimates import MAIN, Metric, adapted, groups, sweeps
 from abmll.compare.results import STANDARD, Results
 from abmll.compare.statistics import estimate
@@ -33,7 +34,8 @@ def all_plots(results: Results, folder: Path) -> list[Path]:
     """Draw all that there is data for, a file a task set and model each; returns the files."""
     paths = []
     examples, swept, runs = _adapted_examples(results), sweeps(results), results.runs
-    styles = styles_of([*runs["method"], *runs["run_label"], *examples["label"].unique()])
+    lines = [line for frame in swept.values() for line in frame["line"]]
+    styles = styles_of([*runs["method"], *runs["run_label"], *examples["label"].unique(), *lines])
     for place, part in groups(runs):
         own = examples[examples["run"].isin(part.index)]
         drawn = {
@@ -131,20 +133,12 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
         axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
         axis.plot(confidence, accuracy, marker="o", markersize=4, color="C0", clip_on=False)
         error = np.nansum(share * np.abs(accuracy - confidence))
-        axis.set_title(f"{label}\npooled ECE {error:.3f}", fontsize=8)
+        axis.set_title(f"{label}\nECE, all pooled: {error:.3f}", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.tick_params(labelbottom=True)  # the panel below may not be there
     figure.supxlabel("confidence", fontsize=9)
     figure.supylabel("accuracy (dots), share of examples (bars)", fontsize=9)
     return figure
-
-
-def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each bin, closed on the left and the last on both sides: share of the examples, mean confidence, accuracy."""
-    number = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    size, *sums = (np.bincount(number, values, CALIBRATION_BINS) for values in (None, confidence, correct))
-    with np.errstate(invalid="ignore"):  # an empty bin has no mean
-        return size / len(confidence), *(total / size for total in sums)
 
 
 def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:

@@ -1,7 +1,8 @@
 """From a comparison's folder to tidy frames: every scored example, scores by task, costs and learning curves by run.
 
 `comparison.json` lists the runs. Settings and scores have names: `default` and `plain`, or what was set and done. One
-of the form NAME-NUMBER (`beta-1e-8`, `samples-8`, `pruning-0.1`) is a point of a sweep over NAME.
+of the form NAME-NUMBER (`beta-1e-8`, `samples-8`, `pruning-0.1`) is a point of a sweep over NAME. A score of the form
+NAME-NUMBER-WAY (`active-4-entropy`) is no point of its own: it is one way to do what NAME-NUMBER says.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from abmll.compare.calibration import gaps
 from abmll.config.schema import MethodConfig
 from abmll.methods import METHODS
 from abmll.metrics import score
@@ -25,6 +27,7 @@ from abmll.uncertainty import uncertainty
 INDEX = "comparison.json"
 DEFAULT, PLAIN, STANDARD = "default", "plain", "standard"
 RUN = ["task_set", "model", "method", "setting", "seed"]
+NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Results:
     runs: task_set, model, method, setting, seed, and run_label (the method, and its setting unless default).
     predictions: one row a scored test example, columns as in predictions.parquet, with run and score.
     scores: one row a run, score, steps and task: the columns of `runs`, label (run_label, and the score unless plain),
-    the sweep, value and condition of the score's name, and every metric of `Scores` and `Uncertainty`.
-    costs: one row a run. curves: one row an outer step or validation. skipped: what is not there, and why.
+    the sweep, value and condition of the score's name, every metric of `Scores` and `Uncertainty`, and `GAPS`.
+    costs: one row a run. curves: one row an outer step or validation. configs: by run, the configuration that it was
+    trained and scored with. skipped: what is not there, and why.
     """
 
     name: str
@@ -45,22 +49,27 @@ class Results:
     scores: pd.DataFrame
     costs: pd.DataFrame
     curves: pd.DataFrame
+    configs: dict[int, dict[str, Any]]
     skipped: tuple[str, ...]
 
 
-def load_results(folder: Path) -> Results:
-    """Read what is finished. ValueError where nothing is, or the folder holds no comparison."""
+def load_results(folder: Path, index: Path | None = None) -> Results:
+    """Read what is finished of the runs in `folder` that comparison.json in `index` (by default there too) lists.
+
+    ValueError where nothing is, or there is no comparison.
+    """
+    index = index or folder
     try:
-        listed = json.loads((folder / INDEX).read_text())
+        listed = json.loads((index / INDEX).read_text())
     except OSError as error:
-        raise ValueError(f"comparison {folder}: no {INDEX} ({error}); name a folder that compare.py wrote") from error
-    runs, predictions, costs, curves, skipped = {}, [], [], [], []
+        raise ValueError(f"comparison {index}: no {INDEX} ({error}); name a folder that compare.py wrote") from error
+    runs, predictions, costs, curves, configs, skipped = {}, [], [], [], {}, []
     for number, run in enumerate(listed["runs"]):
         place = folder / run["folder"]
-        if not (place / "final" / FACTS).is_file():
+        facts = _finished(place / "final" / FACTS)
+        if facts is None:
             skipped.append(f"{run['folder']}: not finished")
             continue
-        facts = json.loads((place / "final" / FACTS).read_text())
         for name, where in run["scores"].items():
             if not (place / where / PREDICTIONS).is_file():
                 skipped.append(f"{run['folder']}: not scored as {name}")
@@ -69,10 +78,11 @@ def load_results(folder: Path) -> Results:
             predictions.append(own.assign(run=number, score=name))
         lines = _lines(place / "metrics.jsonl")
         runs[number] = {key: run[key] for key in RUN}
+        configs[number] = facts["config"]
         costs.append({"run": number, **_costs(lines, facts)})
         curves += [{"run": number, **point} for point in _curve(lines)]
     if not predictions:
-        raise ValueError(f"comparison {folder}: none of {len(listed['runs'])} runs is finished; run compare.py again")
+        raise ValueError(f"comparison {index}: none of {len(listed['runs'])} runs is finished; run compare.py again")
     frame = pd.DataFrame(runs.values(), index=pd.Index(runs, name="run"))
     frame["run_label"] = _extended(frame["method"], frame["setting"], DEFAULT)
     examples = pd.concat(predictions, ignore_index=True)
@@ -84,24 +94,35 @@ def load_results(folder: Path) -> Results:
         scores=_scores(examples, frame),
         costs=frame.join(pd.DataFrame(costs).set_index("run")),
         curves=pd.DataFrame(curves, columns=["run", "step", "episode", "nll", "accuracy", "ece"]),
+        configs=configs,
         skipped=tuple(skipped),
     )
 
 
 def parse_name(name: str) -> tuple[str, float]:
     """The sweep that a setting or a score is a point of, and its value there; the name itself and NaN without one."""
-    found = re.fullmatch(r"(.+?)-(-?\d+(?:\.\d+)?(?:e-?\d+)?)", name)
+    found = re.fullmatch(f"(.+?)-({NUMBER})", name)
     return (found[1], float(found[2])) if found else (name, np.nan)
 
 
 def condition(score_name: str) -> str:
     """What a score was taken under.
 
-    Samples and corrections are free for anyone to use, and compete under the standard condition. Other sweeps (pruning,
-    support size) change the problem: each of their points is a condition, under which only like is compared with like.
+    A name without a number is a correction (temperature, TFB), free for anyone to use as samples are: both compete
+    under the standard condition. NAME-NUMBER (pruning, steps) changes the problem: it is a condition, under which only
+    like is compared with like. The ways NAME-NUMBER-WAY to do it compete under NAME-NUMBER.
     """
-    family, value = parse_name(score_name)
-    return STANDARD if np.isnan(value) or family == "samples" else score_name
+    found = re.fullmatch(f"((.+?)-{NUMBER})(?:-.+)?", score_name)
+    return STANDARD if found is None or found[2] == "samples" else found[1]
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """A run's facts; None where it was stopped: without scores it was trained at most."""
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if "scores" in facts else None
 
 
 def _extended(label: pd.Series, name: pd.Series, unnamed: str) -> pd.Series:
@@ -114,7 +135,9 @@ def _scores(examples: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     for (run, name, steps, task), part in examples.groupby(["run", "score", "steps", "task"], sort=False):
         predictions, (sweep, value) = as_predictions(part), parse_name(name)
         place = {"run": run, "score": name, "sweep": sweep, "value": value, "condition": condition(name)}
-        metrics = {**asdict(score(predictions)), **asdict(uncertainty(predictions))}
+        confidence, choice = predictions.options.max(dim=1)
+        of_bins = gaps(confidence.numpy(), (choice == predictions.label).numpy())
+        metrics = {**asdict(score(predictions)), **asdict(uncertainty(predictions)), **of_bins}
         rows.append({**place, "steps": steps, "task": task, **metrics})
     scores = runs.join(pd.DataFrame(rows).set_index("run"), how="inner").reset_index()
     scores["label"] = _extended(scores["run_label"], scores["score"], PLAIN)

@@ -18,6 +18,7 @@ from abmll.compare.estimates import (
     MAIN,
     PAIRED,
     PAPERS,
+    POOLED_ECE,
     UNCERTAINTY,
     Metric,
     against_baseline,
@@ -142,9 +143,11 @@ def _table(
 
 
 _SUMMARY = (
-    f"Means over tasks, then over seeds. {INTERVALS} SD: of the accuracy, over seeds. Constant: tasks with one and the "
-    "same prediction for all examples, in every seed. Beatable: tasks on which some row is right more often than the "
-    "commonest answer; chosen with these scores, so that luck is in it. ECE of 15 bins by task; NLL among the options."
+    f"Means over a task's examples, then over seeds, then over tasks. {INTERVALS} SD: of the accuracy, over seeds. "
+    "Constant: tasks with one and the same prediction for all examples, in every seed. Beatable: tasks on which some "
+    "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
+    "bins by task, and pooled: of all tasks' examples as one set, the mean over seeds, computed again for every "
+    "resample of tasks. NLL among the options."
 )
 
 
@@ -154,7 +157,7 @@ def _summary(part: pd.DataFrame) -> list[dict[str, str]]:
         {
             "method": row["label"],
             "steps": str(row["steps"]),
-            **{metric.heading: interval(row, metric) for metric in MAIN},
+            **{metric.heading: interval(row, metric) for metric in (*MAIN, POOLED_ECE)},
             "constant %": f"{100 * row['constant']:.0f}",
             f"accuracy % on the {count} beatable": interval(row, ACCURACY, "beatable_accuracy") if count else "",
             "SD %": number(row["accuracy_seed_sd"], ACCURACY),
@@ -182,9 +185,10 @@ def _uncertainty(part: pd.DataFrame) -> list[dict[str, str]]:
 
 _AGAINST = (
     "After adaptation, each label minus the best baseline by that metric, chosen with these scores, under the same "
-    "condition (pruning, support size) or the standard one. For accuracy and macro-F1 more is better, for the others "
-    "less. Interval of the paired difference by task; p of the paired permutation test; Holm over a task set's, "
-    "model's and condition's rows; wins, ties and losses by task. " + INTERVALS
+    "condition: of scores with a number (pruning, steps) the same name and number, else the standard one. Only tasks "
+    "and seeds that both have count. For accuracy and macro-F1 more is better, for the others less. Interval of the "
+    "paired difference by task; p of the paired permutation test; Holm over a task set's, model's and condition's "
+    "rows; wins, ties and losses by task. " + INTERVALS
 )
 
 
@@ -199,14 +203,16 @@ def _against(part: pd.DataFrame) -> list[dict[str, str]]:
             "p": _p(row["p"]),
             "p, Holm": _p(row["p_holm"]),
             "wins-ties-losses": f"{row['wins']}-{row['ties']}-{row['losses']}",
+            "seeds": str(row["seeds"]),
         }
         for _, row in part.iterrows()
     ]
 
 
 _EACH = (
-    "After adaptation, each label minus another: every baseline, and its own run's plain score. Holm over one rival's "
-    "rows. Otherwise as against the best baseline. " + INTERVALS
+    "After adaptation, each label minus another: every baseline under the standard condition, and its own run's first "
+    "score under the same condition, which is the plain one under the standard condition. Holm over one rival's rows. "
+    "Otherwise as against the best baseline. " + INTERVALS
 )
 
 
@@ -218,6 +224,7 @@ def _each(part: pd.DataFrame) -> list[dict[str, str]]:
         for metric in PAIRED:
             row = own[own["metric"] == metric.name].iloc[0]
             cells[metric.heading] = f"{interval(row, metric, 'difference', sign=True)}, p {_p(row['p_holm'])}"
+        cells["seeds"] = str(own["seeds"].iloc[0])
         rows.append(cells)
     return rows
 
@@ -244,7 +251,8 @@ def _by_task(part: pd.DataFrame) -> list[dict[str, str]]:
 
 
 _COSTS = (
-    "Means over seeds, of training alone. Inner steps move phi, outer ones theta. Peak memory is the GPU's, or without "
+    "Means over seeds, of training alone. Runs may have shared a device with others at the same time: wall times tell "
+    "their order at best, and no speed. Inner steps move phi, outer ones theta. Peak memory is the GPU's, or without "
     "one the process's. Parameters are theta's, which a run keeps; phi has as many while it trains."
 )
 

@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
-from made_up import write_full_comparison  # noqa: E402
+from made_up import drawn, listed_run, write_comparison, write_full_comparison, write_run  # noqa: E402
 
 from abmll.compare.analysis import analyse  # noqa: E402
 
@@ -56,10 +56,68 @@ def test_kept_rows_give_the_same_tables(rows, tmp_path):
     for path in target.rglob("*.json"):
         assert "somebody" not in path.read_text(), path
     assert not list(target.rglob("*.safetensors"))
-    kept = json.loads((target / "comparison.json").read_text())["runs"]
-    assert {run["provenance"]["device"] for run in kept} == {"a test"}
+    kept = listed(target)
     assert len(kept) < len(index["runs"])  # an unfinished one is not among them
+    assert not (target / "runs/fomaml").exists()
 
-    rows.keep(source, {**index, "runs": index["runs"][:1]}, target, {"device": "another"})
-    again = json.loads((target / "comparison.json").read_text())["runs"]
-    assert again == kept
+
+def listed(folder: Path) -> list[dict]:
+    return json.loads((folder / "comparison.json").read_text())["runs"]
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """A comparison of two finished runs, of which the first says where it was made."""
+    source = tmp_path / "runs"
+    runs = [listed_run(method, scores=["plain", "samples-8"]) for method in ("lora", "abmll")]
+    for run in runs:
+        frame = drawn(run["method"], 0, 1.0, 5, tasks=2, n=8)
+        write_run(source / run["folder"], run["method"], {place: frame for place in run["scores"].values()})
+    write_comparison(source, runs)
+    (source / runs[0]["folder"] / "provenance.json").write_text('{"device": "where it ran", "commit": "abc"}')
+    return source, finish(source)
+
+
+def test_provenance_is_the_runs_own(rows, two_runs, tmp_path):
+    source, index = two_runs
+    rows.keep(source, index, tmp_path / "rows", {"device": "where it is kept"})
+    lora, abmll = listed(tmp_path / "rows")
+    assert lora["provenance"] == {"device": "where it ran", "commit": "abc"} and "kept_by" not in lora
+    assert abmll["kept_by"] == {"device": "where it is kept"} and "provenance" not in abmll
+
+
+def test_a_kept_run_stays_and_gets_its_new_scores(rows, two_runs, tmp_path):
+    source, index = two_runs
+    target, place = tmp_path / "rows", "runs/abmll/default/seed-0"
+    without = [{**run, "scores": {"plain": run["scores"]["plain"]}} for run in index["runs"]]
+    rows.keep(source, {**index, "runs": without}, target, {"device": "one"})
+    before = {path: path.read_bytes() for path in (target / place).rglob("*") if path.is_file()}
+    (source / place / "metrics.jsonl").write_text("{}")
+    (source / place / "scores/plain/scores.json").write_text("[1]")
+    (source / place / "provenance.json").write_text('{"device": "another"}')
+    rows.keep(source, index, target, {"device": "another"})
+    assert before == {path: path.read_bytes() for path in before}
+    kept = listed(target)[1]
+    assert kept["kept_by"] == {"device": "one"} and "provenance" not in kept
+    assert kept["scores"] == {"plain": "scores/plain", "samples-8": "scores/samples-8"}
+    assert (target / place / "scores/samples-8/predictions.parquet").is_file()
+
+
+def test_another_run_of_the_same_name_is_refused(rows, two_runs, tmp_path):
+    source, index = two_runs
+    rows.keep(source, index, tmp_path / "rows", {})
+    path = source / "runs/abmll/default/seed-0/final/summary.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["method"]["outer_lr"] = 0.5
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"runs/abmll\S* not the run kept in \S*rows/runs/abmll.*'outer_lr': 0\.5"):
+        rows.keep(source, index, tmp_path / "rows", {})
+
+
+def test_names_of_the_tasks_are_kept(rows, two_runs):
+    source, _ = two_runs
+    facts = json.loads((source / "runs/abmll/default/seed-0/final/summary.json").read_text())
+    facts["config"]["tasks"] |= {"test": ["art", "swag"], "train": ["piqa"], "lists": "/home/somebody/cls23.yaml"}
+    kept = rows.without_paths(facts)["config"]["tasks"]
+    assert (kept["test"], kept["train"], kept["lists"]) == (["art", "swag"], ["piqa"], "cls23.yaml")
+    assert "folder" not in kept

@@ -42,9 +42,15 @@ def write_run(
     scores: dict[str, pd.DataFrame],
     lines: Sequence[dict[str, Any]] = (),
     inner_steps: int = 5,
+    config: dict[str, Any] | None = None,
 ) -> None:
-    """A finished run: its summary, the lines of its steps, and a parquet file for every score folder."""
-    facts = {"config": {"method": {"name": method, "inner_steps": inner_steps}}, "parameters": PARAMETERS}
+    """A finished run: its summary, the lines of its steps, and a parquet file for every score folder.
+
+    `config`: sections of its configuration, `method` beside name and inner_steps.
+    """
+    config = {"method": {}, "eval": {"samples": 0, "prune": {"fraction": 0.0}}, **(config or {})}
+    config["method"] = {"name": method, "inner_steps": inner_steps, **config["method"]}
+    facts = {"config": config, "parameters": PARAMETERS, "scores": []}
     save_summary(folder / "final", {"a": torch.zeros(2, 8), "b": torch.zeros(8, 1)}, facts)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for place, frame in scores.items():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
+import pandas as pd
 import pytest
 from made_up import examples_of, listed_run, write_comparison, write_run
 
@@ -26,6 +28,42 @@ def test_analysis_of_a_comparison(full_folder, tmp_path):
     assert analyse(folder) == written
     assert before == {path: path.read_bytes() for path in before}
     assert not (folder / "tables" / "of_a_run_that_is_gone.csv").exists() and (folder / "tables" / "notes.txt").exists()
+
+
+def test_analysis_of_a_list_that_lies_elsewhere(full_folder, tmp_path):
+    """Its runs are found, and tables, plots and report lie beside it."""
+    into = tmp_path / "comparisons" / "other"
+    into.mkdir(parents=True)
+    listed = json.loads((full_folder / "comparison.json").read_text())
+    runs = [run for run in listed["runs"] if run["seed"] == 0 and run["method"] in ("lora", "abmll")]
+    (into / "comparison.json").write_text(json.dumps({**listed, "name": "other", "runs": runs}))
+    before = set(full_folder.iterdir())
+    written = analyse(full_folder, into)
+    assert all(path.is_file() and path.is_relative_to(into) for path in written)
+    assert (into / "report.md").read_text().startswith("# other\n") and set(full_folder.iterdir()) == before
+
+
+def test_analysis_of_a_half_finished_comparison(tmp_path):
+    """Of other tasks the baseline's score is not there yet, and the seeds that are there differ."""
+    of = {
+        ("lora", 0): {"plain": "task", "temperature": "other"},
+        ("lora", 1): {"plain": "task"},
+        ("abmll", 0): {"plain": "task", "other-1": "new", "temperature": "third"},
+        ("reptile", 2): {"plain": "task"},
+    }
+    runs = []
+    for (method, seed), scores in of.items():
+        runs.append(listed_run(method, seed, scores=[*scores, "other-1"] if method == "lora" else list(scores)))
+        frames = {
+            f"scores/{name}": examples_of([[0.8, 0.2], [0.6, 0.4]], [0, 1], method=method, task=task)
+            for name, task in scores.items()
+        }
+        write_run(tmp_path / runs[-1]["folder"], method, frames)
+    write_comparison(tmp_path, runs)
+    analyse(tmp_path)
+    found = pd.read_csv(tmp_path / "tables/against_each.csv")
+    assert set(zip(found["label"], found["rival"], strict=True)) == {("abmll", "lora")}
+    assert set(found["seeds"]) == set(found["tasks"]) == {1}
 
 
 @pytest.mark.parametrize("method", ["pretrained", "abmll"])

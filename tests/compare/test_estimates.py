@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import drawn, listed_run, write_comparison, write_run
 
+from abmll.compare.calibration import GAPS
 from abmll.compare.estimates import (
     MAIN,
     UNCERTAINTY,
@@ -17,10 +19,10 @@ from abmll.compare.estimates import (
     summary,
     sweeps,
 )
-from abmll.compare.results import condition
+from abmll.compare.results import condition, load_results
 from abmll.compare.statistics import estimate, holm, permutation_p
 
-METRICS = [metric.name for metric in (*MAIN, *UNCERTAINTY)] + ["accuracy_vocabulary", "ece_paper"]
+METRICS = [metric.name for metric in (*MAIN, *UNCERTAINTY)] + ["accuracy_vocabulary", "ece_paper", *GAPS]
 
 
 def rows(
@@ -33,6 +35,7 @@ def rows(
                 "task_set": "cls-23",
                 "model": "tiny",
                 "method": method or label,
+                "run_label": label,
                 "label": label if score == "plain" else f"{label}, {score}",
                 "score": score,
                 "condition": condition(score),
@@ -98,7 +101,7 @@ def test_difference_to_the_best_baseline():
 
 
 def test_like_is_compared_with_like():
-    """Pruned against the best pruned baseline, plain against all corrections; where no baseline was pruned, so too."""
+    """Pruned against the best pruned baseline, plain against all corrections; none where no baseline was."""
     low = [[0.1, 0.1]] * 4
     scores = pd.concat(
         [
@@ -110,11 +113,41 @@ def test_like_is_compared_with_like():
     )
     found = against_baseline(scores, ("lora",))
     accuracy = found[found["metric"] == "accuracy"].set_index("label")["baseline"].to_dict()
-    assert accuracy == {
-        "abmll": "lora, temperature",
-        "abmll, pruning-0.1": "lora, pruning-0.1",
-        "abmll, pruning-0.2": "lora, temperature",
+    assert accuracy == {"abmll": "lora, temperature", "abmll, pruning-0.1": "lora, pruning-0.1"}
+
+
+def test_ways_to_do_the_same_compete():
+    """Four labels each: the best baseline's way is the rival of all of ours, and each is held against our first."""
+    scores = pd.concat(
+        [
+            rows("lora", BASE, score="active-4-random"),
+            rows("lora", OURS, score="active-4-entropy"),
+            rows("abmll", BASE, score="active-4-random"),
+            rows("abmll", OURS, score="active-4-variance"),
+            rows("abmll", OURS),
+        ]
+    )
+    best = against_baseline(scores, ("lora",)).query("metric == 'accuracy'").set_index("label")["baseline"].to_dict()
+    assert best == {label: "lora, active-4-entropy" for label in ("abmll, active-4-random", "abmll, active-4-variance")}
+    each = against_each(scores, ("lora",)).query("metric == 'accuracy'").set_index(["label", "rival"])["difference"]
+    assert each.to_dict() == {
+        ("lora, active-4-entropy", "lora, active-4-random"): pytest.approx(0.125),
+        ("abmll, active-4-variance", "abmll, active-4-random"): pytest.approx(0.125),
     }
+
+
+def test_only_tasks_and_seeds_of_both_are_paired():
+    """Seed 1 of the baseline and task 0 of ours are not there: tasks 1 to 3 of seed 0 are left."""
+    theirs, ours = rows("lora", BASE), rows("abmll", OURS)
+    scores = pd.concat([theirs[theirs["seed"] == 0], ours[ours["task"] != "task-0"]])
+    for frame in (against_baseline(scores, ("lora",)), against_each(scores, ("lora",))):
+        row = frame[frame["metric"] == "accuracy"].iloc[0]
+        assert row["difference"] == pytest.approx(((0.6 - 0.5) + (0.5 - 0.3) + (0.8 - 0.6)) / 3)
+        assert (row["tasks"], row["seeds"], row["wins"]) == (3, 1, 3)
+    outcome = by_task(scores, ("lora",)).set_index(["label", "task"])["outcome"]
+    assert outcome["abmll"].to_dict() == {"task-1": 1, "task-2": 1, "task-3": 1}
+    apart = pd.concat([theirs[theirs["seed"] == 0], ours[ours["seed"] == 1]])
+    assert against_baseline(apart, ("lora",)).empty and against_each(apart, ("lora",)).empty
 
 
 def test_a_method_that_diverged_is_nobodys_best_and_has_no_mean():
@@ -160,6 +193,38 @@ def test_sweeps(full):
     assert pruning["lora"].index.tolist() == [0, 0.01, 0.1, 0.2, 0.3]
     assert pruning["lora", 0] == plain["lora", 5]
     assert found["samples"].set_index("line").loc["abmll", "value"].tolist() == [0, 8]
+
+
+def test_a_sweep_of_a_setting_has_a_line_a_method_and_score_and_the_default_at_its_own_value(tmp_path):
+    """c of the default runs is -20; reptile, which has the key and no other c, is no line."""
+    runs = [listed_run("reptile")]
+    runs += [listed_run("abmll", setting=name, scores=["plain", "samples-8"]) for name in ("default", "c--12", "c--6")]
+    for run in runs:
+        frame = drawn(run["method"], 0, 1.0, 5, tasks=2, n=8)
+        c = float(run["setting"].removeprefix("c-")) if run["setting"] != "default" else -20.0
+        own = {"adapters": {"log_variance_offset": c}, "method": {"beta": 1e-8}}
+        write_run(
+            tmp_path / run["folder"], run["method"], {place: frame for place in run["scores"].values()}, config=own
+        )
+    write_comparison(tmp_path, runs)
+    found = sweeps(load_results(tmp_path))
+    lines = found["c"].groupby("line")["value"].apply(list).to_dict()
+    assert lines == {"abmll": [-20, -12, -6], "abmll, samples-8": [-20, -12, -6]}
+    samples = found["samples"].groupby("line")["value"].apply(list).to_dict()
+    assert samples == {name: [0, 8] for name in ("abmll", "abmll, c--12", "abmll, c--6")}
+
+
+def test_the_plain_score_stands_at_its_own_number_of_steps(tmp_path):
+    """K = 5 where test_steps says nothing, and not where a point of the sweep is there already; other names: none."""
+    run = listed_run("lora", scores=["plain", "steps-1", "depth-2"])
+    for method, own in (("lora", {}), ("reptile", {"method": {"test_steps": 1}})):
+        frame = drawn(method, 0, 1.0, 5, tasks=2, n=8)
+        places = {place: frame for place in run["scores"].values()}
+        write_run(tmp_path / run["folder"].replace("lora", method), method, places, config=own)
+    write_comparison(tmp_path, [run, listed_run("reptile", scores=["plain", "steps-1"])])
+    found = sweeps(load_results(tmp_path))
+    assert found["steps"].groupby("line")["value"].apply(list).to_dict() == {"lora": [1, 5], "reptile": [1]}
+    assert found["depth"]["value"].tolist() == [2]
 
 
 def test_each_label_is_held_against_every_baseline_and_its_own_plain_score(full):

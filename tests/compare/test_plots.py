@@ -10,7 +10,6 @@ from abmll.compare.estimates import sweeps
 from abmll.compare.plots import (
     all_plots,
     learning_curves,
-    reliability_bins,
     risk_coverage,
     smoothed,
     styles_of,
@@ -38,16 +37,6 @@ def test_learning_curves_are_means_over_seeds_with_the_papers_window():
     # smoothed .3 .45 .6 .7 and .5 .45 .4 .4
     np.testing.assert_allclose(line.get_ydata(), [40, 45, 50, 55])
     assert learning_curves(pd.DataFrame(rows).assign(accuracy=math.nan), STYLES) is None
-
-
-def test_bins_of_reliability_by_hand():
-    share, confidence, accuracy = reliability_bins(
-        np.array([0.5, 0.52, 0.94, 1.0]), np.array([True, False, True, True])
-    )
-    assert share[7] == share[14] == 0.5 and share.sum() == 1  # .5 lies in [7/15, 8/15), 1 in the last
-    assert (confidence[7], accuracy[7]) == (pytest.approx(0.51), 0.5)
-    assert (confidence[14], accuracy[14]) == (pytest.approx(0.97), 1.0)
-    assert np.isnan(np.delete(accuracy, [7, 14])).all()
 
 
 def examples(confidence, correct, variance=None, task="task"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -50,6 +51,19 @@ def test_what_is_not_there_is_left_out_and_told(tmp_path):
         "runs/lora/default/seed-1: not finished",
     )
     assert found.runs["run_label"].tolist() == ["abmll"]
+
+
+def test_a_run_without_scores_is_not_finished(tmp_path):
+    """Training wrote a summary, and was stopped before it scored."""
+    for method in ("abmll", "lora"):
+        write_run(tmp_path / f"runs/{method}/default/seed-0", method, {"scores/plain": examples_of(TWO, [0, 1])})
+    path = tmp_path / "runs/lora/default/seed-0/final/summary.json"
+    facts = json.loads(path.read_text())
+    del facts["scores"]
+    path.write_text(json.dumps(facts))
+    write_comparison(tmp_path, [listed_run("abmll"), listed_run("lora")])
+    found = load_results(tmp_path)
+    assert found.skipped == ("runs/lora/default/seed-0: not finished",) and set(found.scores["method"]) == {"abmll"}
 
 
 def test_nothing_to_read_is_the_users_mistake(tmp_path):
@@ -112,6 +126,8 @@ def test_labels_name_settings_and_scores_that_do_not_go_without_saying(tmp_path)
         ("support-4", "support", 4, "support-4"),
         ("beta-1e-8", "beta", 1e-8, "beta-1e-8"),
         ("c--20", "c", -20, "c--20"),
+        ("active-4-random", "active-4-random", None, "active-4"),
+        ("pruning-0.1-temperature", "pruning-0.1-temperature", None, "pruning-0.1"),
         ("leave-one-out", "leave-one-out", None, "standard"),
     ],
 )
