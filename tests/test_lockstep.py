@@ -37,7 +37,7 @@ def tiny(build_tiny, request):
 def step(tiny):
     """A pass with its backward pass: terms, phi's gradients, theta's, and the mean's logits after them."""
     learner, (key, other, *_) = tiny.learner, tiny.keys
-    terms = learner._phi_gradient(tiny.batch, key)
+    terms = learner._phi_gradient(tiny.batch, key, 1e-4)
     gradients = {name: phi.grad.clone() for name, phi in tiny.adapters.phi.items()}
     theta, _ = learner.theta_gradient_kl(tiny.batch, other)
     with torch.inference_mode():
