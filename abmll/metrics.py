@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 from abmll.tasks.task import Batch
 
 CALIBRATION_BINS = 15
+HIGHER_IS_BETTER = ("accuracy", "accuracy_vocabulary", "macro_f1")  # of all other scores less is better
 # the smallest normal fp32 number: a probability that underflowed to 0 costs 87.3 nats instead of infinitely many
 SMALLEST = torch.finfo(torch.float32).tiny
 

@@ -23,6 +23,7 @@ from abmll.lockstep import in_step
 from abmll.memory import Plan, plan_run
 from abmll.memory.capacity import device_capacity
 from abmll.methods import METHODS, Pretrained
+from abmll.metrics import HIGHER_IS_BETTER
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
@@ -98,9 +99,8 @@ class Session:
         self.progress.write({"step": position.step, **record})
         events = {f"validation/{k}_steps/{name}": v for k in found.steps for name, v in found.overall[k].items()}
         self.engine.write_events(events, position.step)
-        lower_is_better = select_by in ("nll", "ece")
         best = position.best
-        better = best is None or (value < best["value"] if lower_is_better else value > best["value"])
+        better = best is None or (value > best["value"] if select_by in HIGHER_IS_BETTER else value < best["value"])
         better = better and not math.isnan(value)  # an adaptation that diverged is nobody's best
         self.progress.say(
             f"validation after step {position.step}: {select_by} {value:.4f}" + (" (best so far)" if better else "")

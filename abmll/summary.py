@@ -12,6 +12,7 @@ from torch import Tensor
 from abmll.files import damage, new_partial, publish
 
 THETA, FACTS = "theta.safetensors", "summary.json"
+FINAL = "final"  # the summary of a run's end, in its folder
 
 
 def save_summary(folder: Path, theta: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -20,6 +21,15 @@ def save_summary(folder: Path, theta: dict[str, Tensor], facts: dict[str, Any]) 
     save_file({name: value.detach().cpu().contiguous() for name, value in theta.items()}, partial / THETA)
     (partial / FACTS).write_text(json.dumps(facts, indent=1))
     publish(partial, folder)
+
+
+def finished_facts(run: Path) -> dict[str, Any] | None:
+    """The facts of a run that ended with its scores; None of another: trained at most, or not even that."""
+    try:
+        facts = json.loads((run / FINAL / FACTS).read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if "scores" in facts else None
 
 
 def load_summary(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

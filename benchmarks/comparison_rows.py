@@ -1,6 +1,6 @@
 """Keep a comparison's rows: what its tables and plots are made of, without weights, logs and paths of the machine.
 
-    python benchmarks/comparison_rows.py runs/compare/cls23-smollm2
+    python benchmarks/comparison_rows.py runs/compare/cls23-smollm2/comparisons/cls23-smollm2
 
 writes benchmarks/results/compare/NAME, an ordinary comparison's folder of finished runs (their steps, summaries, scores
 and predictions), from which `analyse` makes the tables and plots again, and which another session's runs can join.
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from abmll.compare.analysis import analyse
-from abmll.compare.command import INDEX
-from abmll.provenance import provenance
+from abmll.compare.results import INDEX
+from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import PREDICTIONS, SCORES
+from abmll.summary import FACTS, FINAL, finished_facts
 
-PROVENANCE = "provenance.json"
 RESULTS = Path(__file__).resolve().parent / "results" / "compare"
 # what the analysis reads of a run's configuration, and a reader needs to make the run again
 SECTIONS = ("seed", "adapters", "method", "eval")
@@ -29,13 +29,12 @@ OF_TRAINER = ("episodes", "epochs", "tasks_per_step", "parallel_episodes")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, help="folder of a comparison")
-    parser.add_argument("--runs", type=Path, help="folder of its runs, where it is another")
+    parser.add_argument("comparison", type=Path, help="OUTPUT/comparisons/NAME, where compare.py wrote its report")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     index = json.loads((arguments.comparison / INDEX).read_text())
     folder = arguments.results / index["name"]
-    for written in keep(arguments.runs or arguments.comparison, index, folder, provenance()):
+    for written in keep(arguments.comparison.resolve().parents[1], index, folder, provenance()):
         print(written)
 
 
@@ -51,8 +50,8 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
     runs = {run["folder"]: run for run in json.loads(there.read_text())["runs"]} if there.is_file() else {}
     for run in index["runs"]:
         source, target = comparison / run["folder"], folder / run["folder"]
-        summary = source / "final/summary.json"
-        if not summary.is_file() or "scores" not in (facts := json.loads(summary.read_text())):
+        facts = finished_facts(source)
+        if facts is None:
             continue
         facts = without_paths(facts)
         if run["folder"] in runs:
@@ -72,10 +71,10 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
 
 
 def keep_run(source: Path, facts: dict[str, Any], target: Path) -> None:
-    (target / "final").mkdir(parents=True, exist_ok=True)
+    (target / FINAL).mkdir(parents=True, exist_ok=True)
     if (source / "metrics.jsonl").is_file():  # not of a run that trains nothing
         shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
-    (target / "final/summary.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (target / FINAL / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def keep_scores(source: Path, target: Path) -> None:
@@ -92,7 +91,7 @@ def made_by(source: Path, made: dict[str, Any]) -> dict[str, Any]:
 
 def check_same(source: Path, config: dict[str, Any], target: Path) -> None:
     """ValueError where the run kept in `target` has another configuration, as far as it is kept."""
-    kept = json.loads((target / "final/summary.json").read_text())["config"]
+    kept = json.loads((target / FINAL / FACTS).read_text())["config"]
     now = json.loads(json.dumps(config))
     different = [
         f"{section}: {kept.get(section)} kept, {now.get(section)} now"

@@ -37,3 +37,9 @@ class Groups:
     @property
     def total(self) -> int:
         return sum(self.sizes)
+
+
+def rows_of_groups(x: Tensor, factor: Tensor, groups: Groups | None) -> tuple[Tensor, Sequence[int]]:
+    """x as [T, K], and the rows of each of the groups that the factor ([r, K], or [G, r, K]) has."""
+    rows, number = x.reshape(-1, x.shape[-1]), factor.shape[0] if factor.dim() == 3 else 1
+    return rows, groups.sizes if groups is not None else (len(rows) // number,) * number

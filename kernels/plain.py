@@ -39,7 +39,7 @@ from abmll.kernels.reference import (
 BAND_BYTES = 4 * torch.float32.itemsize
 
 
-def _recomputed(function: Callable, x: Tensor, *arguments):
+def recomputed(function: Callable, x: Tensor, *arguments):
     """function(x, *arguments), made again in the backward pass, which keeps the tensors among the arguments alone.
 
     Not on a CPU, which is here where theta asks for a gradient, or under torch.compile. Nothing in it draws from a
@@ -54,7 +54,7 @@ def _recomputed(function: Callable, x: Tensor, *arguments):
 def mean_projection(x: Tensor, y0: Tensor, mean: LowRank, scaling: float, sizes: Sequence[int]) -> Tensor:
     """y0 + s B A x in x's dtype: `reference.mean_linear`, bit for bit."""
     own = [mean] if mean.a.dim() == 2 else [LowRank(*pair) for pair in zip(*(_each(f) for f in mean), strict=True)]
-    changes = [_mean_change(part, pair, scaling) for part, pair in zip(_split(x, sizes), own, strict=True)]
+    changes = [_mean_change(part, pair, scaling) for part, pair in zip(split(x, sizes), own, strict=True)]
     return add_change(y0, changes[0] if len(changes) == 1 else torch.cat(changes))
 
 
@@ -66,7 +66,7 @@ def _each(factor: Tensor) -> Sequence[Tensor]:
 def _mean_change(x: Tensor, mean: LowRank, scaling: float) -> Tensor:
     if x.dtype == compute_dtype(x):  # x is kept as it is
         return low_rank_product(x, mean, scaling)
-    return _recomputed(_wide_mean_change, x, *mean, scaling)
+    return recomputed(_wide_mean_change, x, *mean, scaling)
 
 
 def _wide_mean_change(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -92,7 +92,7 @@ def activation_projection(
     """
     on_cpu, found = _in_closed_form(x, theta), []
     masks = [None] * len(sizes) if mask is None else mask.split(sizes)
-    of_groups = zip(_split(x, sizes), _split(y0, sizes), phi.of_groups(), masks, strict=True)
+    of_groups = zip(split(x, sizes), split(y0, sizes), phi.of_groups(), masks, strict=True)
     for group, (own_x, own_y0, own, counted) in enumerate(of_groups):
         if on_cpu:
             noise = standard_normal(len(own_x), own.mean.b.shape[0], key, layer, group, x.device)
@@ -114,8 +114,8 @@ def _in_bands(
     sizes = _token_bands(x, phi.mean.b.shape[0]) if on_gpu(x) else [len(x)]
     masks = [None] * len(sizes) if mask is None else mask.split(sizes)
     found, first_row = [], 0
-    for part, base, counted in zip(_split(x, sizes), _split(y0, sizes), masks, strict=True):
-        change, *terms = _recomputed(_activation_change, part, counted, (*names, first_row), *_flat(phi), *_flat(theta))
+    for part, base, counted in zip(split(x, sizes), split(y0, sizes), masks, strict=True):
+        change, *terms = recomputed(_activation_change, part, counted, (*names, first_row), *flat(phi), *flat(theta))
         found.append(Projection(add_change(base, change), *terms))
         first_row += len(part)
     return _together(found, dim=0)
@@ -125,7 +125,7 @@ def _in_closed_form(x: Tensor, theta: GaussianFactors | None) -> bool:
     """On a CPU, unless theta is to get a gradient or torch.compile, which fuses the contract itself, is looking."""
     if on_gpu(x) or torch.compiler.is_compiling():
         return False
-    return theta is None or not (torch.is_grad_enabled() and any(factor.requires_grad for factor in _flat(theta)))
+    return theta is None or not (torch.is_grad_enabled() and any(factor.requires_grad for factor in flat(theta)))
 
 
 def _side_by_side(groups: list[Projection], phi: GaussianFactors) -> Projection:
@@ -149,7 +149,7 @@ def _token_bands(x: Tensor, outputs: int) -> list[int]:
     return [band.stop - band.start for band in bands(len(x), outputs, BAND_BYTES)] or [0]
 
 
-def _split(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+def split(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     """Stretches of rows. Split and not sliced: a slice's derivative would be a tensor of the whole size for each."""
     return (tensor,) if len(sizes) == 1 else tensor.split(list(sizes))
 
@@ -157,7 +157,7 @@ def _split(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 def _activation_change(
     x: Tensor, mask: Tensor | None, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int, int], *factors: Tensor
 ) -> Sample:
-    (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
+    (settings, key, layer, group, first_row), (phi, theta) = names, paired(factors)
     noise = standard_normal(len(x), phi.mean.b.shape[0], key, layer, group, x.device, first_row)
     return reference.activation_sample(x, phi, theta, settings, noise, mask)
 
@@ -178,9 +178,7 @@ def weight_projection(
     `closed_form`.
     """
     on_cpu, found = _in_closed_form(x, theta), []
-    for group, (own_x, own_y0, own) in enumerate(
-        zip(_split(x, sizes), _split(y0, sizes), phi.of_groups(), strict=True)
-    ):
+    for group, (own_x, own_y0, own) in enumerate(zip(split(x, sizes), split(y0, sizes), phi.of_groups(), strict=True)):
         of_bands = []
         for band, rows, other in _row_bands(own, theta):
             size = len(rows.mean.b)
@@ -190,7 +188,7 @@ def weight_projection(
                 of_bands.append(closed_form.weight_projection(own_x, base, rows, other, settings, noise))
             else:
                 names = (settings, key, layer, group, band.start)
-                of_bands.append(Projection(*_recomputed(_weight_change, own_x, names, *_flat(rows), *_flat(other))))
+                of_bands.append(Projection(*recomputed(_weight_change, own_x, names, *flat(rows), *flat(other))))
         projection = _together(of_bands, dim=-1)
         found.append(projection if on_cpu else projection._replace(y=add_change(own_y0, projection.y)))
     return _side_by_side(found, phi)
@@ -199,7 +197,7 @@ def weight_projection(
 def _weight_change(
     x: Tensor, names: tuple[PosteriorSettings, NoiseKey | Tensor, int, int, int], *factors: Tensor
 ) -> Sample:
-    (settings, key, layer, group, first_row), (phi, theta) = names, _paired(factors)
+    (settings, key, layer, group, first_row), (phi, theta) = names, paired(factors)
     noise = standard_normal(phi.mean.b.shape[0], x.shape[-1], key, layer, group, x.device, first_row)
     return reference.weight_sample(x, phi, theta, settings, noise)
 
@@ -217,12 +215,12 @@ def activation_theta_gradient(
     """`reference.activation_theta_gradient` of each group, a band of tokens at a time."""
     masks = [None] * len(sizes) if mask is None else mask.split(sizes)
     of_groups = []
-    for own_x, own, own_mask in zip(_split(x, sizes), phi.of_groups(), masks, strict=True):
+    for own_x, own, own_mask in zip(split(x, sizes), phi.of_groups(), masks, strict=True):
         bands = _token_bands(own_x, theta.mean.b.shape[0])
         counted = [None] * len(bands) if own_mask is None else own_mask.split(bands)
         found = [
             reference.activation_theta_gradient(part, own, theta, settings, of_part, kl_weight, prior_weight)
-            for part, of_part in zip(_split(own_x, bands), counted, strict=True)
+            for part, of_part in zip(split(own_x, bands), counted, strict=True)
         ]
         of_groups.append(_joined(found))
     return _stacked(of_groups, phi)
@@ -265,7 +263,7 @@ def _stacked(groups: list[ThetaGradient], phi: GaussianFactors) -> ThetaGradient
     """Each group's gradients and sums, [G, ...]."""
     if not phi.grouped():
         return groups[0]
-    factors = [torch.stack(own) for own in zip(*(_flat(group.gradient) for group in groups), strict=True)]
+    factors = [torch.stack(own) for own in zip(*(flat(group.gradient) for group in groups), strict=True)]
     sums = (torch.stack([group[term] for group in groups]) for term in (1, 2))
     return ThetaGradient(GaussianFactors.of_list(factors), *sums)
 
@@ -282,10 +280,10 @@ def _row_bands(
             yield band, phi.of_rows(band), None if theta is None else theta.of_rows(band)
 
 
-def _flat(factors: GaussianFactors | None) -> list[Tensor]:
+def flat(factors: GaussianFactors | None) -> list[Tensor]:
     return [] if factors is None else [factor for pair in factors for factor in pair]
 
 
-def _paired(factors: tuple[Tensor, ...]) -> tuple[GaussianFactors, GaussianFactors | None]:
-    """What `_flat` made of phi's factors, then theta's."""
+def paired(factors: tuple[Tensor, ...]) -> tuple[GaussianFactors, GaussianFactors | None]:
+    """What `flat` made of phi's factors, then theta's."""
     return GaussianFactors.of_list(factors[:4]), GaussianFactors.of_list(factors[4:]) if factors[4:] else None

@@ -12,7 +12,7 @@ from abmll.kernels import plain
 from abmll.kernels.autocast import autocast_inputs, without_autocast
 from abmll.kernels.backends import Backend, Posterior, choose
 from abmll.kernels.checks import Terms, check_groups, check_projection, check_theta_gradient, factors_of
-from abmll.kernels.groups import Groups
+from abmll.kernels.groups import Groups, rows_of_groups
 from abmll.kernels.noise import NoiseKey
 from abmll.kernels.reference import (
     FrozenLinear,
@@ -82,7 +82,7 @@ def mean_linear(
     check_groups(groups, x, mean)
     with without_autocast(x.device.type):
         y0 = base if isinstance(base, Tensor) else linear(x, *base)
-        rows, sizes = _rows(x, mean.a, groups)
+        rows, sizes = rows_of_groups(x, mean.a, groups)
         return plain.mean_projection(rows, y0.reshape(-1, y0.shape[-1]), mean, scaling, sizes).view(y0.shape)
 
 
@@ -120,7 +120,7 @@ def theta_gradient(
             return _fused_theta(posterior, x, factors, settings, weights, token_mask, projection, groups)
         if posterior == "weight":
             return plain.weight_theta_gradient(phi, theta, settings, kl_weight, prior_weight)
-        x, sizes = _rows(x, factor, groups)
+        x, sizes = rows_of_groups(x, factor, groups)
         mask = None if token_mask is None else token_mask.reshape(-1)
         return plain.activation_theta_gradient(x, phi, theta, settings, mask, kl_weight, prior_weight, sizes)
 
@@ -138,7 +138,7 @@ def _plain(
     terms: Terms,
     groups: Groups | None,
 ) -> Projection:
-    rows, sizes = _rows(x, phi.mean.a, groups)
+    rows, sizes = rows_of_groups(x, phi.mean.a, groups)
     compared = theta if terms == "divergence" else None
     arguments = (rows, y0.reshape(-1, y0.shape[-1]), phi, compared, settings, key, layer)
     if posterior == "activation":
@@ -207,9 +207,3 @@ def _fused_theta(
 def _check_frozen(weight: Tensor | None, bias: Tensor | None) -> None:
     if (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
         raise ValueError("weight, bias: require a gradient: the base layer is frozen here; call requires_grad_(False)")
-
-
-def _rows(x: Tensor, factor: Tensor, groups: Groups | None) -> tuple[Tensor, Sequence[int]]:
-    """x as [T, K], and the rows of each of the groups that the factor has."""
-    rows, number = x.reshape(-1, x.shape[-1]), factor.shape[0] if factor.dim() == 3 else 1
-    return rows, groups.sizes if groups is not None else (len(rows) // number,) * number

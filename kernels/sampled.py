@@ -10,13 +10,15 @@ all that is dense are made once more in the backward pass.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from abmll.kernels.backends import Posterior
-from abmll.kernels.groups import Groups
+from abmll.kernels.groups import Groups, rows_of_groups
 from abmll.kernels.noise import NoiseKey, standard_normal
-from abmll.kernels.plain import _flat, _paired, _recomputed
+from abmll.kernels.plain import flat, paired, recomputed, split
 from abmll.kernels.reference import (
     GaussianFactors,
     PosteriorSettings,
@@ -42,16 +44,13 @@ def sampling_error(
     Arguments as in `posterior_projection`; theta's factors may have a group dimension too. Differentiable in x and all
     factors.
     """
-    of_groups = phi.of_groups()
-    rows = x.reshape(-1, x.shape[-1])
-    sizes = groups.sizes if groups is not None else (len(rows) // len(of_groups),) * len(of_groups)
-    masks = [None] * len(sizes) if token_mask is None else token_mask.reshape(-1).split(list(sizes))
-    thetas = theta.of_groups() if theta.grouped() else [theta] * len(of_groups)
+    rows, sizes = rows_of_groups(x, phi.mean.a, groups)
+    masks = [None] * len(sizes) if token_mask is None else split(token_mask.reshape(-1), sizes)
+    thetas = theta.of_groups() if theta.grouped() else [theta] * len(sizes)
+    parts = zip(split(rows, sizes), masks, phi.of_groups(), thetas, strict=True)
     found = [
-        _recomputed(_error, own_x, mask, (posterior, settings, key, layer, group), *_flat(own), *_flat(other))
-        for group, (own_x, mask, own, other) in enumerate(
-            zip(rows.split(list(sizes)), masks, of_groups, thetas, strict=True)
-        )
+        recomputed(_error, own_x, mask, (posterior, settings, key, layer, group), *flat(own), *flat(other))
+        for group, (own_x, mask, own, other) in enumerate(parts)
     ]
     return torch.stack(found) if phi.grouped() else found[0]
 
@@ -61,31 +60,27 @@ def sampling_error_by_theta(
     x: Tensor,
     phi: GaussianFactors,
     theta: GaussianFactors,
-    settings: PosteriorSettings,
-    key: NoiseKey | Tensor,
-    layer: int,
-    token_mask: Tensor | None = None,
-    groups: Groups | None = None,
+    *named: Any,
+    **more: Any,
 ) -> tuple[Tensor, GaussianFactors]:
-    """`sampling_error`, and its derivative by theta alone, each group's own where phi has groups."""
+    """`sampling_error` of the same arguments, and its derivative by theta alone, each group's own."""
     number = len(phi.mean.a) if phi.grouped() else None
     with torch.enable_grad():
         leaves = [
             (factor.detach() if number is None else factor.detach().expand(number, *factor.shape)).clone()
-            for factor in _flat(theta)
+            for factor in flat(theta)
         ]
         for leaf in leaves:
             leaf.requires_grad_()
-        fixed = GaussianFactors.of_list([factor.detach() for factor in _flat(phi)])
-        named = (settings, key, layer, token_mask, groups)
-        error = sampling_error(posterior, x.detach(), fixed, GaussianFactors.of_list(leaves), *named)
+        fixed = GaussianFactors.of_list([factor.detach() for factor in flat(phi)])
+        error = sampling_error(posterior, x.detach(), fixed, GaussianFactors.of_list(leaves), *named, **more)
         gradients = torch.autograd.grad(error.sum(), leaves)
     return error.detach(), GaussianFactors.of_list(list(gradients))
 
 
 def _error(x: Tensor, mask: Tensor | None, names: tuple, *factors: Tensor) -> Tensor:
     """One group's."""
-    (posterior, settings, key, layer, group), (phi, theta) = names, _paired(factors)
+    (posterior, settings, key, layer, group), (phi, theta) = names, paired(factors)
     outputs, dtype = phi.mean.b.shape[0], compute_dtype(x)
     if posterior == "activation":
         noise = standard_normal(len(x), outputs, key, layer, group, x.device)

@@ -21,7 +21,7 @@ from abmll.config.schema import MethodConfig
 from abmll.methods import METHODS
 from abmll.metrics import score
 from abmll.score_files import PREDICTIONS, as_predictions
-from abmll.summary import FACTS
+from abmll.summary import finished_facts
 from abmll.uncertainty import uncertainty
 
 INDEX = "comparison.json"
@@ -66,7 +66,7 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
     runs, predictions, costs, curves, configs, skipped = {}, [], [], [], {}, []
     for number, run in enumerate(listed["runs"]):
         place = folder / run["folder"]
-        facts = _finished(place / "final" / FACTS)
+        facts = finished_facts(place)
         if facts is None:
             skipped.append(f"{run['folder']}: not finished")
             continue
@@ -114,15 +114,6 @@ def condition(score_name: str) -> str:
     """
     found = re.fullmatch(f"((.+?)-{NUMBER})(?:-.+)?", score_name)
     return STANDARD if found is None or found[2] == "samples" else found[1]
-
-
-def _finished(path: Path) -> dict[str, Any] | None:
-    """A run's facts; None where it was stopped: without scores it was trained at most."""
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return facts if "scores" in facts else None
 
 
 def _extended(label: pd.Series, name: pd.Series, unnamed: str) -> pd.Series:

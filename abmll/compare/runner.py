@@ -30,6 +30,7 @@ from abmll.config.yaml_text import dump
 from abmll.files import write_whole
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import SCORES, scored_under
+from abmll.summary import finished_facts
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,7 @@ class Runner:
 
     def trained(self, job: Job) -> bool:
         """Whether the run ended with its own scores."""
-        try:
-            facts = json.loads((self.folder / job.folder / "final/summary.json").read_text())
-        except (OSError, ValueError):
-            return False
-        return "scores" in facts
+        return finished_facts(self.folder / job.folder) is not None
 
     def _run(self, job: Job) -> Outcome:
         if self.finished(job):

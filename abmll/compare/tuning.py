@@ -16,9 +16,8 @@ from abmll.compare.grid import Cell, Comparison, Job, Overrides, cells, grid_of,
 from abmll.compare.runner import Outcome, Runner
 from abmll.config import Refused
 from abmll.files import write_whole
+from abmll.metrics import HIGHER_IS_BETTER
 from abmll.score_files import SCORES
-
-HIGHER_IS_BETTER = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
