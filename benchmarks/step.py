@@ -136,12 +136,12 @@ def _peft_step(model: PreTrainedModel, batch: Batch, adapters: AdapterConfig) ->
 
 def _learner_step(name: str, model: PreTrainedModel, batch: Batch, adapters: AdapterConfig) -> Step:
     """`Learner.phi_step`, with other noise each time: of a posterior, or of the mean alone (plain LoRA)."""
-    gaussian, method = name in POSTERIORS, MethodConfig()
-    if gaussian:
+    kind, method = "gaussian" if name in POSTERIORS else "mean", MethodConfig()
+    if kind == "gaussian":
         adapters = adapters.model_copy(update={"posterior": name})
-    learner = Learner(model, inject_adapters(model, adapters, method, gaussian, SEED), method, 1, len(batch.target))
+    learner = Learner(model, inject_adapters(model, adapters, method, kind, SEED), method, 1, len(batch.target))
     optimizer, taken = learner.optimizer(method.inner_lr), iter(range(2**32))
-    return lambda: learner.phi_step(batch, NoiseKey(SEED, next(taken)) if gaussian else None, optimizer)
+    return lambda: learner.phi_step(batch, NoiseKey(SEED, next(taken)) if kind == "gaussian" else None, optimizer)
 
 
 def _timed(steps: dict[str, Step], arguments: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:

@@ -108,7 +108,7 @@ def inject_adapters(
 ) -> AdapterSet:
     """Replace every linear layer named in `adapters.modules`; freeze all that is not an adapter.
 
-    Raises ValueError where a module name matches no linear layer, naming those that there are, and where
+    `kind`: which layers take their places. Raises ValueError where a module name matches no linear layer, naming those that there are, and where
     `adapters.backend` cannot run on the model's device.
     """
     model.requires_grad_(False)
@@ -132,8 +132,10 @@ def inject_adapters(
         elif kind == "blob":
             stds = (method.blob_prior_std, method.blob_initial_std)
             layer = BlobLinear(base, adapters.rank, settings.scaling, *stds, context, index)
-        else:
+        elif kind == "mean":
             layer = LoRALinear(base, adapters.rank, settings.scaling, context)
+        else:
+            raise ValueError(f"kind: {kind!r}: no such layers; take mean, gaussian or blob")
         model.set_submodule(name, layer)
         layers[name] = layer
     adapter_set = AdapterSet(layers, context)

@@ -107,7 +107,7 @@ def make_learner(work: Work, posterior: str, backend: str = "auto") -> Learner:
     config = work.config
     adapters = config.adapters.model_copy(update={"posterior": posterior, "backend": backend})
     model = work.own_model()
-    adapter_set = inject_adapters(model, adapters, config.method, True, config.seed)
+    adapter_set = inject_adapters(model, adapters, config.method, "gaussian", config.seed)
     return Learner(model, adapter_set, config.method, len(work.episodes), config.tasks.batch_size)
 
 

@@ -51,6 +51,11 @@ def test_parameters_have_the_documented_names_shapes_and_flags(kind, kinds, make
     assert {id(p) for p in adapters.mean_phi} == {id(p) for key, p in adapters.phi.items() if ".mean." in key}
 
 
+def test_an_unknown_kind_of_layers_is_refused(make_model, inject):
+    with pytest.raises(ValueError, match="kind: True: no such layers"):
+        inject(make_model(), True)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [("q_porj", r"did you mean q_proj\?"), ("zzz", "no linear layer .*; known: .*down_proj")],
