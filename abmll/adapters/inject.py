@@ -108,8 +108,8 @@ def inject_adapters(
 ) -> AdapterSet:
     """Replace every linear layer named in `adapters.modules`; freeze all that is not an adapter.
 
-    `kind`: which layers take their places. Raises ValueError where a module name matches no linear layer, naming those that there are, and where
-    `adapters.backend` cannot run on the model's device.
+    `kind`: which layers take their places. Raises ValueError where a module name matches no linear layer, naming those
+    that there are, and where `adapters.backend` cannot run on the model's device.
     """
     model.requires_grad_(False)
     context = AdapterContext()

@@ -145,7 +145,8 @@ def test_an_interrupt_stops_what_runs(bench):
     """The command as a user stops it: its children are gone, and a second call makes what is missing."""
     bench.slow.touch()
     code = (
-        "import sys; from pathlib import Path; from abmll.compare.grid import jobs, load_comparison;"
+        "import signal, sys; from pathlib import Path; from abmll.compare.grid import jobs, load_comparison;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore it
         "from abmll.compare.runner import Runner; folder = Path(sys.argv[1]);"
         "Runner(sys.argv[2], folder / 'out', folder, 2).run(jobs(load_comparison(folder / 'comparison.yaml'), {}, ()))"
     )
