@@ -6,9 +6,7 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from abmll.compare.statistics import CONFIDENCE, RESAMPLES, Estimate
 from abmll.metrics import CALIBRATION_BINS
 
 GAPS = [f"gap{number}" for number in range(CALIBRATION_BINS)]
@@ -33,29 +31,13 @@ def gaps(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     return dict(zip(GAPS, np.nan_to_num(len(confidence) * share * (mean - accuracy)), strict=True))
 
 
-def pooled_ece(own: pd.DataFrame) -> Estimate:
-    """ECE of one label's examples of all tasks as one set, the mean over seeds; its 95 % BCa interval over tasks.
+def pooled_ece(own: pd.DataFrame) -> float:
+    """ECE of one label's examples of all tasks as one set, the mean over seeds; NaN where a task diverged.
 
-    `own`: a row a task and seed, with n and the columns GAPS. Tasks are resampled with all of their seeds, and the ECE
-    is computed again: noise of its own makes a resample's ECE larger, a bias that BCa takes away, so that the interval
-    reaches further down than up. NaN where a task diverged; NaN bounds of a single task.
+    `own`: a row a task and seed, with n and the columns GAPS. It has no interval: noise of its own makes a resample's
+    ECE larger, by so much that a bootstrap's interval need not hold the value itself.
     """
-    columns = [*GAPS, "n"]
-    table = own.set_index(["task", "seed"])[columns].unstack(fill_value=0).to_numpy(dtype=float)
-    table = table.reshape(len(table), len(columns), -1)  # task, bins and n, seed
-
-    def ece(tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-        total = table[tasks].sum(axis=axis - 2)
-        return (np.abs(total[..., :-1, :]).sum(axis=-2) / total[..., -1, :]).mean(axis=-1)
-
-    tasks = np.arange(len(table))
-    value = float(ece(tasks))
-    if math.isnan(value) or len(table) == 1:
-        return Estimate(value, math.nan, math.nan)
-    if not np.ptp(table, axis=0).any():
-        return Estimate(value, value, value)
-    generator = np.random.default_rng(0)  # the same tables from the same scores
-    found = stats.bootstrap(
-        (tasks,), ece, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, batch=1000, vectorized=True, rng=generator
-    ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high))
+    if own[GAPS].isna().any(axis=None):
+        return math.nan
+    totals = own.groupby("seed")[[*GAPS, "n"]].sum()
+    return float((totals[GAPS].abs().sum(axis=1) / totals["n"]).mean())

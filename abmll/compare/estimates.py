@@ -77,7 +77,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                     "seeds": own["seed"].nunique(),
                     "tasks": own["task"].nunique(),
                     **estimates(own, (*MAIN, *UNCERTAINTY, *PAPERS), with_seeds=True),
-                    **named(POOLED_ECE.name, pooled_ece(own)),
+                    POOLED_ECE.name: pooled_ece(own),
                     "constant": float((by_task == 1).mean()),
                     "beatable_tasks": len(wanted),
                     **estimates(own[own["task"].isin(wanted)], (ACCURACY,), prefix="beatable_"),

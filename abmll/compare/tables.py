@@ -146,8 +146,8 @@ _SUMMARY = (
     f"Means over a task's examples, then over seeds, then over tasks. {INTERVALS} SD: of the accuracy, over seeds. "
     "Constant: tasks with one and the same prediction for all examples, in every seed. Beatable: tasks on which some "
     "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
-    "bins by task, and pooled: of all tasks' examples as one set, the mean over seeds, computed again for every "
-    "resample of tasks. NLL among the options."
+    "bins by task, and pooled: of all tasks' examples as one set, the mean over seeds (without an interval, "
+    "which a resample's own noise would bias). NLL among the options. Rows of other seeds had other support sets."
 )
 
 
@@ -157,7 +157,8 @@ def _summary(part: pd.DataFrame) -> list[dict[str, str]]:
         {
             "method": row["label"],
             "steps": str(row["steps"]),
-            **{metric.heading: interval(row, metric) for metric in (*MAIN, POOLED_ECE)},
+            **{metric.heading: interval(row, metric) for metric in MAIN},
+            POOLED_ECE.heading: number(row[POOLED_ECE.name], POOLED_ECE),
             "constant %": f"{100 * row['constant']:.0f}",
             f"accuracy % on the {count} beatable": interval(row, ACCURACY, "beatable_accuracy") if count else "",
             "SD %": number(row["accuracy_seed_sd"], ACCURACY),
