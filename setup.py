@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "compare", "config", "evaluation", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "deploy", "evaluation", "memory", "methods", "models", "tasks")
 
 setup(
     name="abmll",

@@ -97,18 +97,25 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
     """
     loaded = read_tasks(config, config_path, scoring)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
+    tasks = prompt_tasks(loaded, prompter_of(config, tokenizer), config)
+    learner, method = adapt_model(model, config, None if scoring else len(tasks.train))
+    return Parts(model, tokenizer, learner, method, tasks)
+
+
+def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | None) -> tuple[Learner, Method]:
+    """The loaded model with adapters in it, theta at its start. `num_train_tasks`: see `Learner`. ValueError as
+    `build`.
+    """
     if config.trainer.parallel_episodes > 1 and not is_packed(model):
         raise ValueError(
             f"trainer.parallel_episodes: {config.trainer.parallel_episodes}: prompts are padded for a model of type "
             f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
             "padding depends on what is beside it; set it to 1, or model.attention=auto"
         )
-    tasks = prompt_tasks(loaded, prompter_of(config, tokenizer), config)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
     check_adapted(adapters.layers)
-    learner = Learner(model, adapters, config.method, None if scoring else len(tasks.train), config.tasks.batch_size)
-    return Parts(model, tokenizer, learner, method, tasks)
+    return Learner(model, adapters, config.method, num_train_tasks, config.tasks.batch_size), method
 
 
 def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -> Parts:

@@ -35,7 +35,7 @@ def new_partial(final: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Seal a finished folder and give it its name; a folder that had the name is removed."""
     files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
-    entries = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
+    entries = {name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for name, path in files.items()}
     (partial / MANIFEST).write_text(json.dumps(entries, indent=1))
     for path in (*files.values(), partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
         _sync(path)
@@ -69,7 +69,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or file_digest(path) != digest:
             return f"{name} is damaged"
     return None
 
@@ -83,7 +83,8 @@ def _set_aside(folder: Path) -> Path:
     return aside
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

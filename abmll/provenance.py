@@ -17,13 +17,18 @@ CPU_FACTS, DRIVER_FACTS = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/versi
 
 def provenance() -> dict[str, object]:
     """Facts that every committed row carries."""
-    versions = {}
+    return {"device": _device(), "python": platform.python_version(), "versions": versions(), **commit()}
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that results depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
-    return {"device": _device(), "python": platform.python_version(), "versions": versions, **commit()}
+            found[package] = None
+    return found
 
 
 def commit() -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""Score a finished run again: deepspeed launch/evaluate.py --run runs/quickstart [eval.samples=8 ...]"""
+"""Score a finished run again: deepspeed launch/evaluate.py --run runs/quickstart [eval.samples=8 ...]
+
+Or an adapter on a labelled file: python launch/evaluate.py --adapter DIR --data test.jsonl [--diagram reliability.svg]
+"""
 
 import argparse
 import sys
@@ -6,23 +9,62 @@ import sys
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="output folder of a finished run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", help="output folder of a finished run")
+    what.add_argument("--adapter", help="folder that launch/adapt.py wrote")
     parser.add_argument("--output", help="JSON file for the scores")
-    parser.add_argument(
+    of_run = parser.add_argument_group("a run")
+    of_run.add_argument(
         "--settings",
         help="YAML file of named overrides: scores under each go to RUN/scores/NAME, the model loaded once",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the run's config")
+    of_run.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the run's config")
+    of_adapter = parser.add_argument_group("an adapter")
+    of_adapter.add_argument("--data", help="JSONL or CSV file of texts and labels")
+    of_adapter.add_argument("--text", help="column of the texts; default: text, or input")
+    of_adapter.add_argument("--label", help="column of the labels; default: label, or output")
+    of_adapter.add_argument("--samples", type=int, default=0, help="posterior samples to average; 0: the mean")
+    of_adapter.add_argument("--calibrated", action="store_true", help="at the temperature of cross-validation")
+    of_adapter.add_argument("--diagram", help="file for a reliability diagram: .svg, .png or .pdf")
+    of_adapter.add_argument("--model", help="where the base model is now, if its name has moved")
+    of_adapter.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
+    foreign = ("data", "text", "label", "samples", "calibrated", "diagram", "model", "device")
+    if arguments.adapter:
+        foreign = ("settings", "overrides")
+        if not arguments.data:
+            parser.error("--data: name the labelled file that the adapter is scored on")
+    given = [name for name in foreign if getattr(arguments, name)]
+    if given:
+        parser.error(f"{given[0]}: does not go with {'--adapter' if arguments.adapter else '--run'}")
 
-    from abmll.config import ConfigError, Refused  # behind the parser: --help should not wait for torch
-    from abmll.rescore import evaluate
+    try:  # imports behind the parser: --help should not wait for torch
+        if arguments.run:
+            from abmll.rescore import evaluate
 
-    try:
-        evaluate(arguments.run, arguments.overrides, arguments.output, arguments.settings)
+            evaluate(arguments.run, arguments.overrides, arguments.output, arguments.settings)
+        else:
+            from abmll.deploy.predict import evaluate_adapter
+            from abmll.tasks.labelled import Columns
+
+            evaluate_adapter(
+                arguments.adapter,
+                arguments.data,
+                output=arguments.output,
+                columns=Columns(arguments.text, arguments.label),
+                samples=arguments.samples,
+                calibrated=arguments.calibrated,
+                diagram=arguments.diagram,
+                model=arguments.model,
+                device=arguments.device,
+            )
         return 0
-    except (ConfigError, Refused) as error:
+    except ValueError as error:
+        from abmll.config import ConfigError, Refused
+
+        if arguments.run and not isinstance(error, ConfigError | Refused):
+            raise  # no mistake of the user's
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -2,7 +2,7 @@
 
 from .errors import ConfigError, Refused
 from .layers import resolve_path
-from .load import load_config, save_config, with_absolute_paths
+from .load import config_from, load_config, save_config, with_absolute_paths
 from .schema import Config
 from .settings import override_texts, read_settings
 
@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Refused",
+    "config_from",
     "load_config",
     "override_texts",
     "read_settings",

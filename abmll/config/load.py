@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
     data: dict = {}
     for _, layer in reversed(layers):
         data = merged(data, layer)
-    readable = not problems
+    return _checked(data, overrides, scoring, problems, lambda key: file_of(key, layers, path))
 
+
+def config_from(
+    saved: Mapping[str, Any], source: str | Path, overrides: Sequence[str] = (), scoring: bool = False
+) -> Config:
+    """As `load_config`, of what a summary or an adapter keeps: a dumped Config. `source` opens the lines about it."""
+    return _checked(copy.deepcopy(dict(saved)), overrides, scoring, [], lambda key: str(source))
+
+
+def _checked(
+    data: dict, overrides: Sequence[str], scoring: bool, problems: list[str], place_of: Callable[[Key], str]
+) -> Config:
+    """`problems`: what is wrong with the file itself; `place_of` a key: where it was written."""
+    readable = not problems
     overridden: list[Key] = []
     for text in overrides:
         try:
@@ -54,7 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
     data.setdefault("model", {})
     data = _as_tuples(data)
     for key, line in _all_problems(data, readable, scoring):
-        place = "override" if any(key[: len(part)] == part for part in overridden) else file_of(key, layers, path)
+        place = "override" if any(key[: len(part)] == part for part in overridden) else place_of(key)
         problems.append(f"{place}: {line}")
     if problems:
         raise ConfigError(problems)

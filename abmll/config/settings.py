@@ -14,6 +14,11 @@ from .errors import ConfigError, show
 _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")  # serves as a folder's name
 
 
+def is_name(text: str) -> bool:
+    """Whether it may name a folder that is made for it: letters, digits, `-`, `_`, `+` and `.`, not in front."""
+    return bool(_NAME.fullmatch(text)) and not text.startswith(".")
+
+
 def override_texts(values: Mapping[str, Any]) -> list[str]:
     """The overrides as a command line has them: `section.key=value`."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]  # JSON is YAML
@@ -39,7 +44,7 @@ def check_settings(named: Any, source: str) -> dict[str, dict[str, Any]]:
         raise ConfigError([f"{source}: {show(named)}: must be names, each with `section.key: value` lines"])
     problems = []
     for name, values in named.items():
-        if not _NAME.fullmatch(str(name)) or str(name).startswith("."):
+        if not is_name(str(name)):
             problems.append(f"{source}: {name}: names a folder; use letters, digits, `-`, `_`, `+` and `.`")
         if values is not None and not isinstance(values, dict):
             problems.append(f"{source}: {name}: {show(values)}: must be `section.key: value` lines")

@@ -1,8 +1,8 @@
 """Scores on tasks that training never saw, and what can be done at scoring time to better or to try them.
 
-`evaluator` adapts and scores; each option of it is a file of its own: `active` and `labels` choose what adaptation
-sees, `tfb` draws weights, `prune` takes activations away, `temperature` cools or warms what is predicted, `crossfit`
-leaves out of adaptation what temperature is fitted to.
+`predictor` adapts and predicts, `evaluator` draws and scores with it. Each option is a file of its own: `active` and
+`labels` choose what adaptation sees, `tfb` draws weights, `prune` takes activations away, `temperature` cools or warms
+what is predicted, `crossfit` leaves out of adaptation what temperature is fitted to.
 """
 
 from abmll.evaluation.evaluator import Evaluator

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, islice
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from abmll.config.schema import EvalConfig
 from abmll.dealing import deal
-from abmll.distributed import Ranks
 from abmll.evaluation.active import choose
 from abmll.evaluation.crossfit import leave_one_batch_out
 from abmll.evaluation.labels import shuffle_labels
-from abmll.evaluation.prune import pruned
+from abmll.evaluation.predictor import Predictor
 from abmll.evaluation.scores import Evaluation, Split
 from abmll.evaluation.temperature import fit_temperature
 from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
-from abmll.kernels import NoiseKey, fold_seed, rows_of_keys
+from abmll.kernels import fold_seed
 from abmll.learner import Learner
 from abmll.methods import Method
-from abmll.metrics import Predictions, ScoreAccumulator, concatenate, pool, score
+from abmll.metrics import Predictions, concatenate, pool, score
 from abmll.resident import release_freed
-from abmll.tasks.batch import side_by_side
-from abmll.tasks.episodes import by_length, in_batches, scored_examples, support_examples
+from abmll.tasks.episodes import scored_examples, support_examples
 from abmll.tasks.examples import PromptedTask
-from abmll.tasks.task import Batch, PromptedExample
+from abmll.tasks.task import PromptedExample
+
+if TYPE_CHECKING:  # DeepSpeed comes with it, which predicting does not need
+    from abmll.distributed import Ranks
 
 
 class Scored(NamedTuple):
@@ -59,8 +57,9 @@ class Evaluator:
         ranks: Ranks,
         parallel_tasks: int = 1,
     ):
-        self.learner, self.letter_ids, self.config, self.seed, self.ranks = learner, letter_ids, config, seed, ranks
-        self.batch_size, self.parallel_tasks = batch_size, parallel_tasks
+        self.predictor = Predictor(learner, letter_ids, config, batch_size, seed)
+        self.learner, self.config, self.seed, self.ranks = learner, config, seed, ranks
+        self.parallel_tasks = parallel_tasks
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
         """All ranks call this with the same tasks. Scores are NaN where a prediction is."""
@@ -91,22 +90,12 @@ class Evaluator:
         held_out = {}
         if self.config.temperature == "held_out":
             held_out = {name: self._predict_held_out(method, name, own) for name, own in support.items()}
-        self._adapt(method, list(support), list(support.values()))
+        self.predictor.adapt(method, list(support), list(support.values()))
         for slot, (name, own) in enumerate(examples.items()):
             found[name][steps] = self._score(method, name, own, support[name], steps, slot, held_out.get(name))
         adapters.reset_phi()
         release_freed(self.ranks.device)
         return found
-
-    def _adapt(self, method: Method, tasks: Sequence[str], examples: Sequence[Sequence[PromptedExample]]) -> None:
-        """phi from theta, a slot for each row of examples (of whole batches); `tasks` name the slots' noise."""
-        self.learner.adapters.reset_phi(len(tasks))
-        batches = [in_batches(own, self.letter_ids, self.learner.batch_size) for own in examples]
-        batches = [side_by_side(own).to(self.ranks.device) for own in zip(*batches, strict=True)]
-        seeds = [fold_seed(self.seed, "adaptation", task) for task in tasks]
-        steps = range(len(batches))
-        keys = [rows_of_keys([NoiseKey(seed, step) for seed in seeds], self.ranks.device) for step in steps]
-        method.adapt(self.learner, batches, keys)
 
     def _predict_held_out(self, method: Method, task: str, support: Sequence[PromptedExample]) -> Predictions:
         """Of the support examples, each by a phi adapted on the batches that it is not in.
@@ -116,9 +105,9 @@ class Evaluator:
         found, folds = [], leave_one_batch_out(support, self.learner.batch_size, task)
         for start in range(0, len(folds), self.parallel_tasks):
             part = folds[start : start + self.parallel_tasks]
-            self._adapt(method, [task] * len(part), [fold.seen for fold in part])
+            self.predictor.adapt(method, [task] * len(part), [fold.seen for fold in part])
             for slot, fold in enumerate(part):
-                found.append(self._predict(method, ("held out", task, start + slot), fold.held_out, slot))
+                found.append(self.predictor.predict(method, ("held out", task, start + slot), fold.held_out, slot))
         return concatenate(found)
 
     def _support(self, method: Method, task: PromptedTask, count: int) -> list[PromptedExample]:
@@ -128,7 +117,12 @@ class Evaluator:
             support = support_examples(task, count, self.seed)
         else:
             candidates = support_examples(task, min(active.candidates, len(task.train)), self.seed)
-            chosen = choose(candidates, partial(self._predict, method, ("candidate", task.name, 0)), active)
+            chosen = choose(
+                candidates,
+                partial(self.predictor.predict, method, ("candidate", task.name, 0)),
+                active.labels,
+                active.by,
+            )
             support = list(islice(cycle(chosen), count))
         return shuffle_labels(support, self.seed, task.name) if self.config.support_labels == "shuffled" else support
 
@@ -151,7 +145,7 @@ class Evaluator:
 
             def nll(sigma: float) -> float:
                 drawn.set_sigma(sigma)
-                return float(self._predict(method, anchor, support, slot=None).nll.mean())
+                return float(self.predictor.predict(method, anchor, support, slot=None).nll.mean())
 
             # against the least noise, not none: in bf16 any noise moves the roundings that phi was adapted with
             sigma = 0.0
@@ -171,48 +165,10 @@ class Evaluator:
         slot: int | None,
         held_out: Predictions | None = None,
     ) -> Scored:
-        predictions = self._predict(method, ("prediction", task, adapted), examples, slot)
+        predictions = self.predictor.predict(method, ("prediction", task, adapted), examples, slot)
         if self.config.temperature == "none":
             return Scored(predictions, {})
         if held_out is None:
-            held_out = self._predict(method, ("support", task, adapted), support, slot)
+            held_out = self.predictor.predict(method, ("support", task, adapted), support, slot)
         temperature = fit_temperature(held_out)
         return Scored(predictions.tempered(temperature), {"temperature": temperature})
-
-    @torch.inference_mode()
-    def _predict(
-        self,
-        method: Method,
-        stream: tuple[str, str, int],
-        examples: Sequence[PromptedExample],
-        slot: int | None = 0,
-    ) -> Predictions:
-        """Of examples in their order; `stream` names the noise: what for, the task, and the steps it is adapted by or
-        the fold.
-        """
-        self.learner.model.eval()
-        accumulator = ScoreAccumulator()
-        keys = self._prediction_keys(method, stream)
-        order = by_length(examples)
-        for batch in in_batches([examples[place] for place in order], self.letter_ids, self.batch_size):
-            batch = batch.to(self.ranks.device)
-            accumulator.update(self.probabilities(batch, keys, slot), batch)
-        return accumulator.predictions().take(order.argsort())
-
-    def _prediction_keys(self, method: Method, stream: tuple[str, str, int]) -> Iterator[NoiseKey] | None:
-        """An endless row of noise names, or None for the posterior mean (all that a point estimate has)."""
-        if not (method.sampled and self.config.samples):
-            return None
-        seed = fold_seed(self.seed, *stream)
-        return (NoiseKey(seed, step) for step in range(2**32))
-
-    def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None, slot: int | None = 0) -> Tensor:
-        """Probabilities over the vocabulary by the phi in `slot`: of the mean [1, B, V], or of S posterior samples
-        [S, B, V], whose average predicts. Without a slot each of phi's slots is a sample.
-        """
-        with pruned(self.learner.model, self.learner.adapters, self.config.prune):
-            if slot is None:
-                return self.learner.probabilities_by_slot(batch)
-            if keys is None:
-                return self.learner.mean_probabilities(batch, slot)[None]
-            return self.learner.sampled_probabilities(batch, next(keys), self.config.samples, slot)

@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from abmll.adapters import inject_adapters
 from abmll.config import Config
-from abmll.evaluation import Evaluator
+from abmll.evaluation.predictor import Predictor
 from abmll.kernels import NoiseKey, rows_of_keys
 from abmll.learner import Learner, StepTerms
 from abmll.memory import attention
@@ -284,7 +284,7 @@ def _outer_optimizer(method: Method, gpu: bool, parameters: Iterable[nn.Paramete
 
 
 def _score(learner: Learner, method: Method, examples: int, setup: Setup, counter: Counting) -> None:
-    evaluator = Evaluator(learner, range(OPTIONS), setup.config.eval, examples, setup.config.seed, ranks=None)
+    predictor = Predictor(learner, range(OPTIONS), setup.config.eval, examples, setup.config.seed)
     keys = iter([NoiseKey(0, 0)]) if method.sampled and setup.config.eval.samples else None
     draws, phi = setup.config.eval.tfb.samples, list(learner.adapters.phi.values())
     learner.model.eval()
@@ -296,7 +296,7 @@ def _score(learner: Learner, method: Method, examples: int, setup: Setup, counte
             counter.label(ADAPTERS, phi)
         with torch.inference_mode():
             batch = make_batch(examples, setup.config.tasks.max_tokens)
-            ScoreAccumulator().update(evaluator.probabilities(batch, keys, None if draws else 0), batch)
+            ScoreAccumulator().update(predictor.probabilities(batch, keys, None if draws else 0), batch)
         if draws:
             for parameter, own in zip(phi, before, strict=True):
                 parameter.data = own

@@ -17,7 +17,7 @@ from torch import Tensor
 from abmll.tasks.batch import collate
 from abmll.tasks.examples import PromptedTask, ScoredExamples
 from abmll.tasks.shuffle import EndlessShuffle, permutation
-from abmll.tasks.task import Batch, Episode, PromptedExample
+from abmll.tasks.task import Batch, Episode, Example, PromptedExample
 
 POOLED = "pooled"  # in the place of a task's name
 
@@ -139,10 +139,13 @@ def scored_examples(task: PromptedTask, split: Literal["validation", "test"], co
     """A split as it is scored: every question behind the first of the examples that adaptation takes: of
     the `count` of `support_examples`.
     """
-    examples, shown = getattr(task, split), task.demonstrations.count
-    if not shown:
-        return examples
-    return examples.behind(task.train.rows(_support_places(task, count, seed))[:shown])
+    return getattr(task, split).behind(demonstrated_rows(task, count, seed))
+
+
+def demonstrated_rows(task: PromptedTask, count: int, seed: int) -> list[Example]:
+    """What a scored question's prompt shows before it: none without demonstrations."""
+    shown = task.demonstrations.count
+    return task.train.rows(_support_places(task, count, seed))[:shown] if shown else []
 
 
 def _support_places(task: PromptedTask, number: int, seed: int) -> list[int]:

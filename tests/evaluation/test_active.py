@@ -22,9 +22,9 @@ def predict(examples):
 
 @pytest.mark.parametrize(("by", "expected"), [("random", [0, 1]), ("entropy", [1, 2]), ("variance", [2, 3])])
 def test_the_most_uncertain_come_first(by, expected):
-    chosen = choose(CANDIDATES, predict, ActiveConfig(labels=2, by=by))
+    chosen = choose(CANDIDATES, predict, 2, by)
     assert [example.token_ids[0] for example in chosen] == expected
-    assert len(choose(CANDIDATES, predict, ActiveConfig(labels=9, by=by))) == 4
+    assert len(choose(CANDIDATES, predict, 9, by)) == 4
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -59,5 +59,5 @@ def test_by_variance_over_samples(build_tiny):
     active = evaluator(tiny, samples=4, active=ActiveConfig(labels=2, candidates=6, by="variance"))
     chosen = active._support(tiny.method, task, 2)
     candidates = support_examples(task, 6, tiny.config.seed)
-    variance = active._predict(tiny.method, ("candidate", task.name, 0), candidates).variance
+    variance = active.predictor.predict(tiny.method, ("candidate", task.name, 0), candidates).variance
     assert chosen == [candidates[place] for place in variance.topk(2).indices]

@@ -77,6 +77,6 @@ def test_an_evaluation_fits_it_to_the_support_set(name, changes, build_tiny):
     tiny.adapters.reset_phi()
     support = support_examples(task, 3 * tiny.config.tasks.batch_size, tiny.config.seed)
     mean = evaluator(tiny)
-    temperature = fit_temperature(mean._predict(tiny.method, ("support", task.name, 0), support))
+    temperature = fit_temperature(mean.predictor.predict(tiny.method, ("support", task.name, 0), support))
     found = evaluate(tiny, temperature="support").tasks[0][task.name]["temperature"]
     assert found == pytest.approx(temperature, rel=CLOSE["rtol"])

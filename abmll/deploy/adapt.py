@@ -1,0 +1,112 @@
+"""The command `launch/adapt.py`: adapters for a user's own tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from abmll.config import Refused
+from abmll.config.settings import is_name
+from abmll.deploy.adapter import AdapterCard
+from abmll.deploy.meta_model import MetaModel
+from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
+from abmll.tasks.task import Example
+
+
+def adapt(
+    run: str,
+    files: dict[str, Path],
+    into: dict[str, Path],
+    columns: Columns,
+    examples: int | None,
+    folds: int,
+    steps: int | None,
+    overrides: Sequence[str],
+    device: str | None,
+) -> None:
+    """An adapter for each of the named files, into the folder of that name. ValueErrors for a user's mistakes.
+
+    `examples`: at most so many of a file's, drawn by the run's seed. The rest as `MetaModel.adapt_all`.
+    """
+    read = {task: read_labelled(path, columns) for task, path in files.items()}  # before a model is loaded
+    model = MetaModel.load(run, overrides, device)
+    seed = model.base.config.seed
+    tasks = {task: draw(rows, examples, seed, str(files[task])) for task, rows in read.items()}
+    print(
+        f"theta           {model.run.name}, after step {model.run.step}\n"
+        f"model           {model.base.config.model.name} on {model.base.device}",
+        flush=True,
+    )
+    with tqdm(unit="step", file=sys.stderr, leave=False, disable=None) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = model.adapt_all(tasks, folds, steps, tell)
+    for task, own in found.items():
+        folder = own.save(into[task])
+        print(describe(own.card, tasks[task]))
+        print(f"adapter         {folder}", flush=True)
+
+
+def name_files(
+    data: str | None, tasks: str | None, out: str, name: str | None
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Each task's file, and the folder that its adapter goes to: `out` itself for one file, `out`/NAME for a folder's.
+
+    Refused for a name that is no folder's.
+    """
+    if data is not None:
+        path = Path(data)
+        task = name or (path.parent.name if path.stem in ("train", "support") and path.parent.name else path.stem)
+        files, into = {task: path}, {task: Path(out)}
+    else:
+        files = task_files(str(tasks))
+        into = {task: Path(out) / task for task in files}
+    for task in files:
+        if not is_name(task):
+            raise Refused(f"{task!r}: does not serve as a task's name; rename the file, or name it with --name")
+    return files, into
+
+
+def describe(card: AdapterCard, examples: Sequence[Example]) -> str:
+    """What an adaptation did, and what to expect of it."""
+    adaptation, loss = card.adaptation, card.adaptation.loss
+    options = ", ".join(card.options) if card.options else "each question's own"
+    rows = {
+        "task": f"{card.task}: {adaptation.examples} examples; options: {options}",
+        "adaptation": f"{adaptation.steps} steps of {adaptation.batch_size} examples; NLL by step: "
+        + " > ".join(f"{value:.2f}" for value in _thinned(loss)),
+    }
+    found, before = card.scores.get("cross_validation"), card.scores.get("before_adaptation")
+    if found and before:
+        rows["expect"] = (
+            f"accuracy {_percent(found['accuracy'])} (95 % interval {_percent(found['accuracy_low'])} to "
+            f"{_percent(found['accuracy_high'])}), NLL {_number(found['nll_options'])}, ECE {_number(found['ece'])}: "
+            f"cross-validation, {found['folds']:.0f} folds"
+        )
+        rows["without"] = (
+            f"adaptation: accuracy {_percent(before['accuracy'])}, NLL {_number(before['nll_options'])}; always the "
+            f"commonest label: {_percent(found['majority'])}"
+        )
+        rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"
+    return "\n" + "\n".join(f"{name:<15} {value}" for name, value in rows.items())
+
+
+def _thinned(values: Sequence[float], most: int = 8) -> list[float]:
+    """First, last and some between."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.0f} %"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"

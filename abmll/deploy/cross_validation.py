@@ -1,0 +1,73 @@
+"""What to expect of an adaptation before any test set: each of its examples, predicted by a phi that did not see it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from scipy.stats import binomtest
+
+from abmll.deploy.adaptation import Support, make_support
+from abmll.deploy.base import AdaptedBase
+from abmll.evaluation.temperature import fit_temperature
+from abmll.metrics import Predictions, score
+from abmll.tasks.shuffle import permutation
+from abmll.tasks.task import Example
+
+LEVEL = 0.95  # of the interval
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part of the examples left out: those that are, and what adaptation sees instead."""
+
+    held_out: tuple[Example, ...]
+    support: Support
+
+
+def make_folds(base: AdaptedBase, task: str, examples: Sequence[Example], folds: int, steps: int | None) -> list[Fold]:
+    """`folds` folds in which every label is spread as evenly as may be; fewer where there are fewer examples.
+
+    A question that occurs several times is left out as a whole. `steps`: of each adaptation, None: as `make_support`.
+    """
+    by_label: dict[str, list[list[Example]]] = defaultdict(list)
+    for alike in _by_question(examples):
+        by_label[alike[0].output].append(alike)
+    dealt: list[list[Example]] = []
+    for label, questions in sorted(by_label.items()):
+        for place in permutation(len(questions), base.config.seed, "folds", task, label):
+            dealt.append(questions[place])
+    count, made = min(folds, len(dealt)), []
+    for number in range(count if count > 1 else 0):
+        held_out = [example for alike in dealt[number::count] for example in alike]
+        seen = [
+            example for other in range(count) if other != number for alike in dealt[other::count] for example in alike
+        ]
+        made.append(Fold(tuple(held_out), make_support(base, task, seen, steps)))
+    return made
+
+
+def _by_question(examples: Sequence[Example]) -> list[list[Example]]:
+    found: dict[tuple, list[Example]] = defaultdict(list)
+    for example in examples:
+        found[example.input, example.options].append(example)
+    return list(found.values())
+
+
+def summarise(held_out: Predictions, folds: int) -> dict[str, float]:
+    """Scores of all held-out examples as one set (see `abmll.metrics.Scores`), and what they say beyond them.
+
+    accuracy_low, accuracy_high: Wilson's interval at LEVEL, which takes the examples for independent: they share
+    most of what the folds were adapted on, so it is a little too narrow. temperature: the one that makes the held-out
+    predictions likeliest; NaN where one of them is.
+    """
+    scores = asdict(score(held_out))
+    low, high = math.nan, math.nan
+    if not math.isnan(scores["accuracy"]):
+        right = round(scores["accuracy"] * scores["n"])
+        interval = binomtest(right, scores["n"]).proportion_ci(LEVEL, method="wilson")
+        low, high = interval.low, interval.high
+    told = {"accuracy_low": low, "accuracy_high": high, "temperature": fit_temperature(held_out)}
+    return {"folds": folds, **scores, **told}

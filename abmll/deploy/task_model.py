@@ -1,0 +1,190 @@
+"""A task's adapted model: predictions with their confidence, scores, and which examples to label next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from abmll.config import Refused
+from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
+from abmll.deploy.base import AdaptedBase, Phi
+from abmll.evaluation.active import choose
+from abmll.metrics import Predictions, Scores, score
+from abmll.tasks.task import Example, PromptedExample
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one text. `probabilities` of the options sum to 1; `entropy` is theirs, in nats.
+
+    Over posterior samples, None without: `variance` of an option's probability, the mean over the options, and
+    `mutual_information`, the entropy of the average less the average entropy, in nats.
+    """
+
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+    entropy: float
+    variance: float | None = None
+    mutual_information: float | None = None
+
+
+class TaskModel:
+    """One task's phi over a base that may serve others too: `phi` None is theta, before any adaptation."""
+
+    def __init__(self, base: AdaptedBase, phi: Phi | None, card: AdapterCard):
+        self.base, self.phi, self.card = base, phi, card
+        self._demonstrations = tuple(
+            Example(shown.input, tuple(shown.options), shown.output) for shown in card.demonstrations
+        )
+
+    @property
+    def name(self) -> str:
+        return self.card.task
+
+    @property
+    def options(self) -> tuple[str, ...] | None:
+        """The task's labels; None where each question has its own."""
+        return None if self.card.options is None else tuple(self.card.options)
+
+    def predict(self, texts: Sequence[str | Example], samples: int = 0, calibrated: bool = False) -> list[Prediction]:
+        """A prediction a text, in order. An `Example` brings its own options; its output is not looked at.
+
+        `samples`: of the posterior, whose predictions are averaged; 0: its mean. `calibrated`: at the temperature
+        that cross-validation found. ValueError where a text has no options, does not fit, or there is no such thing.
+        """
+        examples = [self._asked(text) for text in texts]
+        if not examples:
+            return []
+        found = self._predictions(examples, samples)
+        if calibrated:
+            found = found.tempered(self._temperature())
+        return [self._told(example, found, place) for place, example in enumerate(examples)]
+
+    def evaluate(self, examples: Sequence[Example], samples: int = 0, calibrated: bool = False) -> Scores:
+        """Scores of labelled examples as one set. ValueError as `predict`, and where there are none."""
+        return score(self.predictions(examples, samples, calibrated))
+
+    def predictions(self, examples: Sequence[Example], samples: int = 0, calibrated: bool = False) -> Predictions:
+        """What `evaluate` scores, for whatever else is asked of it (`abmll.uncertainty`)."""
+        if not examples:
+            raise ValueError(f"task {self.name}: no examples to score; give at least one")
+        found = self._predictions([self._asked(example) for example in examples], samples)
+        return found.tempered(self._temperature()) if calibrated else found
+
+    def suggest(self, texts: Sequence[str | Example], count: int = 4, samples: int = 0) -> list[int]:
+        """Places of the `count` texts that are most worth a label, the most uncertain first.
+
+        By the variance over posterior samples, or without samples by the entropy of the prediction.
+        """
+        examples = [self._asked(text) for text in texts]
+        predictor, prompts = self.base.predictor(samples), self._prompts(examples)
+        self.base.show(self.phi)
+        stream = ("candidate", self.name, self.card.adaptation.steps)
+        chosen = choose(
+            prompts,
+            lambda candidates: predictor.predict(self.base.method, stream, candidates),
+            count,
+            "variance" if samples else "entropy",
+        )
+        places = {id(prompt): place for place, prompt in enumerate(prompts)}
+        return [places[id(prompt)] for prompt in chosen]
+
+    def save(self, folder: str | Path) -> Path:
+        """As an adapter folder. Refused where the folder holds something else, or nothing was adapted."""
+        if self.phi is None:
+            raise Refused(f"{self.name}: is not adapted to anything; call adapt first")
+        save_adapter(Path(folder), self.phi, self.card)
+        return Path(folder)
+
+    def _predictions(self, examples: Sequence[Example], samples: int) -> Predictions:
+        self.base.show(self.phi)
+        stream = ("prediction", self.name, self.card.adaptation.steps)
+        return self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
+
+    def _asked(self, text: str | Example) -> Example:
+        if isinstance(text, Example):
+            return text
+        if self.options is None:
+            raise ValueError(f"task {self.name}: its questions have options of their own; give an Example with them")
+        return Example(text, self.options, self.options[0])  # the answer is not asked for
+
+    def _prompts(self, examples: Sequence[Example]) -> list[PromptedExample]:
+        prompts = self.base.prompter.encode([example.behind(self._demonstrations) for example in examples])
+        for example, prompt in zip(examples, prompts, strict=True):
+            if prompt is None:
+                raise ValueError(
+                    f"task {self.name}: {example.input[:60]!r}: does not fit in tasks.max_tokens: "
+                    f"{self.base.config.tasks.max_tokens}; shorten it or its options, or raise the key"
+                )
+        return prompts
+
+    def _temperature(self) -> float:
+        temperature = self.card.temperature
+        if temperature is None:
+            raise ValueError(
+                f"task {self.name}: calibrated: its adapter was made without cross-validation; adapt again with folds"
+            )
+        return temperature
+
+    @staticmethod
+    def _told(example: Example, found: Predictions, place: int) -> Prediction:
+        row = found.take(torch.tensor([place]))
+        values = row.options[0, : len(example.options)].tolist()
+        best = max(range(len(values)), key=values.__getitem__)
+        sampled = not bool(row.variance.isnan())
+        return Prediction(
+            label=example.options[best],
+            confidence=values[best],
+            probabilities=dict(zip(example.options, values, strict=True)),
+            entropy=float(row.entropy()),
+            variance=float(row.variance) if sampled else None,
+            mutual_information=float(row.mutual_information) if sampled else None,
+        )
+
+
+def load_task_models(
+    folders: Sequence[str | Path], device: str | torch.device | None = None, model: str | None = None
+) -> list[TaskModel]:
+    """Adapters over one base, which is loaded once. `model`: where the base is now, if the cards' name has moved.
+
+    Refused where a folder holds no whole adapter, or the adapters are not of this base.
+    """
+    loaded = [load_adapter(folder) for folder in folders]
+    if not loaded:
+        raise Refused("--adapter: none is named; name at least one folder that launch/adapt.py wrote")
+    overrides = () if model is None else (f"model.name={model}",)
+    try:
+        base = AdaptedBase(loaded[0][1].run_config(folders[0], overrides), device)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return [_over(base, folder, phi, card, loaded[0][1]) for folder, (phi, card) in zip(folders, loaded, strict=True)]
+
+
+def _over(base: AdaptedBase, folder: str | Path, phi: Phi, card: AdapterCard, first: AdapterCard) -> TaskModel:
+    if card.base.fingerprint != base.fingerprint:
+        raise Refused(
+            f"--adapter: {folder}: was made on {card.base.name} with fingerprint {card.base.fingerprint[:12]}, and "
+            f"{base.config.model.name} as it is loaded has {base.fingerprint[:12]}: an adapter serves no other "
+            "weights; name its own model with --model"
+        )
+    _check_alike(folder, card, first)
+    shapes = {name: value.shape[1:] for name, value in base.adapters.phi.items()}
+    if {name: value.shape for name, value in phi.items()} != shapes:
+        raise Refused(
+            f"--adapter: {folder}: its tensors do not fit the adapters that its card describes; make it again"
+        )
+    return TaskModel(base, phi, card)
+
+
+def _check_alike(folder: str | Path, card: AdapterCard, first: AdapterCard) -> None:
+    """Adapters share a base's layers and prompts."""
+    for section, values in first.config.items():
+        if section != "model" and card.config.get(section) != values:
+            raise Refused(
+                f"--adapter: {folder}: its {section} are not those of the first adapter, so that they cannot share a "
+                "base; use it in a call of its own"
+            )

@@ -1,0 +1,182 @@
+"""A user's own examples: a JSONL or CSV file with a column of texts and one of labels, or texts alone.
+
+A JSONL row may be one of the task files' (`input`, `output`, `options`); then each row has its own options. Elsewhere
+the options are all labels of the file, in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from abmll.tasks.checks import LETTERS, Faults, check_options, check_output
+from abmll.tasks.shuffle import permutation
+from abmll.tasks.task import Example
+
+TEXTS, LABELS, OPTIONS = ("text", "input"), ("label", "output"), "options"
+FEWEST, MOST = 4, 500  # examples of an adaptation
+_LONGEST_FIELD = 10_000_000  # characters of a CSV field
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns; None: the first of the usual ones that a row has."""
+
+    text: str | None = None
+    label: str | None = None
+
+
+class Row(NamedTuple):
+    """One row of a file: `where` is its file and line."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, columns: Columns) -> str:
+        """ValueError where the row has none."""
+        text = self._value(columns.text, TEXTS, "text")
+        if not isinstance(text, str):
+            raise ValueError(f"{self.where}: the text is {text!r}, a {type(text).__name__}: it must be a string")
+        return _readable(text, self.where)
+
+    def label(self, columns: Columns) -> str:
+        """A number or a truth value as JSON writes it. ValueError where the row has none."""
+        label = self._value(columns.label, LABELS, "label")
+        if isinstance(label, bool | int | float):
+            return json.dumps(label)
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"{self.where}: the label is {label!r}: it must be a text or a number; remove the row")
+        return _readable(label, self.where)
+
+    def options(self) -> tuple[str, ...] | None:
+        """The row's own, if it has any. ValueError where they cannot serve."""
+        found = self.fields.get(OPTIONS)
+        if not isinstance(found, list):
+            return None
+        options = check_options(found, self.where)
+        _readable("".join(options), self.where)
+        return options
+
+    def _value(self, name: str | None, usual: Sequence[str], what: str) -> Any:
+        names = [name] if name else [one for one in usual if one in self.fields][:1]
+        if not names or names[0] not in self.fields:
+            raise ValueError(
+                f"{self.where}: no column {name or ' or '.join(usual)}; it has {', '.join(map(repr, self.fields))}: "
+                f"name the one that holds the {what} with --{what}"
+            )
+        return self.fields[names[0]]
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a .csv or .jsonl file, or of standard input (`-`, JSONL), one by one as they are read.
+
+    ValueError, with file and line, at a row that cannot be read, and where the file cannot.
+    """
+    if str(path) == "-":
+        yield from _json_rows(sys.stdin, "standard input")
+        return
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(file, str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: name a JSONL or CSV file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8: save it as UTF-8") from error
+
+
+def read_labelled(path: str | Path, columns: Columns | None = None) -> list[Example]:
+    """A file's examples. ValueError, naming every bad row up to a bound, and where they are no task."""
+    columns, faults, found = columns or Columns(), Faults(str(path), "rows"), []
+    for row in read_rows(path):
+        try:
+            found.append((row.where, row.text(columns), row.label(columns), row.options()))
+        except ValueError as error:
+            faults.add(str(path), str(error))
+    faults.check()
+    if not found:
+        raise ValueError(f"{path}: holds no rows; write one example a line")
+    labels = tuple(sorted({label for _, _, label, options in found if options is None}))
+    if labels:
+        labels = _as_options(labels, path, columns)
+    examples = []
+    for where, text, label, options in found:
+        check_output(label, options or labels, where)
+        examples.append(Example(text, options or labels, label))
+    return examples
+
+
+def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> tuple[str, ...]:
+    if len(labels) == 1:
+        raise ValueError(f"{path}: every label is {labels[0]!r}: a task needs examples of two labels or more")
+    if len(labels) > len(LETTERS):
+        raise ValueError(
+            f"{path}: {len(labels)} different labels in column {columns.label or ' or '.join(LABELS)}: a question has "
+            f"at most {len(LETTERS)} options; name the right column with --label"
+        )
+    return labels
+
+
+def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:
+    """`count` of the examples, drawn by the seed (None: all). ValueError unless these are FEWEST to MOST."""
+    if count is not None and count < len(examples):
+        examples = [examples[place] for place in sorted(permutation(len(examples), seed, "drawn examples")[:count])]
+    if len(examples) > MOST:
+        raise ValueError(
+            f"{source}: {len(examples):,} examples: an adaptation takes {FEWEST} to {MOST}; draw some of them with "
+            "--examples 100, or train on them"
+        )
+    if len(examples) < FEWEST:
+        raise ValueError(f"{source}: {len(examples)} examples: an adaptation takes {FEWEST} to {MOST}; add some")
+    return list(examples)
+
+
+def task_files(folder: str | Path) -> dict[str, Path]:
+    """Of a folder of tasks, the file of each by name: NAME.jsonl, NAME.csv, or NAME/train.jsonl. ValueError if none."""
+    folder = Path(folder)
+    files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".jsonl", ".csv", ".tsv")}
+    files |= {path.parent.name: path for path in sorted(folder.glob("*/train.jsonl"))}
+    if not files:
+        raise ValueError(f"{folder}: holds no tasks: NAME.jsonl, NAME.csv or NAME/train.jsonl; check --tasks")
+    return files
+
+
+def _csv_rows(lines: Iterable[str], source: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.DictReader(lines, dialect=csv.excel_tab if source.lower().endswith(".tsv") else csv.excel, strict=True)
+    try:
+        for fields in reader:
+            where = f"{source}:{reader.line_num}"
+            if None in fields or None in fields.values():
+                raise ValueError(
+                    f"{where}: {len(fields) - (None in fields)} columns in the header, another number in this row: "
+                    "put texts with commas or line breaks in quotes"
+                )
+            yield Row(where, fields)
+    except csv.Error as error:
+        raise ValueError(f"{source}:{reader.line_num}: malformed CSV: {error}") from error
+
+
+def _json_rows(lines: Iterable[str], source: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line or line.isspace():
+            continue
+        where = f"{source}:{number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: malformed JSON: {error}: {line.strip()[:60]!r}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: a {type(fields).__name__}, not an object with a text and a label")
+        yield Row(where, fields)
+
+
+def _readable(text: str, where: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: half a surrogate pair (\\ud8.. to \\udf..): no tokenizer can read it; remove it")
+    return text
