@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from abmll.config import Config, Refused, config_from
@@ -104,7 +105,11 @@ def load_adapter(folder: str | Path) -> tuple[Phi, AdapterCard]:
     problem = damage(folder)
     if problem is not None:
         raise Refused(f"--adapter: {folder}: {problem}; make it again with launch/adapt.py")
-    return load_file(folder / PHI), read_card(folder / CARD)
+    card = read_card(folder / CARD)
+    try:
+        return load_file(folder / PHI), card
+    except SafetensorError as error:
+        raise Refused(f"--adapter: {folder / PHI}: no tensors ({error}); make it again with launch/adapt.py") from error
 
 
 def read_card(path: Path) -> AdapterCard:

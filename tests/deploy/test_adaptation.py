@@ -1,0 +1,138 @@
+"""Adapting theta to a user's examples: the steps, side by side, cross-validation."""
+
+import math
+
+import pytest
+import torch
+from deployed import EXAMPLES, OPTIONS, adapt_by_hand, prompts
+from evaluations import ROUNDING
+
+from abmll import Example, MetaModel
+from abmll.config import Refused
+from abmll.deploy.adaptation import make_support, steps_for
+from abmll.deploy.cross_validation import make_folds, summarise
+from abmll.kernels import NoiseKey, fold_seed
+from abmll.metrics import Predictions
+from abmll.tasks.batch import collate
+
+
+def test_it_takes_the_runs_steps_on_the_examples(meta):
+    found = meta.adapt(EXAMPLES, "moods", folds=0)
+    assert found.card.adaptation.steps == 3  # inner_steps: 3 x 2 examples are all six
+    by_hand = adapt_by_hand(meta.base, EXAMPLES, 3, "moods")
+    assert found.phi.keys() == by_hand.keys()
+    for name, value in found.phi.items():
+        assert torch.equal(value, by_hand[name]), name
+    assert any(not torch.equal(value, meta.base.adapters.theta[name].cpu()) for name, value in found.phi.items())
+
+
+def test_more_examples_take_more_steps_unless_told(meta):
+    many = [(f"{text} {number}", label) for number in range(3) for text, label in EXAMPLES]
+    assert steps_for(meta.base, 6) == 3 and steps_for(meta.base, 18) == 9 and steps_for(meta.base, 17) == 9
+    support = make_support(meta.base, "moods", [Example(text, OPTIONS, label) for text, label in many])
+    assert {tuple(prompt.token_ids) for prompt in support.prompts} == {
+        tuple(prompt.token_ids) for prompt in prompts(meta.base, many)
+    }
+    assert meta.adapt(many, folds=0, steps=2).card.adaptation.steps == 2
+
+
+def test_tasks_side_by_side_are_what_each_is_alone(meta):
+    """Five tasks: more than go in one pass."""
+    tasks = {f"task {number}": EXAMPLES[number % 2 :] for number in range(5)}
+    together = meta.adapt_all(tasks, folds=2)
+    for name, examples in tasks.items():
+        alone = meta.adapt(examples, name, folds=2)
+        assert together[name].name == name
+        # a gradient's rounding is scaled by AdamW to steps of test_lr where the gradient is nearly 0: compare losses
+        assert torch.allclose(
+            torch.tensor(together[name].card.adaptation.loss), torch.tensor(alone.card.adaptation.loss), rtol=1e-3
+        )
+        one, other = (model.predict(["It was slow."])[0].confidence for model in (together[name], alone))
+        assert abs(one - other) < 1e-3
+
+
+def test_the_loss_is_an_examples_before_each_step(meta, adapted):
+    """At the first step phi is theta; the noise is the adaptation's own."""
+    base, loss = meta.base, adapted.card.adaptation.loss
+    support = make_support(base, "moods", [Example(text, OPTIONS, label) for text, label in EXAMPLES])
+    batch = collate(support.prompts[:2], base.prompter.letter_ids)
+    base.show(None)
+    with torch.no_grad():
+        logits, _ = base.learner.forward(batch, NoiseKey(fold_seed(base.config.seed, "adaptation", "moods"), 0))
+    right = logits.log_softmax(dim=1).gather(1, batch.target[:, None])
+    assert len(loss) == 3 and loss[0] == pytest.approx(-float(right.mean()), rel=ROUNDING)
+
+
+def test_a_diverging_adaptation_is_refused(run):
+    meta = MetaModel.load(run, ["method.test_lr=1e30"], device="cpu")
+    with pytest.raises(Refused, match=r"task moods: adaptation: the loss is .*lower it with method\.test_lr"):
+        meta.adapt(EXAMPLES, "moods", folds=0)
+
+
+def test_folds_hold_out_every_example_once(meta):
+    examples = [Example(text, OPTIONS, label) for text, label in EXAMPLES]
+    twice = [*examples, examples[0]]
+    folds = make_folds(meta.base, "moods", twice, 3, 4)
+    held_out = [example for fold in folds for example in fold.held_out]
+    assert sorted(map(str, held_out)) == sorted(map(str, twice))
+    for fold in folds:
+        seen = {tuple(prompt.token_ids) for prompt in fold.support.prompts}
+        own = {tuple(prompt.token_ids) for prompt in meta.base.prompter.encode(fold.held_out)}
+        assert not seen & own, "a question stands on both sides"
+        assert fold.support.steps == 4 and {example.output for example in fold.held_out} == set(OPTIONS)
+    assert len(make_folds(meta.base, "moods", examples[:2], 5, 1)) == 2
+    assert make_folds(meta.base, "moods", examples, 0, 1) == []
+
+
+def test_cross_validation_scores_what_each_fold_left_out(meta):
+    found = meta.adapt(EXAMPLES, "moods", folds=2)
+    examples = [Example(text, OPTIONS, label) for text, label in EXAMPLES]
+    right = []
+    for fold in make_folds(meta.base, "moods", examples, 2, 3):
+        seen = [(example.input, example.output) for example in examples if example not in fold.held_out]
+        in_order = [(e.input, e.output) for e in examples if (e.input, e.output) in seen]
+        assert len(in_order) == 3
+        order = {prompt.token_ids.tobytes(): place for place, prompt in enumerate(prompts(meta.base, seen))}
+        assert {prompt.token_ids.tobytes() for prompt in fold.support.prompts} <= order.keys()
+        meta.base.forget()
+        meta.base.predictor().adapt(meta.base.method, ["moods"], [fold.support.prompts])
+        own = meta.base.predictor().predict(
+            meta.base.method, ("held out", "moods", 0), prompts(meta.base, [(e.input, e.output) for e in fold.held_out])
+        )
+        right += (own.options.argmax(dim=1) == own.label).tolist()
+    meta.base.forget()
+    assert found.card.scores["cross_validation"]["accuracy"] == pytest.approx(sum(right) / 6)
+    assert found.card.scores["cross_validation"]["folds"] == 2 and found.card.scores["cross_validation"]["n"] == 6
+    before = meta.unadapted(OPTIONS).evaluate(examples)
+    assert found.card.scores["before_adaptation"]["nll"] == pytest.approx(before.nll, rel=ROUNDING * 10)
+
+
+def test_the_interval_is_wilsons():
+    """Three of four right: (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.95996."""
+    options = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]).double()
+    label, nothing = torch.tensor([0, 0, 1, 1]), torch.full((4,), math.nan).double()
+    found = summarise(Predictions(options, label == 0, -options[range(4), label].log(), label, nothing, nothing), 2)
+    z, p, n = 1.959964, 0.75, 4
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert found["accuracy"] == p
+    assert found["accuracy_low"] == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
+    assert found["accuracy_high"] == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
+
+
+def test_examples_that_are_no_task_are_refused(meta):
+    with pytest.raises(ValueError, match="every label is 'good'"):
+        meta.adapt([("a", "good"), ("b", "good")])
+    with pytest.raises(ValueError, match="no examples"):
+        meta.adapt([])
+
+
+def test_demonstrations_are_kept_with_the_task(run, tmp_path):
+    from abmll import load_task_models
+
+    meta = MetaModel.load(run, ["tasks.demonstrations=2", "tasks.max_tokens=900"], device="cpu")
+    model = meta.adapt(EXAMPLES, folds=0)
+    assert len(model.card.demonstrations) == 2
+    (loaded,) = load_task_models([model.save(tmp_path / "adapter")], device="cpu")
+    (prompt,), (bare,) = loaded._prompts([Example("No.", OPTIONS, "bad")]), prompts(meta.base, [("No.", "bad")])
+    assert len(prompt.token_ids) > 2 * len(bare.token_ids)
+    assert loaded.predict(["No."]) == model.predict(["No."])
