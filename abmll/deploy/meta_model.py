@@ -69,7 +69,7 @@ class MetaModel:
         tasks: Mapping[str, Sequence[Example | tuple[str, str]]],
         folds: int = FOLDS,
         steps: int | None = None,
-        tell: Callable[[int, int], None] = lambda done, total: None,
+        tell: Callable[[int, int], None] | None = None,
     ) -> dict[str, TaskModel]:
         """A model for each named task, from its examples: `Example`s, or (text, label) pairs.
 
@@ -89,7 +89,8 @@ class MetaModel:
         def count(made: int) -> None:
             nonlocal done
             done += made
-            tell(done, total)
+            if tell:
+                tell(done, total)
 
         found: dict[str, TaskModel] = {}
         before = {name: self._unadapted(name, supports[name], given[name]) for name in given if parts[name]}

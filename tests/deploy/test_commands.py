@@ -1,0 +1,155 @@
+"""The commands, as they are typed: adapt, predict, suggest, evaluate an adapter."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from deployed import EXAMPLES, OPTIONS, TEXTS
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Exit status, standard output and standard error of a command, in this process."""
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(LAUNCH / f"{command}.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "moods.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in EXAMPLES))
+    return path
+
+
+@pytest.fixture
+def adapter(adapted, tmp_path):
+    return adapted.save(tmp_path / "adapter")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(TEXTS)))
+    return path
+
+
+def test_adapt_writes_what_the_library_makes(call, run, data, adapted, tmp_path):
+    status, out, err = call("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--device", "cpu")
+    assert status == 0, err
+    assert (
+        "moods: 6 examples; options: bad, good" in out and "4 folds" in out and f"adapter         {tmp_path}/new" in out
+    )
+    card = json.loads((tmp_path / "new" / "card.json").read_text())
+    assert card == json.loads(json.dumps(adapted.card.model_dump()))
+    assert (tmp_path / "new" / "adapter.safetensors").stat().st_size > 1000
+
+
+def test_adapt_takes_a_folder_of_tasks(call, run, data, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(data.read_text())
+    out = tmp_path / "adapters"
+    arguments = ("--examples", 4, "--folds", 0, "--steps", 1, "method.test_lr=1e-3")
+    status, _, err = call("adapt", "--run", run, "--tasks", tmp_path / "tasks", "--out", out, *arguments)
+    assert status == 0, err
+    for name in ("one", "two"):
+        card = json.loads((out / name / "card.json").read_text())
+        assert card["task"] == name and card["adaptation"]["steps"] == 1 and card["adaptation"]["examples"] == 4
+        assert card["scores"] == {} and card["config"]["method"]["test_lr"] == 1e-3
+
+
+def test_predict_writes_a_line_a_row(call, adapter, adapted, texts, tmp_path):
+    status, out, err = call("predict", "--adapter", adapter, "--input", texts)
+    assert status == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [line["text"] for line in found] == TEXTS and [line["row"] for line in found] == [0, 1, 2]
+    for line, expected in zip(found, adapted.predict(TEXTS), strict=True):
+        assert line["label"] == expected.label and line["probabilities"] == pytest.approx(expected.probabilities)
+        assert "variance" not in line and "adapter" not in line
+    assert err.strip().endswith("3 predictions")
+
+
+def test_predict_abstains_samples_and_takes_several_adapters(call, adapter, texts, tmp_path, adapted, meta):
+    other = meta.adapt(EXAMPLES[2:], "other", folds=0).save(tmp_path / "other")
+    sure = sorted(prediction.confidence for prediction in adapted.predict(TEXTS, samples=3))[1]
+    output = tmp_path / "out.jsonl"
+    status, _, err = call(
+        "predict", "--adapter", adapter, "--adapter", other, "--input", texts, "--output", output, "--samples", 3,
+        "--abstain", sure,
+    )  # fmt: skip
+    assert status == 0, err
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["row"], line["adapter"]) for line in found] == [
+        (n, name) for n in range(3) for name in ("moods", "other")
+    ]
+    assert all(line["variance"] > 0 for line in found)
+    for line in found:
+        assert (line["label"] is None) == line["abstained"] == (line["confidence"] < sure)
+    assert sum(line["abstained"] for line in found if line["adapter"] == "moods") == 1
+
+
+def test_predict_streams_standard_input(call, adapter, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "It was slow."}\n'))
+    status, out, _ = call("predict", "--adapter", adapter, "--input", "-")
+    assert status == 0 and json.loads(out)["label"] in OPTIONS
+
+
+def test_a_bad_row_ends_it_with_its_place(call, adapter, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    status, _, err = call("predict", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
+    assert status == 2 and "t.jsonl:2: no column text or input" in err
+
+
+def test_suggest_prints_the_rows(call, adapter, adapted, run, texts):
+    status, out, _ = call("suggest", "--adapter", adapter, "--input", texts, "--count", 2)
+    assert status == 0
+    assert [json.loads(line)["row"] for line in out.splitlines()] == adapted.suggest(TEXTS, 2)
+    assert json.loads(out.splitlines()[0])["id"] in ("0", "1", "2")
+    status, out, _ = call("suggest", "--run", run, "--options", "bad", "good", "--input", texts, "--count", 1)
+    assert status == 0 and len(out.splitlines()) == 1
+
+
+def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
+    from abmll import Example
+
+    scores, diagram = tmp_path / "scores.json", tmp_path / "reliability.svg"
+    status, out, err = call("evaluate", "--adapter", adapter, "--data", data, "--output", scores, "--diagram", diagram)
+    assert status == 0, err
+    expected = adapted.evaluate([Example(text, OPTIONS, label) for text, label in EXAMPLES])
+    found = json.loads(scores.read_text())
+    assert found["nll_options"] == pytest.approx(expected.nll_options) and found["n"] == 6 and "aurc" in found
+    assert "accuracy " in out and "<svg" in diagram.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("adapt", ("--run", "r", "--out", "o"), "one of the arguments --data --tasks is required"),
+        ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--folds", "1"), "--folds: 1: must be 0, or at least 2"),
+        ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--steps", "0"), "--steps: 0: must be at least 1"),
+        ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--name", "../x"), "does not serve as a task's name"),
+        ("adapt", ("--run", "r", "--out", "o", "--data", "none.csv"), "none.csv: No such file"),
+        ("predict", ("--adapter", "none", "--input", "-"), "--adapter: none: holds no card.json"),
+        ("predict", ("--adapter", "a", "--input", "-", "--abstain", "2"), "--abstain: 2.0: is a probability"),
+        ("suggest", ("--run", "r", "--input", "-"), "--options: goes with --run"),
+        ("suggest", ("--adapter", "a", "--input", "-", "--samples", "1"), "--samples: 0, or at least 2"),
+        ("evaluate", ("--adapter", "a"), "--data: name the labelled file"),
+        ("evaluate", ("--adapter", "a", "--data", "d", "eval.samples=2"), "overrides: does not go with --adapter"),
+        ("evaluate", ("--run", "r", "--samples", "2"), "samples: does not go with --run"),
+    ],
+)
+def test_mistakes_are_told(call, command, arguments, message):
+    status, _, err = call(command, *arguments)
+    assert status == 2 and message in err

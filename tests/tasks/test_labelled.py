@@ -1,0 +1,162 @@
+"""A user's files of texts and labels: JSONL and CSV, good and bad."""
+
+import io
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abmll.tasks.checks import LETTERS
+from abmll.tasks.labelled import Columns, draw, read_labelled, read_rows, task_files
+from abmll.tasks.task import Example
+
+
+def write(path, contents):
+    path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return path
+
+
+def lines(*rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def test_jsonl_of_texts_and_labels(tmp_path):
+    rows = [{"text": "a\nb", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "", "label": "yes"}]
+    found = read_labelled(write(tmp_path / "t.jsonl", "\ufeff" + lines(*rows) + "\n\n"))
+    assert found == [Example(row["text"], ("no", "yes"), row["label"]) for row in rows]
+
+
+def test_csv_and_tsv_with_named_columns(tmp_path):
+    expected = [Example('say "a, b"\nand c', ("0", "1"), "1"), Example("d", ("0", "1"), "0")]
+    columns = Columns("review", "stars")
+    csv = write(tmp_path / "t.csv", 'stars,review\r\n1,"say ""a, b""\nand c"\r\n0,d\r\n')
+    assert read_labelled(csv, columns) == expected
+    tsv = write(tmp_path / "t.tsv", 'stars\treview\n1\t"say ""a, b""\nand c"\n0\td\n')
+    assert read_labelled(tsv, columns) == expected
+
+
+def test_rows_of_the_task_files_keep_their_options(tmp_path):
+    rows = [{"input": "q", "output": "x", "options": ["x", "y"]}, {"input": "r", "output": "v", "options": ["w", "v"]}]
+    assert read_labelled(write(tmp_path / "t.jsonl", lines(*rows))) == [
+        Example("q", ("x", "y"), "x"),
+        Example("r", ("w", "v"), "v"),
+    ]
+
+
+def test_numbers_and_truth_values_are_labels(tmp_path):
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": True}, {"text": "c", "label": 2.5}]
+    assert read_labelled(write(tmp_path / "t.jsonl", lines(*rows)))[0].options == ("1", "2.5", "true")
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("t.jsonl", "", "holds no rows"),
+        ("t.jsonl", "{", r"t.jsonl:1: malformed JSON: .*'\{'"),
+        ("t.jsonl", "[" * 100_000, "t.jsonl:1: malformed JSON"),
+        ("t.jsonl", "[1]", "t.jsonl:1: a list, not an object"),
+        (
+            "t.jsonl",
+            '{"sentence": "a", "label": "b"}',
+            "no column text or input; it has 'sentence', 'label': .* --text",
+        ),
+        ("t.jsonl", '{"text": "a"}', "no column label or output; .* --label"),
+        ("t.jsonl", '{"text": 3, "label": "b"}', "the text is 3, a int: it must be a string"),
+        ("t.jsonl", '{"text": "a", "label": null}', "the label is None"),
+        ("t.jsonl", '{"text": "a", "label": " "}', "the label is ' '"),
+        ("t.jsonl", '{"text": "a", "label": ["b"]}', r"the label is \['b'\]"),
+        ("t.jsonl", '{"text": "a\\ud800", "label": "b"}', "half a surrogate pair"),
+        ("t.jsonl", lines({"text": "a", "label": "b"}), "every label is 'b'"),
+        ("t.jsonl", lines(*({"text": "a", "label": n} for n in range(27))), "27 different labels"),
+        ("t.jsonl", '{"text": "a", "label": "b", "options": ["b", "b"]}', "listed twice"),
+        ("t.jsonl", '{"text": "a", "label": "b", "options": ["c", "d"]}', "output 'b' is not among"),
+        ("t.jsonl", b"\xff\xfe{}", "0xff is not UTF-8"),
+        ("t.csv", "text,label\na,b,c\n", "2 columns in the header, another number"),
+        ("t.csv", "text,label\na\n", "2 columns in the header, another number"),
+        ("t.csv", 'text,label\n"a', "malformed CSV"),
+        ("t.csv", "a,b\n1,2\n", "no column text or input"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, name, contents, message):
+    with pytest.raises(ValueError, match=message):
+        read_labelled(write(tmp_path / name, contents))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl: No such file"):
+        read_labelled(tmp_path / "none.jsonl")
+
+
+def test_all_bad_rows_are_told_at_once(tmp_path):
+    path = write(tmp_path / "t.jsonl", lines(*({"text": n, "label": "b"} for n in range(50))))
+    with pytest.raises(ValueError, match="50 faults in 1 rows") as error:
+        read_labelled(path)
+    assert "t.jsonl:1:" in str(error.value) and "30 more" in str(error.value)
+
+
+def test_standard_input_is_read_as_it_comes(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\n{"text": "b"}\n{'))
+    rows = read_rows("-")
+    assert [next(rows).text(Columns()) for _ in range(2)] == ["a", "b"]
+    with pytest.raises(ValueError, match="standard input:3: malformed JSON"):
+        next(rows)
+
+
+def test_examples_are_drawn_by_the_seed():
+    examples = [Example(str(number), ("a", "b"), "a") for number in range(600)]
+    some = draw(examples, 20, 3, "t")
+    assert len(some) == 20 and some == draw(examples, 20, 3, "t") != draw(examples, 20, 4, "t")
+    assert some == sorted(some, key=lambda example: int(example.input)), "in the file's order"
+    assert draw(examples[:9], 20, 3, "t") == examples[:9]
+    with pytest.raises(ValueError, match=r"t: 600 examples: .* --examples 100"):
+        draw(examples, None, 3, "t")
+    with pytest.raises(ValueError, match="t: 3 examples: an adaptation takes 4 to 500"):
+        draw(examples[:3], None, 3, "t")
+
+
+def test_a_folder_of_tasks(tmp_path):
+    for name in ("a.jsonl", "b.csv", "c/train.jsonl", "c/test.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert {name: path.name for name, path in task_files(tmp_path).items()} == {
+        "a": "a.jsonl",
+        "b": "b.csv",
+        "c": "train.jsonl",
+    }
+    with pytest.raises(ValueError, match="holds no tasks"):
+        task_files(tmp_path / "c/nothing")
+
+
+ROW = st.dictionaries(
+    st.sampled_from(["text", "label", "options", "input", "output", "x"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=2),
+        max_leaves=4,
+    ),
+    max_size=4,
+)
+CONTENTS = st.one_of(
+    st.binary(),
+    st.text().map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.lists(ROW, max_size=4).map(lambda rows: lines(*rows).encode()),
+    st.lists(st.lists(st.text(), max_size=3), max_size=4).map(
+        lambda rows: ("text,label\n" + "\n".join(",".join(row) for row in rows)).encode("utf-8", "surrogatepass")
+    ),
+)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
+@settings(max_examples=200, deadline=None)
+@given(contents=CONTENTS)
+def test_any_file_gives_examples_or_a_value_error(tmp_path_factory, ending, contents):
+    path = write(tmp_path_factory.getbasetemp() / f"any.{ending}", contents)
+    try:
+        found = read_labelled(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    for example in found:
+        assert 2 <= len(example.options) <= len(LETTERS) and example.output in example.options
+        (example.input + "".join(example.options)).encode()
