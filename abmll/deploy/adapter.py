@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class AdapterCard(_Part):
         """What cross-validation says that predictions should be cooled or warmed by; None: nothing."""
         return self.scores.get("cross_validation", {}).get("temperature")
 
-    def run_config(self, source: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    def run_config(self, source: str | Path, overrides: Sequence[str] = ()) -> Config:
         """A configuration that loads the base with fitting adapters. ConfigError where the card's cannot be used."""
         return config_from(self.config, source, overrides, scoring=True)
 

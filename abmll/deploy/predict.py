@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any, TextIO
 
 import pandas as pd
 from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import Prediction, TaskModel, load_task_models
+from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
 from abmll.tasks.task import Example
@@ -40,12 +42,13 @@ def predict(
     `abstain`: of a prediction that is less sure than this the label is left out.
     """
     models = load_task_models(adapters, device, model)
-    rows = tqdm(read_rows(source), unit="row", file=sys.stderr, leave=False, disable=None if source != "-" else True)
+    chunks = as_they_come(read_rows(source)) if source == "-" else in_chunks(read_rows(source))
     written = abstained = 0
-    with _written_to(output) as file:
-        for line in predicted_lines(models, rows, columns, samples, calibrated, abstain):
+    with _written_to(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
+        for line in predicted_lines(models, chunks, columns, samples, calibrated, abstain):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
+            bar.update()
             if written % CHUNK == 0 or source == "-":
                 file.flush()
     left_out = f", the label left out of {abstained:,}" if abstain is not None else ""
@@ -54,20 +57,53 @@ def predict(
 
 def predicted_lines(
     models: Sequence[TaskModel],
-    rows: Iterable[Row],
+    chunks: Iterable[Sequence[Row]],
     columns: Columns,
     samples: int = 0,
     calibrated: bool = False,
     abstain: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What `predict` writes, chunk by chunk of the rows."""
-    rows, number = iter(rows), 0
-    while chunk := list(islice(rows, CHUNK)):
+    number = 0
+    for chunk in chunks:
         by_model = [own.predict(_questions(own, chunk, columns), samples, calibrated) for own in models]
         for place in range(len(chunk)):
             for own, found in zip(models, by_model, strict=True):
                 yield _line(number, own, chunk[place].text(columns), found[place], abstain, len(models) > 1)
             number += 1
+
+
+def in_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """CHUNK rows at a time: the same batches, and so the same samples, every time."""
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """What is there, up to CHUNK rows, without waiting for more: an answer to one line, full batches under pressure."""
+    waiting: Queue[Row | Exception | None] = Queue(CHUNK)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(None)
+        except Exception as error:  # belongs to whoever asks for the rows
+            waiting.put(error)
+
+    Thread(target=read, daemon=True).start()
+    chunk: list[Row] = []
+    while True:
+        item = waiting.get()
+        if isinstance(item, Row):
+            chunk.append(item)
+        if chunk and (not isinstance(item, Row) or waiting.empty() or len(chunk) == CHUNK):
+            yield chunk
+            chunk = []
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
 
 
 def suggest(
@@ -84,8 +120,7 @@ def suggest(
     """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself."""
     rows = list(read_rows(source))
     if run is not None:
-        overrides = () if model is None else (f"model.name={model}",)
-        own = MetaModel.load(run, overrides, device).unadapted(options or ())
+        own = MetaModel.load(run, moved_to(model), device).unadapted(options or ())
     else:
         own = load_task_models([str(adapter)], device, model)[0]
     for place in own.suggest(_questions(own, rows, columns), count, samples):

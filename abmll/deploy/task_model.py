@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from abmll.config import Refused
+from abmll.config import Refused, override_texts
 from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
 from abmll.deploy.base import AdaptedBase, Phi
 from abmll.evaluation.active import choose
@@ -156,12 +156,16 @@ def load_task_models(
     loaded = [load_adapter(folder) for folder in folders]
     if not loaded:
         raise Refused("--adapter: none is named; name at least one folder that launch/adapt.py wrote")
-    overrides = () if model is None else (f"model.name={model}",)
     try:
-        base = AdaptedBase(loaded[0][1].run_config(folders[0], overrides), device)
+        base = AdaptedBase(loaded[0][1].run_config(folders[0], moved_to(model)), device)
     except ValueError as error:
         raise Refused(str(error)) from error
     return [_over(base, folder, phi, card, loaded[0][1]) for folder, (phi, card) in zip(folders, loaded, strict=True)]
+
+
+def moved_to(model: str | None) -> list[str]:
+    """The override that names a model's new place; none where it has not moved."""
+    return [] if model is None else override_texts({"model.name": model})
 
 
 def _over(base: AdaptedBase, folder: str | Path, phi: Phi, card: AdapterCard, first: AdapterCard) -> TaskModel:

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,30 @@ def test_predict_streams_standard_input(call, adapter, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "It was slow."}\n'))
     status, out, _ = call("predict", "--adapter", adapter, "--input", "-")
     assert status == 0 and json.loads(out)["label"] in OPTIONS
+
+
+def test_rows_are_taken_as_they_come():
+    """One that waits alone is answered at once; an error comes behind the rows before it."""
+    from abmll.deploy.predict import CHUNK, as_they_come
+    from abmll.tasks.labelled import Row
+
+    answered, rows = threading.Event(), [Row(str(number), {}) for number in range(2 * CHUNK)]
+
+    def typed():
+        yield rows[0]
+        assert answered.wait(30), "the first row was not handed on while the second was awaited"
+        yield from rows[1:]
+        raise ValueError("no row")
+
+    chunks = as_they_come(typed())
+    found = list(next(chunks))
+    assert found == rows[:1]
+    answered.set()
+    with pytest.raises(ValueError, match="no row"):
+        for chunk in chunks:
+            assert 1 <= len(chunk) <= CHUNK
+            found += chunk
+    assert found == rows
 
 
 def test_a_bad_row_ends_it_with_its_place(call, adapter, tmp_path):
