@@ -10,7 +10,7 @@ from exported import adapted_from, code_of, save_base
 from abmll import Example, MetaModel
 from abmll.deploy.export import export_adapter
 from abmll.deploy.export.command import _theta
-from abmll.deploy.export.model_card import escape
+from abmll.deploy.export.model_card import escape, model_card
 from abmll.deploy.export.report import Report
 from abmll.deploy.export.subject import Subject
 from abmll.models.source import Source
@@ -49,6 +49,7 @@ def test_its_code_predicts(examples, template, sections, format, build_tiny, tmp
     own.export(tmp_path / "out", format)
     card = (tmp_path / "out" / "README.md").read_text()
     known = {"text": TEXTS[1], **({"options": ["x", "y", "z"]} if examples is OWN else {})}
+    assert f'"add_special_tokens": {"false" if template else "true"}}}' in card
     found = run_code(card, tmp_path / "out", **known)
     (expected,) = own.predict([Example(TEXTS[1], ("x", "y", "z"), "x") if examples is OWN else TEXTS[1]])
     assert found["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
@@ -89,8 +90,6 @@ def test_scores_and_temperature(build_tiny, tmp_path):
 
 
 def test_only_the_hubs_own_names_are_a_base_model(adapted, monkeypatch):
-    from abmll.deploy.export.model_card import model_card
-
     report = Report("peft", "a/b", "float32", 6, 8, 2.0)
     assert "base_model" not in yaml.safe_load(model_card(Subject(adapted), report).split("---")[1])
     monkeypatch.setattr(Subject, "source", property(lambda self: Source("hub", "a/b")))

@@ -1,6 +1,7 @@
 """The command, the folder that it leaves, and the hub (of which nothing is asked here)."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from deployed import EXAMPLES, TEXTS
+from deployed import TEXTS
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from abmll import load_task_models
 from abmll.config import Refused
+from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
 from abmll.deploy.export import export_adapter, push, tensors
 from abmll.files import damage
 
@@ -94,8 +96,6 @@ def test_a_runs_theta_in_another_dtype(call, run, meta, tmp_path):
 
 def test_an_adapter_of_other_weights_is_refused(call, adapter, tmp_path):
     card = json.loads((adapter / "card.json").read_text())
-    from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
-
     phi, _ = load_adapter(adapter)
     card["base"]["fingerprint"] = "0" * 64
     save_adapter(adapter, phi, AdapterCard.model_validate(card))
@@ -107,16 +107,16 @@ def test_an_adapter_of_other_weights_is_refused(call, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "missing"], "--adapter: missing: holds no card.json"),
-        (["--run", "missing"], "summary missing: "),
-        (["--adapter", "A", "--format", "peft"], "use --format merged"),
-        (["--adapter", "A", "--model", "random:qwen"], "model.name: random:qwen"),
+        (["--adapter", "missing"], r"--adapter: missing: holds no card\.json"),
+        (["--run", "missing"], r"summary missing: .*; name a folder written by a run"),
+        (["--adapter", "A", "--format", "peft"], r"which nobody else can load; use --format merged"),
+        (["--adapter", "A", "--model", "random:qwen"], r"model\.name: 'random:qwen': no such architecture"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, call, adapter, tmp_path):
     named = [adapter if value == "A" else value for value in arguments]
     status, out, err = call(*named, "--out", tmp_path / "out")
-    assert (status, out) == (2, "") and err.startswith("error: ") and message.split()[-1] in err
+    assert (status, out) == (2, "") and re.match(f"error: .*{message}", err), err
     assert not (tmp_path / "out").exists()
 
 
@@ -195,5 +195,4 @@ def test_a_push_without_a_login(call, adapter, hub, tmp_path, monkeypatch):
 
 
 def test_from_python(adapted, tmp_path):
-    assert len(EXAMPLES) == adapted.card.adaptation.examples
     assert adapted.export(str(tmp_path / "out"), "safetensors") == tmp_path / "out"

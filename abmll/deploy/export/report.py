@@ -65,11 +65,9 @@ class Report:
                 )
             )
         if self.merge is not None:
+            lost, error = 100 * self.merge.lost, self.merge.relative_error
+            weights = f"; weights are within {error:.1e} of the fp32 sum in every layer" if error else ""
             found.append(
-                (
-                    "merge",
-                    f"in {self.dtype} rounding takes {100 * self.merge.lost:.3g} % of the adapter's change (norm); "
-                    f"weights are within {self.merge.relative_error:.1e} of the fp32 sum in every layer",
-                )
+                ("merge", f"in {self.dtype} rounding takes {lost:.3g} % of the adapter's change (norm){weights}")
             )
         return found
