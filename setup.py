@@ -18,6 +18,7 @@ setup(
         "abmll",
         "abmll.kernels",
         "abmll.kernels.fused",
+        "abmll.deploy.export",
         "abmll.tasks.catalogue",
         *(f"abmll.{name}" for name in SUBPACKAGES),
     ],
@@ -47,11 +48,13 @@ setup(
         "flash": ["flash-attn>=2.6"],
         # a 4-bit base model (model.quantization: nf4)
         "quantization": ["bitsandbytes>=0.46.1", "accelerate>=1.1"],
+        # launch/export.py --format peft loads back what it wrote
+        "export": ["peft>=0.17"],
         "report": ["matplotlib>=3.8", "tensorboard>=2.17"],
         "compare": ["matplotlib>=3.8"],  # plots of comparisons
         "test": [
             "pytest>=8.0",
-            "peft>=0.17",  # a contender in the benchmark of memory
+            "peft>=0.17",  # a contender in the benchmark of memory; adapters are exported in its format
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "matplotlib>=3.8",

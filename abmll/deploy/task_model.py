@@ -11,6 +11,7 @@ import torch
 from abmll.config import Refused, override_texts
 from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
 from abmll.deploy.base import AdaptedBase, Phi
+from abmll.deploy.export import export_adapter
 from abmll.evaluation.active import choose
 from abmll.metrics import Predictions, Scores, score
 from abmll.tasks.task import Example, PromptedExample
@@ -98,6 +99,14 @@ class TaskModel:
         if self.phi is None:
             raise Refused(f"{self.name}: is not adapted to anything; call adapt first")
         save_adapter(Path(folder), self.phi, self.card)
+        return Path(folder)
+
+    def export(self, folder: str | Path, format: str = "peft") -> Path:
+        """The posterior's mean for others to use: peft, merged (a model of its own) or safetensors.
+
+        Refused, and nothing written, where it would not give this model's predictions: see `abmll.deploy.export`.
+        """
+        export_adapter(self, folder, format)
         return Path(folder)
 
     def _predictions(self, examples: Sequence[Example], samples: int) -> Predictions:

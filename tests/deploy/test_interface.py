@@ -22,6 +22,7 @@ SIGNATURES = {
     "TaskModel.suggest": "(self, texts: 'Sequence[str | Example]', count: 'int' = 4, samples: 'int' = 0)"
     " -> 'list[int]'",
     "TaskModel.save": "(self, folder: 'str | Path') -> 'Path'",
+    "TaskModel.export": "(self, folder: 'str | Path', format: 'str' = 'peft') -> 'Path'",
     "load_task_models": "(folders: 'Sequence[str | Path]', device: 'str | torch.device | None' = None,"
     " model: 'str | None' = None) -> 'list[TaskModel]'",
     "Prediction": "(label: 'str', confidence: 'float', probabilities: 'dict[str, float]', entropy: 'float',"

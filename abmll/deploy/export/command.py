@@ -1,0 +1,60 @@
+"""The command `launch/export.py`: a task's adapter, or a run's theta, for others to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abmll.config import Refused
+from abmll.deploy.adapter import load_adapter
+from abmll.deploy.base import AdaptedBase
+from abmll.deploy.export.folder import check_free
+from abmll.deploy.export.push import check_push, push
+from abmll.deploy.export.subject import OPTIONS
+from abmll.deploy.export.write import export_adapter
+from abmll.deploy.meta_model import MetaModel
+from abmll.deploy.task_model import TaskModel, _over
+
+
+def export(
+    adapter: str | None,
+    run: str | None,
+    format: str,
+    out: str,
+    model: str | None = None,
+    repository: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Writes the folder, prints what was found, and pushes it where asked to. ValueErrors for a user's mistakes.
+
+    `model`: where the base is now. `dtype`: in which it is loaded and, for the format merged, written; None: the run's.
+    """
+    check_free(Path(out))  # before a model is loaded
+    if repository is not None:
+        check_push(repository)
+    chosen = {"model.name": model, "model.dtype": dtype}
+    overrides = tuple(f"{key}={value}" for key, value in chosen.items() if value is not None)
+    own = _adapted(str(adapter), overrides, device) if run is None else _theta(run, overrides, device)
+    report = export_adapter(own, out, format)
+    rows = [("exported", f"{own.name}, as {format}, on {report.base} in {report.dtype}"), *report.lines()]
+    rows += [("note", note) for note in report.notes]
+    print("\n".join(f"{name:<15} {value}" for name, value in [*rows, ("folder", out)]), flush=True)
+    if repository is not None:
+        print(f"{'pushed':<15} {push(Path(out), repository)}")
+
+
+def _adapted(folder: str, overrides: tuple[str, ...], device: str | None) -> TaskModel:
+    """As `load_task_models`, with more than the model's name to be chosen."""
+    phi, card = load_adapter(folder)
+    try:
+        base = AdaptedBase(card.run_config(folder, overrides), device)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return _over(base, folder, phi, card, card)
+
+
+def _theta(run: str, overrides: tuple[str, ...], device: str | None) -> TaskModel:
+    """theta, whose questions may have any options."""
+    meta = MetaModel.load(run, overrides, device)
+    card = meta.unadapted(OPTIONS, meta.run.name).card
+    return TaskModel(meta.base, None, card.model_copy(update={"options": None}))

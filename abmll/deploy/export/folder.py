@@ -1,0 +1,47 @@
+"""An export's folder: whole or absent, and never in the place of somebody's other files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from abmll.config import Refused
+from abmll.files import MANIFEST, new_partial, publish
+
+REPORT = "export.json"  # what tells an earlier export, which may be replaced, from anything else
+
+
+def check_free(folder: Path) -> None:
+    """Refused where the folder holds anything but an earlier export."""
+    if not folder.exists():
+        return
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    if not folder.is_dir() or (files and not (REPORT in files and files <= _sealed(folder))):
+        raise Refused(f"--out: {folder}: holds other files than an export's; name a new folder")
+
+
+def _sealed(folder: Path) -> set[str]:
+    try:
+        return {*json.loads((folder / MANIFEST).read_text(encoding="utf-8")), MANIFEST}
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder` at the end; on an error it is removed, and `folder` is as it was.
+
+    The manifest in it bothers nobody: transformers, PEFT and vLLM open files by their names.
+    """
+    check_free(folder)
+    folder = folder.resolve()
+    partial = new_partial(folder)
+    try:
+        yield partial
+        publish(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
