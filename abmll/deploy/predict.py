@@ -41,7 +41,7 @@ def predict(
 
     `abstain`: of a prediction that is less sure than this the label is left out.
     """
-    models = load_task_models(adapters, device, model)
+    models = load_task_models(adapters, moved_to(model), device)
     chunks = as_they_come(read_rows(source)) if source == "-" else in_chunks(read_rows(source))
     written = abstained = 0
     with _written_to(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
@@ -122,7 +122,7 @@ def suggest(
     if run is not None:
         own = MetaModel.load(run, moved_to(model), device).unadapted(options or ())
     else:
-        own = load_task_models([str(adapter)], device, model)[0]
+        own = load_task_models([str(adapter)], moved_to(model), device)[0]
     for place in own.suggest(_questions(own, rows, columns), count, samples):
         print(json.dumps({"row": place, **rows[place].fields}, ensure_ascii=False))
 
@@ -140,7 +140,7 @@ def evaluate_adapter(
 ) -> None:
     """Prints all scores of a labelled file; writes them as JSON and draws a reliability diagram where asked to."""
     examples = read_labelled(source, columns)
-    own = load_task_models([adapter], device, model)[0]
+    own = load_task_models([adapter], moved_to(model), device)[0]
     if own.options is not None:
         examples = [_with_options(example, own, source) for example in examples]
     found = own.predictions(examples, samples, calibrated)

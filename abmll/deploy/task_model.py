@@ -156,9 +156,9 @@ class TaskModel:
 
 
 def load_task_models(
-    folders: Sequence[str | Path], device: str | torch.device | None = None, model: str | None = None
+    folders: Sequence[str | Path], overrides: Sequence[str] = (), device: str | torch.device | None = None
 ) -> list[TaskModel]:
-    """Adapters over one base, which is loaded once. `model`: where the base is now, if the cards' name has moved.
+    """Adapters over one base, which is loaded once. `overrides`: `section.key=value`, such as a model's new place.
 
     Refused where a folder holds no whole adapter, or the adapters are not of this base.
     """
@@ -166,7 +166,7 @@ def load_task_models(
     if not loaded:
         raise Refused("--adapter: none is named; name at least one folder that launch/adapt.py wrote")
     try:
-        base = AdaptedBase(loaded[0][1].run_config(folders[0], moved_to(model)), device)
+        base = AdaptedBase(loaded[0][1].run_config(folders[0], overrides), device)
     except ValueError as error:
         raise Refused(str(error)) from error
     return [_over(base, folder, phi, card, loaded[0][1]) for folder, (phi, card) in zip(folders, loaded, strict=True)]

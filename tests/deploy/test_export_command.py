@@ -72,7 +72,7 @@ def test_plain_tensors_are_an_adapter(call, adapter, adapted, tmp_path):
     assert set(found) == set(adapted.phi) and damage(out) is None
     assert all(torch.equal(value, adapted.phi[name]) for name, value in found.items())
     assert "model.layers.0.self_attn.q_proj.log_variance.b" in found
-    assert load_task_models([out], "cpu")[0].predict(TEXTS) == adapted.predict(TEXTS)
+    assert load_task_models([out], device="cpu")[0].predict(TEXTS) == adapted.predict(TEXTS)
     assert "variances of the posterior are beside the means" in (out / "README.md").read_text()
 
 

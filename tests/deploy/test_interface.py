@@ -23,8 +23,8 @@ SIGNATURES = {
     " -> 'list[int]'",
     "TaskModel.save": "(self, folder: 'str | Path') -> 'Path'",
     "TaskModel.export": "(self, folder: 'str | Path', format: 'str' = 'peft') -> 'Path'",
-    "load_task_models": "(folders: 'Sequence[str | Path]', device: 'str | torch.device | None' = None,"
-    " model: 'str | None' = None) -> 'list[TaskModel]'",
+    "load_task_models": "(folders: 'Sequence[str | Path]', overrides: 'Sequence[str]' = (),"
+    " device: 'str | torch.device | None' = None) -> 'list[TaskModel]'",
     "Prediction": "(label: 'str', confidence: 'float', probabilities: 'dict[str, float]', entropy: 'float',"
     " variance: 'float | None' = None, mutual_information: 'float | None' = None) -> None",
     "Example": "(input: 'str', options: 'tuple[str, ...]', output: 'str', demonstrations: 'tuple[Example, ...]' = ())"

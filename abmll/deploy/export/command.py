@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from abmll.config import Refused
-from abmll.deploy.adapter import load_adapter
-from abmll.deploy.base import AdaptedBase
+from abmll.config import override_texts
 from abmll.deploy.export.folder import check_free
 from abmll.deploy.export.push import check_push, push
 from abmll.deploy.export.subject import OPTIONS
 from abmll.deploy.export.write import export_adapter
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import TaskModel, _over
+from abmll.deploy.task_model import TaskModel, load_task_models
 
 
 def export(
@@ -33,8 +32,8 @@ def export(
     if repository is not None:
         check_push(repository)
     chosen = {"model.name": model, "model.dtype": dtype}
-    overrides = tuple(f"{key}={value}" for key, value in chosen.items() if value is not None)
-    own = _adapted(str(adapter), overrides, device) if run is None else _theta(run, overrides, device)
+    overrides = override_texts({key: value for key, value in chosen.items() if value is not None})
+    own = load_task_models([str(adapter)], overrides, device)[0] if run is None else _theta(run, overrides, device)
     report = export_adapter(own, out, format)
     rows = [("exported", f"{own.name}, as {format}, on {report.base} in {report.dtype}"), *report.lines()]
     rows += [("note", note) for note in report.notes]
@@ -43,17 +42,7 @@ def export(
         print(f"{'pushed':<15} {push(Path(out), repository)}")
 
 
-def _adapted(folder: str, overrides: tuple[str, ...], device: str | None) -> TaskModel:
-    """As `load_task_models`, with more than the model's name to be chosen."""
-    phi, card = load_adapter(folder)
-    try:
-        base = AdaptedBase(card.run_config(folder, overrides), device)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    return _over(base, folder, phi, card, card)
-
-
-def _theta(run: str, overrides: tuple[str, ...], device: str | None) -> TaskModel:
+def _theta(run: str, overrides: Sequence[str], device: str | None) -> TaskModel:
     """theta, whose questions may have any options."""
     meta = MetaModel.load(run, overrides, device)
     card = meta.unadapted(OPTIONS, meta.run.name).card
