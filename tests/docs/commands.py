@@ -93,10 +93,11 @@ def _page(words: Words, folder: Path) -> None:
 def _after_training(words: Words, folder: Path) -> None:
     if not (ROOT / script(words)).exists():
         pytest.skip(f"{script(words)} is not in this checkout")
-    if "--adapter" in words and not (folder / words[words.index("--adapter") + 1]).exists():
-        adapter = words[words.index("--adapter") + 1]
+    adapter = words[words.index("--adapter") + 1] if "--adapter" in words else None
+    if adapter and not (folder / adapter).exists():
         assert execute("launch/adapt.py", "--run", "runs/quickstart", "--data", "my_task.jsonl", "--out", adapter) == 0
-    _plain(words, folder)
+    with (folder / "texts.jsonl").open() as texts, patch("sys.stdin", texts):
+        _plain(words, folder)
 
 
 # ---- check
@@ -193,7 +194,7 @@ def _module(words: Words, folder: Path) -> None:
 
 
 TRAIN, COMPARE = "launch/train.py", "launch/compare.py"
-AFTER = ("launch/adapt.py", "launch/predict.py", "launch/export.py", "launch/report.py")
+AFTER = ("launch/adapt.py", "launch/predict.py", "launch/suggest.py", "launch/export.py", "launch/report.py")
 LONG = ("--validate", "--profile")
 TWICE = "is what `pytest` itself does"
 
@@ -201,10 +202,15 @@ RULES = (
     Rule("run", "one episode", lambda w: _is(TRAIN, without=LONG)(w) and _one_rank(w), _train),
     Rule("run", "--validate", lambda w: _is(TRAIN, "--validate")(w) and _one_rank(w), _validate),
     Rule("run", "a plan of the tiny model", _is("launch/plan.py"), _plan),
-    Rule("run", "a finished tiny run is scored", _is("launch/evaluate.py"), _plain),
+    Rule("run", "a finished tiny run is scored", _is("launch/evaluate.py", without=("--adapter",)), _plain),
     Rule("run", "--list of a comparison", _is(COMPARE, "--list"), _compare),
     Rule("run", "the page of keys, into another file", lambda w: "abmll.config.reference_page" in w, _page),
-    Rule("run", "what follows training, on a finished tiny run", lambda w: script(w) in AFTER, _after_training),
+    Rule(
+        "run",
+        "what follows training, on a finished tiny run",
+        lambda w: script(w) in AFTER or "--adapter" in w,
+        _after_training,
+    ),
     Rule(
         "check",
         "several ranks: machines and GPUs, or 10 s for each start; tests/invariance starts two",

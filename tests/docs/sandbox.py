@@ -75,8 +75,11 @@ def _write_tasks(folder: Path) -> None:
             (folder / place / name).mkdir(parents=True)
             for split, count in (("train", 24), ("test", 4)):
                 _write_rows(folder / place / name / f"{split}.jsonl", name, count)
-    _write_rows(folder / "my_task.jsonl", "my_task", 12)
-    _write_rows(folder / "questions.jsonl", "my_task", 3)
+    for name, count in (("my_task", 12), ("test", 8)):
+        _write_rows(folder / f"{name}.jsonl", name, count)
+    for name in ("texts", "unlabelled"):
+        rows = [json.dumps({"text": f"Text {n} of {name}."}) + "\n" for n in range(6)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
 
 
 def _write_rows(path: Path, task: str, count: int) -> None:
