@@ -105,7 +105,7 @@ def trained(repository) -> Path:
         assert execute(*train, "configs/tiny.yaml", *SHORT, "output=runs/quickstart") == 0
         assert execute(*train, "configs/cls23.yaml", *SHORT, "eval.every=null", "output=runs/cls23") == 0
         assert execute(*train, "configs/tiny.yaml", *SHORT, "method.name=lora", "output=runs/lora") == 0
-    for name in ("cls45", "mine"):
+    for name in ("cls45", "mine", "abmll", "reptile"):
         shutil.copytree(repository / "runs/cls23", repository / "runs" / name)
     return repository
 

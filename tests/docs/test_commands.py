@@ -47,7 +47,7 @@ def test_the_first_command_through_the_launcher(sandbox):
     first = blocks(PAGES[0].read_text(encoding="utf-8")).__next__().text.splitlines()[0]
     program, *rest = shlex.split(first.split(" && ")[-1])
     command = [program, "--master_port", str(free_port()), *rest, *SHORT, "output=runs/first"]
-    found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stdout + found.stderr
     assert (sandbox / "runs/first/final/summary.json").is_file() and "| abmll | 5 |" not in found.stdout
     assert "| abmll | 2 |" in found.stdout
