@@ -54,6 +54,7 @@ setup(
         "compare": ["matplotlib>=3.8"],  # plots of comparisons
         "test": [
             "pytest>=8.0",
+            "sybil>=9.0",  # runs the Python blocks of the documentation
             "peft>=0.17",  # a contender in the benchmark of memory; adapters are exported in its format
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -33,16 +33,22 @@ class ModelConfig(Section):
     sharding: Literal["none", "full"] = Field(
         "none", description="full: every rank holds a part of the frozen weights, and gathers them layer by layer."
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="transformers' implementation; auto: flash-attn on a GPU where it is installed, else sdpa."
+    )
 
 
 class AdapterConfig(Section):
     """The low-rank pairs and where they go."""
 
-    rank: int = Field(8, ge=1, le=64)
+    rank: int = Field(8, ge=1, le=64, description="r, of every low-rank pair.")
     alpha: float = Field(16.0, gt=0, description="The low-rank product is scaled by alpha / rank.")
-    modules: tuple[str, ...] = Field(("q_proj", "v_proj", "o_proj"), min_length=1)
-    posterior: Literal["activation", "weight"] = "activation"
+    modules: tuple[str, ...] = Field(
+        ("q_proj", "v_proj", "o_proj"), min_length=1, description="Endings of the names of the linear layers adapted."
+    )
+    posterior: Literal["activation", "weight"] = Field(
+        "activation", description="What is drawn: each token's activations, or one weight matrix a forward pass."
+    )
     log_variance_offset: float = Field(-20.0, ge=-80, le=80, description="c, added to every log-variance.")
     backend: Literal["auto", "triton", "torch"] = Field(
         "auto", description="Fused kernels or plain PyTorch; auto: the kernels on a GPU that can run them."
@@ -53,12 +59,14 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class MethodConfig(Section):
-    """What is learned and how: METHOD section 2."""
+    """What is learned and how (`docs/method.md`)."""
 
-    name: Literal["abmll", "reptile", "fomaml", "maml", "structured_lora", "lora", "blob", "pretrained"] = "abmll"
+    name: Literal["abmll", "reptile", "fomaml", "maml", "structured_lora", "lora", "blob", "pretrained"] = Field(
+        "abmll", description="The training algorithm (`docs/comparisons.md`)."
+    )
     inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
-    inner_lr: float = Field(1e-5, gt=0)
-    outer_lr: float = Field(5e-5, gt=0)
+    inner_lr: float = Field(1e-5, gt=0, description="Learning rate of phi in training.")
+    outer_lr: float = Field(5e-5, gt=0, description="Learning rate of theta; Reptile's step is reptile_step.")
     test_lr: float = Field(1e-5, gt=0, description="Learning rate of the adaptation to an unseen task.")
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
     inner_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Of phi, in training and on unseen tasks.")
@@ -69,13 +77,19 @@ class MethodConfig(Section):
     test_kl: bool = Field(True, description="Whether the objective on an unseen task has the KL too.")
     prior_shape: float = Field(1.0, gt=0, description="a0 of the Gamma prior on the precision.")
     prior_rate: float = Field(0.01, gt=0, description="b0 of the Gamma prior on the precision.")
-    nll_reduction: Literal["sum", "mean"] = "sum"
-    meta_gradient: Literal["kl", "first_order"] = "kl"
-    outer_batch: Literal["reuse", "query"] = "reuse"
-    reset_inner_optimizer: bool = True
-    adam_betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    nll_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="Over a batch's examples; the paper's beta goes with the sum."
+    )
+    meta_gradient: Literal["kl", "first_order"] = Field(
+        "kl", description="abmll: theta's gradient of KL and prior; first_order adds the NLL's at the adapted phi."
+    )
+    outer_batch: Literal["reuse", "query"] = Field(
+        "reuse", description="Of theta's step: the last inner batch again, or a fresh one of the same task."
+    )
+    reset_inner_optimizer: bool = Field(True, description="Forget phi's AdamW moments between episodes.")
+    adam_betas: tuple[AdamBeta, AdamBeta] = Field((0.9, 0.999), description="AdamW's decay rates, inner and outer.")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, inner and outer.")
+    weight_decay: float = Field(0.0, ge=0, description="Of the inner optimizer, and of theta's AdamW.")
     reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size epsilon.")
     reptile_schedule: Literal["annealed", "constant"] = Field("annealed", description="Annealed: linearly to 0.")
     blob_prior_std: float = Field(0.2, gt=0, description="BLoB: standard deviation of the prior on A.")
@@ -93,12 +107,12 @@ class HubTask(Section):
     in braces; a list in it is written with spaces between, and `{options}` is the row's options, `(A) ... (B) ...`.
     """
 
-    path: str
+    path: str = Field(description="Hub id or folder of the data set, or the name of a loader such as json.")
     name: str | None = Field(None, description="Configuration of the data set.")
     revision: str | None = Field(None, description="refs/convert/parquet: the hub's copy of a loading script's data.")
-    data_files: str | dict[str, str] | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
+    data_files: str | dict[str, str] | None = Field(None, description="File, or a file for each split.")
+    train_split: str = Field("train", description="Split that is adapted to and trained on.")
+    validation_split: str | None = Field(None, description="Split of the best-so-far tracking; null: training rows.")
     test_split: str | None = Field("test", description="null: a share of the train split is set aside, see holdout.")
     holdout: float | None = Field(None, gt=0, lt=1, description="Share of the train split that serves as test.")
     holdout_by: str | None = Field(
@@ -134,30 +148,34 @@ class HubTask(Section):
 class BuiltinTasks(Section):
     """The generator of small text tasks."""
 
-    train_tasks: int = Field(24, ge=1)
-    test_tasks: int = Field(8, ge=1)
-    train_examples: int = Field(64, ge=2)
-    test_examples: int = Field(64, ge=1)
+    train_tasks: int = Field(24, ge=1, description="Tasks to train on.")
+    test_tasks: int = Field(8, ge=1, description="Unseen tasks.")
+    train_examples: int = Field(64, ge=2, description="Training examples of each task.")
+    test_examples: int = Field(64, ge=1, description="Test examples of each task.")
 
 
 class TasksConfig(Section):
     """Which tasks, from where, and how an example becomes tokens."""
 
-    source: Literal["jsonl", "hub", "builtin"] = "jsonl"
+    source: Literal["jsonl", "hub", "builtin"] = Field(
+        "jsonl", description="Files in a folder, data sets read by `datasets`, or generated tasks."
+    )
     folder: str | None = Field(None, description="source jsonl: a folder per task, or MetaICL's own files.")
     lists: str | None = Field(None, description="YAML file with the keys train, test and (optional) validation.")
     train: tuple[str, ...] | None = Field(None, min_length=1, description="Task names; overrides the list file's.")
-    test: tuple[str, ...] | None = Field(None, min_length=1)
+    test: tuple[str, ...] | None = Field(None, min_length=1, description="Names of the unseen tasks.")
     validation: tuple[str, ...] | None = Field(
         None, min_length=1, description="Tasks of the best-so-far tracking; null: test."
     )
-    hub: dict[str, HubTask] = Field(default_factory=dict)
+    hub: dict[str, HubTask] = Field(default_factory=dict, description="source hub: a description for each task name.")
     builtin: BuiltinTasks = BuiltinTasks()
     missing: Literal["warn", "error"] = Field("warn", description="What a listed task that is not there means.")
     keep_overlap: bool = Field(False, description="Keep a test task that is also in the training list in training.")
     batch_size: int = Field(2, ge=1, description="Examples a gradient step.")
     max_tokens: int = Field(1024, ge=16, description="Longest prompt.")
-    too_long: Literal["drop", "truncate"] = "truncate"
+    too_long: Literal["drop", "truncate"] = Field(
+        "truncate", description="A prompt longer than max_tokens loses the middle of its question, or is left out."
+    )
     demonstrations: int = Field(0, ge=0, le=64, description="Answered examples of the support set in a prompt.")
     demonstrate: Literal["test", "adaptation", "always"] = Field(
         "test", description="Before scored questions; also before each example of the support set; also in training."
@@ -180,11 +198,11 @@ class TrainerConfig(Section):
         "auto", description="auto: of no layer, every second or all, the fastest that fits memory.budget_gb."
     )
     max_nonfinite: int = Field(5, ge=1, description="Stop after so many NaN or Inf episodes in a row.")
-    deepspeed: str = "configs/deepspeed/zero2.json"
+    deepspeed: str = Field("configs/deepspeed/zero2.json", description="JSON file of the engine's settings.")
     checkpoint_every: int | None = Field(
         100, ge=1, description="Outer steps between checkpoints; null: only at the end."
     )
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
 
 
 class TFBConfig(Section):
@@ -198,7 +216,7 @@ class TFBConfig(Section):
 class PruneConfig(Section):
     """The smallest activations of every token set to zero, whenever the model predicts; adaptation is not pruned."""
 
-    fraction: float = Field(0.0, ge=0, lt=1)
+    fraction: float = Field(0.0, ge=0, lt=1, description="Share of a token's activations set to zero.")
     where: Literal["hidden", "projections"] = Field(
         "hidden", description="Each decoder layer's output (the paper), or each adapted projection's (its code)."
     )
@@ -234,7 +252,9 @@ class EvalConfig(Section):
     support_labels: Literal["given", "shuffled"] = Field("given", description="Shuffled: within the support set.")
     active: ActiveConfig | None = Field(None, description="Choose the support set; null: drawn at random.")
     pretrained: bool = Field(True, description="Also score the pretrained model, at 0 and K steps.")
-    select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = "accuracy"
+    select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = Field(
+        "accuracy", description="The validation score by which the best theta is kept."
+    )
 
 
 class MemoryConfig(Section):
@@ -250,16 +270,18 @@ class LoggingConfig(Section):
     """What is shown and written while it runs; metrics.jsonl is always written."""
 
     every: int = Field(1, ge=1, description="Outer steps between step lines.")
-    progress_bar: bool = True
-    tensorboard: bool = False
-    csv: bool = False
-    wandb_project: str | None = None
+    progress_bar: bool = Field(True, description="Shown on a terminal.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard's event files.")
+    csv: bool = Field(False, description="Also write CSV files.")
+    wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project.")
 
 
 class Config(Section):
     """A run."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Of the adapters' start, the order of tasks and examples, and the noise."
+    )
     output: str = Field("runs/default", description="The run's folder.")
     model: ModelConfig
     adapters: AdapterConfig = AdapterConfig()

@@ -1,0 +1,8 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+
+from runs import one_thread  # noqa: F401
+from sandbox import repository, sandbox, trained  # noqa: F401
