@@ -53,6 +53,7 @@ WRITTEN = (
     "scores.json",
     "predictions.parquet",
     "scores.md",
+    "report.html",
     "scores",
     PROVENANCE,
     "config.yaml",

@@ -75,7 +75,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:
         return None
-    figure, axes = panels(len(panels), sharex=True)
+    figure, axes = panel_axes(len(panels), sharex=True)
     for axis, (name, heading, factor) in zip(axes, panels, strict=True):
         for label, own in curves[curves[name].notna()].groupby("run_label", sort=False):
             seeds = [points.set_index("episode")[name] * factor for _, points in own.groupby("run")]
@@ -100,7 +100,7 @@ def sweep(name: str, frame: pd.DataFrame, styles: Styles) -> Figure | None:
     values = sorted(frame["value"].unique())
     if len(values) < 2:
         return None
-    figure, axes = panels(len(SWEPT), sharex=True)
+    figure, axes = panel_axes(len(SWEPT), sharex=True)
     lines = list(frame.groupby("line", sort=False))
     for axis, metric in zip(axes, SWEPT, strict=True):
         for number, (line, own) in enumerate(lines):
@@ -125,7 +125,7 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
     parts = list(examples.groupby("label", sort=False))
     if not parts:
         return None
-    figure, axes = panels(len(parts), width=2.9, height=2.9, sharex=True, sharey=True)
+    figure, axes = panel_axes(len(parts), width=2.9, height=2.9, sharex=True, sharey=True)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     for axis, (label, own) in zip(axes, parts, strict=True):
         share, confidence, accuracy = reliability_bins(own["confidence"].to_numpy(), own["correct"].to_numpy())
@@ -145,7 +145,7 @@ def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:
     """Error rate of the surest share of a task's examples against that share, mean over tasks and seeds."""
     if examples.empty:
         return None
-    figure, (axis,) = panels(1, width=7, height=3.8)
+    figure, (axis,) = panel_axes(1, width=7, height=3.8)
     for label, own in examples.groupby("label", sort=False):
         curves = []
         for _, task in own.groupby(["run", "task"]):
@@ -167,7 +167,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
     parts = list(examples.groupby("label", sort=False))
     if not parts:
         return None
-    figure, axes = panels(len(parts), sharey=True)
+    figure, axes = panel_axes(len(parts), sharey=True)
     error = Metric("error", "error rate %", 100)
     for axis, (label, own) in zip(axes, parts, strict=True):
         signals = {"posterior variance": own["variance"], "1 - confidence": 1 - own["confidence"]}
@@ -200,7 +200,7 @@ def _adapted_examples(results: Results) -> pd.DataFrame:
     return examples.merge(wanted[[*keys, "label"]], on=keys)
 
 
-def panels(
+def panel_axes(
     count: int, columns: int = 4, width: float = 3.6, height: float = 3.2, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """Axes in rows, in a figure that needs no display."""

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from abmll.compare.plots import panels, reliability, risk_coverage, styles_of, with_legend
+from abmll.compare.plots import panel_axes, reliability, risk_coverage, styles_of, with_legend
 from abmll.page.facts import RunFacts
 from abmll.page.measures import LAST, Scored, TaskScores, examples, thinned
 from abmll.page.posterior import EXPLAINED, by_module, deviations, posterior_kind
@@ -88,7 +88,7 @@ def learning_curves(runs: Sequence[RunFacts]) -> Figure | None:
     terms = [("NLL in training", "nll")] * bool(trained) + [("beta KL, outer step", "weighted_kl")] * bool(with_kl)
     scores = [(f"validation {name}", key) for name, key in (("accuracy %", "accuracy"), ("NLL", "nll"), ("ECE", "ece"))]
     scores = scores if validated else []
-    figure, axes = panels(len(terms) + len(scores), columns=len(scores) or 2)
+    figure, axes = panel_axes(len(terms) + len(scores), columns=len(scores) or 2)
     for axis, (heading, key) in zip(axes, terms, strict=False):
         for run in with_kl if key == "weighted_kl" else trained:
             _training(axis, run, key, styles[run.name])
@@ -109,7 +109,8 @@ def _training(axis: Axes, run: RunFacts, key: str, style: dict) -> None:
         axis.plot(thinned(steps[key], window), label=label(run.name), **style)
         return
     axis.plot(thinned(steps["nll_last"], window), label=label(run.name), **style)
-    axis.plot(thinned(steps["nll_first"], window), **{**style, "linestyle": (0, (4, 3))}, alpha=0.7, linewidth=1)
+    if "nll_first" in steps:
+        axis.plot(thinned(steps["nll_first"], window), **{**style, "linestyle": (0, (4, 3))}, alpha=0.7, linewidth=1)
 
 
 def _validation(axis: Axes, run: RunFacts, key: str, style: dict) -> None:
@@ -127,17 +128,16 @@ def task_intervals(tasks: dict[str, list[TaskScores | None]], labels: list[str],
     if not tasks or not shown:
         return None
     height = 0.6 + len(tasks) * (0.16 + 0.09 * len(shown))
-    figure, (axis,) = panels(1, width=8.5, height=min(height, 60))
+    figure, (axis,) = panel_axes(1, width=8.5, height=min(height, 60))
     styles = styles_of(labels[place] for place in shown)
     for number, place in enumerate(shown):
         found = [(row, own[place].accuracy) for row, own in enumerate(tasks.values()) if own[place] is not None]
         rows = np.array([row for row, _ in found]) + 0.6 * ((number + 0.5) / len(shown) - 0.5)
         mean, low, high = (100 * np.array([value[end] for _, value in found]) for end in range(3))
         look = {"color": styles[labels[place]]["color"], "marker": "os^Dv"[number % 5], "linestyle": "none"}
-        axis.errorbar(
-            mean, rows, xerr=[mean - low, high - mean], label=labels[place], markersize=4, elinewidth=1, **look
-        )
-    axis.set_yticks(range(len(tasks)), [textwrap.shorten(task, 48, placeholder="…") or "…" for task in tasks])
+        bars = np.clip([mean - low, high - mean], 0, None)  # at 0 and 1 a rounding may be below 0
+        axis.errorbar(mean, rows, xerr=bars, label=labels[place], markersize=4, elinewidth=1, **look)
+    axis.set_yticks(range(len(tasks)), [_short(task, 48) for task in tasks])
     axis.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(-2, 102), xlabel="accuracy %")
     axis.grid(axis="x", linewidth=0.4, alpha=0.4)
     return with_legend(figure, [axis])
@@ -148,7 +148,7 @@ def kl_by_layer(runs: Sequence[RunFacts]) -> Figure | None:
     runs = [run for run in runs if len(run.kl_by_layer)]
     if not runs:
         return None
-    figure, axes = panels(len(runs), columns=2, width=4.6, height=3.2)
+    figure, axes = panel_axes(len(runs), columns=2, width=4.6, height=3.2)
     for axis, run in zip(axes, runs, strict=True):
         count = math.ceil(len(run.kl_by_layer) / LAST)
         means = run.kl_by_layer.head(count).mean(), run.kl_by_layer.tail(count).mean()
@@ -168,7 +168,7 @@ def deviation_by_layer(runs: Sequence[RunFacts]) -> Figure | None:
     runs = [run for run in runs if found[run.name]]
     if not runs:
         return None
-    figure, axes = panels(len(runs), columns=2, width=4.6, height=3.2)
+    figure, axes = panel_axes(len(runs), columns=2, width=4.6, height=3.2)
     for axis, run in zip(axes, runs, strict=True):
         modules = by_module(found[run.name])
         for number, (module, curve) in enumerate(modules.items()):
@@ -186,7 +186,7 @@ def cost_curves(runs: Sequence[RunFacts]) -> Figure | None:
     trained, styles = [run for run in runs if len(run.steps)], _styles(runs)
     if not trained:
         return None
-    figure, axes = panels(2, width=4.6)
+    figure, axes = panel_axes(2, width=4.6)
     for run in trained:
         steps = run.steps.set_index("episode")
         axes[0].plot(
@@ -203,6 +203,10 @@ def cost_curves(runs: Sequence[RunFacts]) -> Figure | None:
 
 def _styles(runs: Sequence[RunFacts]) -> dict[str, dict]:
     return styles_of(run.name for run in runs)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _line(curve: dict[int, float]) -> tuple[list[int], list[float]]:
@@ -228,7 +232,7 @@ def _by_block(axis: Axes, run: RunFacts, runs: Sequence[RunFacts], heading: str)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     if len(runs) > 1:
-        axis.set_title(textwrap.shorten(run.name, 44, placeholder="…"), fontsize=9, pad=22)
+        axis.set_title(_short(run.name, 44), fontsize=9, pad=22)
 
 
 def _finished(figure: Figure, axes: Sequence[Axes], below: str) -> Figure:

@@ -83,7 +83,7 @@ def _what(run: RunFacts) -> dict[str, str]:
         taken += f", the best by {setting('eval.select_by', 'accuracy')} on the validation tasks ({best['value']:.4g})"
     method = setting("method.name", "abmll")
     beta = setting("method.beta")
-    kl = f", beta {beta:g}" if method in ("abmll", "blob") and beta is not None else ""
+    kl = f", beta {beta}" if method in ("abmll", "blob") and beta is not None else ""
     posterior = f", {setting('adapters.posterior', 'activation')} posterior" if method == "abmll" else ""
     versions = {name: version for name, version in (made.get("versions") or {}).items() if version}
     commit = made.get("commit")
@@ -92,7 +92,7 @@ def _what(run: RunFacts) -> dict[str, str]:
         "model": setting("model.name"),
         "weights": ", ".join(filter(None, [setting("model.dtype"), _unless_none(setting("model.quantization"))])),
         "method": f"{method}, {setting('method.inner_steps', UNKNOWN)} inner steps{posterior}{kl}",
-        "adapters": f"rank {setting('adapters.rank', UNKNOWN)}, {', '.join(setting('adapters.modules', []))}"
+        "adapters": f"rank {setting('adapters.rank', UNKNOWN)}, {', '.join(map(str, setting('adapters.modules', [])))}"
         + (f", {len(summary['layers'])} layers" if "layers" in summary else ""),
         "trained parameters": f"{summary['parameters']:,} of theta" if "parameters" in summary else None,
         "theta": taken,

@@ -108,7 +108,7 @@ def _read_run(folder: Path, name: str) -> RunFacts:
     layers = summary.get("layers")
     by_layer = [line["kl_by_layer"] for line in lines if "kl_by_layer" in line]
     kl = pd.DataFrame(by_layer, [line["step"] for line in lines if "kl_by_layer" in line])
-    if layers and len(kl):
+    if layers and len(layers) == kl.shape[1]:
         kl.columns = layers
     evaluations = _evaluations(folder, notes)
     theta = folder / FINAL / THETA

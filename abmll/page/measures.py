@@ -142,8 +142,8 @@ def costs(run: RunFacts) -> dict[str, str]:
     steps = run.steps
     if steps.empty:
         return {}
-    seconds = steps["seconds"].sum()
-    tokens, padded = ((steps[f"{kind}_tokens_per_second"] * steps["seconds"]).sum() for kind in ("real", "padded"))
+    seconds, tokens, padded = steps["seconds"].sum(), _tokens(steps, "real"), _tokens(steps, "padded")
+    skipped = steps["skipped_episodes"].max() if "skipped_episodes" in steps else 0
     return {
         "training time": duration(seconds),
         "outer steps": f"{len(steps):,}",
@@ -153,8 +153,14 @@ def costs(run: RunFacts) -> dict[str, str]:
         "padding, share of the rows": f"{100 * (1 - tokens / padded):.1f} %" if padded else UNKNOWN,
         "tokens in all": f"{tokens:,.0f}",
         "peak memory": f"{steps['peak_memory_bytes'].max() / 2**30:.2f} GiB",
-        "episodes skipped for NaN or Inf": f"{int(steps['skipped_episodes'].max()):,}",
+        "episodes skipped for NaN or Inf": f"{int(skipped):,}",
     }
+
+
+def _tokens(steps: pd.DataFrame, kind: str) -> float:
+    """Of all steps; 0 where it was not counted."""
+    name = f"{kind}_tokens_per_second"
+    return float((steps[name] * steps["seconds"]).sum()) if name in steps else 0.0
 
 
 def training_tasks(run: RunFacts) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from xml.etree import ElementTree
 
@@ -37,8 +38,11 @@ def inline_svg(draw: Callable[[], Figure | None], name: str, alternative: str) -
         if figure is None:
             return None
         stream = io.BytesIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(NOT_XML.sub("\ufffd", stream.getvalue().decode()))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text, and the browser has more fonts
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text, alternative = (NOT_XML.sub("\ufffd", one) for one in (stream.getvalue().decode(), alternative))
+    root = ElementTree.fromstring(text)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # its style would hold for the whole page
