@@ -200,6 +200,7 @@ def test_no_text_becomes_markup(tmp_path, nasty):
     visible = "".join(ElementTree.fromstring(tasks_chart).itertext())
     shown = nasty.replace("\x1b", "\ufffd")
     assert shown in visible  # as text, in the figure too
+    assert f"{name}: {nasty}, 2 steps".replace("\x1b", "\ufffd") in visible  # in its legend
     assert nasty.replace("\x1b", "\ufffd") in elements.text.replace("\x1b", "\ufffd")
     labels = [attributes["aria-label"] for attributes in elements.of("svg")]
     assert labels and all(name.replace("\x1b", "\ufffd") in text for text in labels)
