@@ -32,7 +32,9 @@ def all_charts(
     """By section; None where there is nothing to draw. `tasks`: each task's scores, in the order of `scored`."""
     shown = [one for one in scored if one.adapted] if len(runs) > 1 else list(scored)
     confident = examples(shown)
-    confident["label"] = [label(textwrap.fill(text, 34)) for text in confident["label"]]
+    confident["label"] = [
+        label(textwrap.fill(text.replace(" steps", "\u00a0steps"), 34)) for text in confident["label"]
+    ]
     names = ", ".join(run.name for run in runs)
     after = "After adaptation" if len(runs) > 1 else "Before and after adaptation"
     drawn = {
@@ -128,7 +130,7 @@ def task_intervals(tasks: dict[str, list[TaskScores | None]], labels: list[str],
     if not tasks or not shown:
         return None
     height = 0.6 + len(tasks) * (0.16 + 0.09 * len(shown))
-    figure, (axis,) = panel_axes(1, width=8.5, height=min(height, 60))
+    figure, (axis,) = panel_axes(1, width=8.5 if len(shown) <= 3 else 11, height=min(height, 60))
     styles = styles_of(labels[place] for place in shown)
     for number, place in enumerate(shown):
         found = [(row, own[place].accuracy) for row, own in enumerate(tasks.values()) if own[place] is not None]
@@ -163,7 +165,7 @@ def kl_by_layer(runs: Sequence[RunFacts]) -> Figure | None:
 
 
 def deviation_by_layer(runs: Sequence[RunFacts]) -> Figure | None:
-    """A panel a run, a line a module: the centre, and a bar of one standard deviation of the logarithm."""
+    """A panel a run, a line a module: the centre, in a band of one standard deviation of the logarithm."""
     found = {run.name: deviations(run) for run in runs}
     runs = [run for run in runs if found[run.name]]
     if not runs:
@@ -172,11 +174,14 @@ def deviation_by_layer(runs: Sequence[RunFacts]) -> Figure | None:
     for axis, run in zip(axes, runs, strict=True):
         modules = by_module(found[run.name])
         for number, (module, curve) in enumerate(modules.items()):
-            block, mean, spread = (np.array(part) for part in zip(*((b, *v) for b, v in curve.items()), strict=True))
-            centre, beside = np.exp(mean), 0.5 * ((number + 0.5) / len(modules) - 0.5)
-            bars = [centre - np.exp(mean - spread), np.exp(mean + spread) - centre]
-            look = {"linestyle": "none", "marker": ".", "elinewidth": 1.2}
-            axis.errorbar(block + beside, centre, bars, color=f"C{number % 10}", label=label(module), **look)
+            block, mean, spread = (
+                np.array(part) for part in zip(*((b, *curve[b]) for b in sorted(curve)), strict=True)
+            )
+            low, high = np.exp(mean - spread), np.exp(mean + spread)
+            look = {"color": f"C{number % 10}", "linewidth": 0.8}
+            axis.plot(block, np.exp(mean), **{**look, "linewidth": 1.6}, marker=".", label=label(module))
+            axis.plot(block, low, block, high, **look, marker="_")
+            axis.fill_between(block, low, high, color=look["color"], alpha=0.08, linewidth=0)
         _log_scale(axis, "log")
         _by_block(axis, run, runs, f"standard deviation ({posterior_kind(run)})")
     return figure
@@ -230,9 +235,9 @@ def _by_block(axis: Axes, run: RunFacts, runs: Sequence[RunFacts], heading: str)
     axis.set_xlabel("block of the model", fontsize=9)
     axis.set_ylabel(heading, fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     if len(runs) > 1:
-        axis.set_title(_short(run.name, 44), fontsize=9, pad=22)
+        axis.set_title(_short(run.name, 44), fontsize=9)
 
 
 def _finished(figure: Figure, axes: Sequence[Axes], below: str) -> Figure:
