@@ -5,7 +5,7 @@ Transformers imports an optional package called `kernels`; a top-level package o
 
 from setuptools import setup
 
-SUBPACKAGES = ("adapters", "compare", "config", "deploy", "evaluation", "memory", "methods", "models", "tasks")
+SUBPACKAGES = ("adapters", "compare", "config", "deploy", "evaluation", "memory", "methods", "models", "page", "tasks")
 
 setup(
     name="abmll",
@@ -22,7 +22,11 @@ setup(
         "abmll.tasks.catalogue",
         *(f"abmll.{name}" for name in SUBPACKAGES),
     ],
-    package_data={"abmll.compare": ["*.yaml"], "abmll.tasks.catalogue": ["*.yaml"]},
+    package_data={
+        "abmll.compare": ["*.yaml"],
+        "abmll.page": ["*.j2", "*.css"],
+        "abmll.tasks.catalogue": ["*.yaml"],
+    },
     package_dir={"abmll": "abmll", "abmll.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -32,6 +36,7 @@ setup(
         "pandas>=2.2",
         "triton>=3.6; platform_system == 'Linux'",
         "pyyaml>=6.0",
+        "jinja2>=3.1",
         "pydantic>=2.10",
         "torchmetrics>=1.7",
         "scipy>=1.15",

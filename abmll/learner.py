@@ -25,12 +25,16 @@ from abmll.tasks.task import Batch
 
 
 class StepTerms(NamedTuple):
-    """One gradient step's terms, [G] each on the device: reading them would wait for it."""
+    """One gradient step's terms on the device: reading them would wait for it.
+
+    [G] each; kl_by_layer [G, L] in the order of the layers, L = 0 where the step has no KL.
+    """
 
     nll: Tensor
     kl: Tensor
     prior: Tensor
     gradient_norm: Tensor
+    kl_by_layer: Tensor
 
 
 class Learner:
@@ -126,10 +130,11 @@ class Learner:
         logits, recorded = self._train().forward(batch, key, "kl")
         nll = self.nll(logits, batch)
         none = torch.zeros_like(nll)
-        kl = recorded.total_kl() if recorded.kl else none
+        by_layer = recorded.kl_by_layer() if recorded.kl else nll.new_zeros(0, len(nll))
+        kl = by_layer.sum(dim=0)
         with phase("backward"):
             inner_objective(nll, kl, beta).backward()
-        return StepTerms(nll.detach(), kl.detach(), none, none)
+        return StepTerms(nll.detach(), kl.detach(), none, none, by_layer.detach().T)
 
     @phase("theta gradient")
     def theta_gradient_at_phi(
@@ -194,4 +199,5 @@ class Learner:
                 gradient[f"{layer_name}.{kind}.a"] = pair.a
                 gradient[f"{layer_name}.{kind}.b"] = pair.b
         norm = gradient_norm(list(gradient.values()))
-        return gradient, StepTerms(nll, recorded.total_theta_kl(), recorded.total_negative_log_prior(), norm)
+        by_layer = recorded.theta_kl_by_layer()
+        return gradient, StepTerms(nll, by_layer.sum(dim=0), recorded.total_negative_log_prior(), norm, by_layer.T)

@@ -25,7 +25,10 @@ from abmll.objective import kl_dominates
 
 @dataclass(frozen=True)
 class StepReport:
-    """One outer step: means over its finite episodes (terms in nats), tokens of its forward passes, wall time."""
+    """One outer step: means over its finite episodes (terms in nats), tokens of its forward passes, wall time.
+
+    kl_by_layer: of the last inner step, in the layers' order; empty without a KL.
+    """
 
     step: int
     episode: int
@@ -33,6 +36,7 @@ class StepReport:
     epoch: int
     terms: dict[str, float]
     weighted_kl: float | None
+    kl_by_layer: list[float]
     real_tokens: int
     padded_tokens: int
     seconds: float
@@ -50,6 +54,7 @@ class StepReport:
             "seconds": self.seconds,
             "skipped_episodes": self.skipped,
             "peak_memory_bytes": peak_memory(),
+            **({"kl_by_layer": [float(f"{kl:.6g}") for kl in self.kl_by_layer]} if self.kl_by_layer else {}),
         }
 
 
@@ -87,7 +92,8 @@ class Progress:
             return
         record = report.record()
         self.write(record)
-        self.engine.write_events({f"train/{k}": v for k, v in record.items() if k != "step"}, report.step)
+        events = {f"train/{k}": v for k, v in record.items() if k not in ("step", "kl_by_layer")}  # scalars alone
+        self.engine.write_events(events, report.step)
         if report.step % self.config.every == 0:
             self.say(_step_line(report, self.total, self._time_left(report.step)))
         if report.terms and kl_dominates(report.terms["nll_outer"], report.weighted_kl) and not self.warned_of_kl:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import warnings
@@ -28,6 +29,7 @@ from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
+from abmll.provenance import PROVENANCE, provenance
 from abmll.report import derived_numbers, score_table
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
@@ -39,7 +41,7 @@ FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
-# All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
+# All that a run writes into its folder, and the page made of it. config.yaml is removed last: while it is there, the folder holds a run.
 WRITTEN = (
     "checkpoints",
     "best",
@@ -51,7 +53,9 @@ WRITTEN = (
     "scores.json",
     "predictions.parquet",
     "scores.md",
+    "report.html",
     "scores",
+    PROVENANCE,
     "config.yaml",
 )
 
@@ -173,12 +177,16 @@ class Session:
         return self.folder / "best" / f"step-{step:08d}"
 
     def _facts(self, position: Position) -> dict[str, Any]:
-        """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made."""
+        """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made.
+
+        `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl.
+        """
         step = position.best["step"] if position.best else position.step
         config = self.config.model_dump(mode="json")
-        parameters = sum(value.numel() for value in self.parts.learner.adapters.theta.values())
+        adapters = self.parts.learner.adapters
+        parameters = sum(value.numel() for value in adapters.theta.values())
         steps = {"step": step, "trained_steps": position.step, "best": position.best}
-        return {"config": config, "parameters": parameters, **steps}
+        return {"config": config, "parameters": parameters, "layers": list(adapters.layers), **steps}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
@@ -247,6 +255,7 @@ def open_session(
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
     if ranks.is_main:
+        write_whole(folder / PROVENANCE, json.dumps(provenance()))
         save_config(as_given, folder / "config.yaml")
     return session, checkpoint
 

@@ -30,7 +30,8 @@ from abmll.resident import release_freed
 from abmll.tasks.episodes import EpisodeSampler
 from abmll.tasks.task import Episode
 
-# One row an episode; the rows of all ranks are summed into one table, the only exchange besides theta's gradient.
+# One row an episode, behind these the KL of each layer where the method has one; the rows of all ranks are summed into
+# one table, the only exchange besides theta's gradient.
 COLUMNS = (
     "visited",
     "finite",
@@ -85,6 +86,8 @@ class Trainer:
         self.num_steps = -(-self.num_episodes // self.tasks_per_step) if self.method.updates_per_episode else 0
         self.inner_optimizer = self.learner.optimizer(config.method.inner_lr)
         self.noise_seed = fold_seed(config.seed, "training")
+        layers_with_kl = len(self.learner.adapters.layers) if self.method.sampled else 0
+        self.table_size = (self.tasks_per_step, len(COLUMNS) + layers_with_kl)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue exactly where the checkpoint was written."""
@@ -124,13 +127,13 @@ class Trainer:
 
     @phase("outer step")
     def _outer_step(self, step: int) -> Tensor:
-        """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns]."""
+        """Visit this step's tasks and move theta; returns the table [tasks_per_step, columns and layers]."""
         episodes = self._own_episodes(step)
         side_by_side = [list(slots) for slots in _parts(sorted(episodes), self.config.trainer.parallel_episodes)]
         visits = [self._visit([episodes[slot] for slot in slots], step) for slots in side_by_side]
         tables = []
         for index in range(self.method.updates_per_episode):
-            table = torch.zeros(self.tasks_per_step, len(COLUMNS), dtype=torch.float64)
+            table = torch.zeros(self.table_size, dtype=torch.float64)
             gradient: dict[str, Tensor] = {}  # nothing is held for theta while phi is adapted
             for slots, visit in zip(side_by_side, visits, strict=True):
                 update = self._update(replace(visit, index=index))
@@ -174,16 +177,20 @@ class Trainer:
         return update
 
     def _rows(self, update: Update) -> Tensor:
-        """The episodes' rows of the table, [G, columns], with one synchronisation for all of their numbers."""
-        steps = torch.stack([torch.stack(terms) for terms in (*update.inner, update.outer)]).double().cpu()
-        outer, inner = StepTerms(*steps[-1]), [StepTerms(*terms) for terms in (steps[:-1] if len(steps) > 1 else steps)]
+        """The episodes' rows of the table, [G, columns and layers], with one synchronisation for all their numbers."""
+        inner = update.inner or (update.outer,)
+        scalars = [value for terms in (*inner, update.outer) for value in terms[:-1]]
+        by_layer = inner[-1].kl_by_layer.T
+        numbers = torch.cat([torch.stack(scalars), by_layer]).double().cpu()
+        steps, by_layer = numbers[: len(scalars)].unflatten(0, (len(inner) + 1, -1)), numbers[len(scalars) :].T
+        *inner, outer = (StepTerms(*terms, by_layer) for terms in steps)
         real = [batch.groups.sizes for batch in update.batches]
         padded = [rows_of_groups(self.learner.model, batch) for batch in update.batches]
         finite = steps.isfinite().flatten(0, 1).all(dim=0)
         columns = [torch.ones_like(outer.nll), finite, inner[0].nll, inner[-1].nll, inner[-1].kl]
         columns += [outer.nll, outer.kl, outer.prior, inner[-1].gradient_norm, outer.gradient_norm]
         columns += [torch.tensor(sizes).sum(dim=0) for sizes in (real, padded)]
-        return torch.stack([column.double() for column in columns], dim=1)
+        return torch.cat([torch.stack([column.double() for column in columns], dim=1), by_layer], dim=1)
 
     def _scaled(self, gradient: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """Theta's gradient times `scale`, in place; zeros of a rank that has no finite episode."""
@@ -210,7 +217,8 @@ class Trainer:
     def _report(self, table: Tensor, seconds: float) -> StepReport:
         """Means over the step's finite episodes, sums of tokens."""
         finite = table[table[:, COLUMNS.index("finite")].bool()]
-        means = dict(zip(COLUMNS, finite.mean(dim=0).tolist(), strict=True)) if len(finite) else {}
+        columns, by_layer = finite.mean(dim=0).split([len(COLUMNS), table.shape[1] - len(COLUMNS)])
+        means = dict(zip(COLUMNS, columns.tolist(), strict=True)) if len(finite) else {}
         episodes = self.position.step * self.tasks_per_step
         return StepReport(
             step=self.position.step,
@@ -219,6 +227,7 @@ class Trainer:
             epoch=(min(episodes, self.num_episodes) - 1) // self.sampler.episodes_per_epoch,
             terms={name: means[name] for name in COLUMNS[2:-2]} if means else {},
             weighted_kl=self.config.method.beta * means["kl_outer"] if means else None,
+            kl_by_layer=by_layer.tolist() if means else [],
             real_tokens=int(table[:, COLUMNS.index("real_tokens")].sum()),
             padded_tokens=int(table[:, COLUMNS.index("padded_tokens")].sum()),
             seconds=seconds,
@@ -228,7 +237,7 @@ class Trainer:
     def _episode_records(self, table: Tensor) -> list[dict[str, Any]]:
         """Each episode's own terms; of one with NaN or Inf the fact alone, as JSON has neither."""
         first, records = (self.position.step - 1) * self.tasks_per_step, []
-        for slot, (visited, finite, *values) in enumerate(table.tolist()):
+        for slot, (visited, finite, *values) in enumerate(table[:, : len(COLUMNS)].tolist()):
             if visited:
                 place = {"step": self.position.step, "episode": first + slot, "task": self.sampler.task(first + slot)}
                 terms = {name: float(f"{v:.6g}") for name, v in zip(COLUMNS[2:], values, strict=True)} if finite else {}
@@ -275,5 +284,6 @@ def _merge(tables: list[Tensor]) -> Tensor:
     first, finite, tokens = COLUMNS.index("nll_first"), COLUMNS.index("finite"), COLUMNS.index("real_tokens")
     merged[:, first] = tables[0][:, first]
     merged[:, finite] = torch.stack([table[:, finite] for table in tables]).amin(dim=0)
-    merged[:, tokens:] = torch.stack([table[:, tokens:] for table in tables]).sum(dim=0)
+    counted = slice(tokens, len(COLUMNS))
+    merged[:, counted] = torch.stack([table[:, counted] for table in tables]).sum(dim=0)
     return merged

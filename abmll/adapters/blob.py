@@ -88,7 +88,7 @@ class BlobLinear(nn.Module):
         if context.kl:  # made in a recomputation too, which must keep the same tensors, and recorded once
             kl = normal_kl(mean.a, std, self.prior_std).sum(dim=(1, 2))
             if context.recorded is not None:
-                context.recorded.kl.append(kl)
+                context.recorded.kl[self.index] = kl
         return add_change(y, torch.cat(parts).view(y.shape))
 
     def _noise(self, x: Tensor, b: Tensor, std: Tensor, group: int) -> Tensor:

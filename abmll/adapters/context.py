@@ -28,17 +28,24 @@ class OuterWeights(NamedTuple):
 
 @dataclass
 class RecordedTerms:
-    """What one forward pass left behind: a KL [G] a layer, or theta's local gradient (each group's own) a layer."""
+    """What one forward pass left behind, by the layers' indices: a KL [G], or theta's local gradient (each group's)."""
 
-    kl: list[Tensor] = field(default_factory=list)
+    kl: dict[int, Tensor] = field(default_factory=dict)
     theta: dict[int, ThetaGradient] = field(default_factory=dict)
+
+    def kl_by_layer(self) -> Tensor:
+        """[L, G], in the order of the layers' indices, which need not be that of their calls."""
+        return torch.stack([self.kl[index] for index in sorted(self.kl)])
 
     def total_kl(self) -> Tensor:
         """[G], over layers."""
-        return torch.stack(self.kl).sum(dim=0)
+        return self.kl_by_layer().sum(dim=0)
+
+    def theta_kl_by_layer(self) -> Tensor:
+        return torch.stack([self.theta[index].kl for index in sorted(self.theta)])
 
     def total_theta_kl(self) -> Tensor:
-        return torch.stack([term.kl for term in self.theta.values()]).sum(dim=0)
+        return self.theta_kl_by_layer().sum(dim=0)
 
     def total_negative_log_prior(self) -> Tensor:
         return torch.stack([term.negative_log_prior for term in self.theta.values()]).sum(dim=0)

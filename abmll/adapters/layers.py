@@ -100,7 +100,7 @@ class GaussianLoRALinear(nn.Module):
             kl = kl + sampling_error(self.posterior, x, phi, self.theta.factors(), *named)
         if context.recorded is not None:  # closed while checkpointing recomputes
             if context.kl:
-                context.recorded.kl.append(kl)
+                context.recorded.kl[self.index] = kl
             if outer is not None:
                 found = theta_gradient(
                     self.posterior,

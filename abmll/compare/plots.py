@@ -75,7 +75,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:
         return None
-    figure, axes = _panels(len(panels), sharex=True)
+    figure, axes = panel_axes(len(panels), sharex=True)
     for axis, (name, heading, factor) in zip(axes, panels, strict=True):
         for label, own in curves[curves[name].notna()].groupby("run_label", sort=False):
             seeds = [points.set_index("episode")[name] * factor for _, points in own.groupby("run")]
@@ -87,7 +87,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
             axis.fill_between(points.index, points.min(axis=1), points.max(axis=1), **band)
         axis.set_xlabel("episodes", fontsize=9)
         axis.set_ylabel(heading, fontsize=8)
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def smoothed(values: pd.Series, window: int) -> pd.Series:
@@ -100,7 +100,7 @@ def sweep(name: str, frame: pd.DataFrame, styles: Styles) -> Figure | None:
     values = sorted(frame["value"].unique())
     if len(values) < 2:
         return None
-    figure, axes = _panels(len(SWEPT), sharex=True)
+    figure, axes = panel_axes(len(SWEPT), sharex=True)
     lines = list(frame.groupby("line", sort=False))
     for axis, metric in zip(axes, SWEPT, strict=True):
         for number, (line, own) in enumerate(lines):
@@ -110,7 +110,7 @@ def sweep(name: str, frame: pd.DataFrame, styles: Styles) -> Figure | None:
         axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         axis.set_xlabel(name, fontsize=9)
         axis.set_ylabel(metric.heading if metric.better > 0 else f"{metric.heading} (less is better)", fontsize=9)
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def _points(axis: Axes, x: np.ndarray, found: pd.DataFrame, metric: Metric, label: str, style: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
     parts = list(examples.groupby("label", sort=False))
     if not parts:
         return None
-    figure, axes = _panels(len(parts), width=2.9, height=2.9, sharex=True, sharey=True)
+    figure, axes = panel_axes(len(parts), width=2.9, height=2.9, sharex=True, sharey=True)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     for axis, (label, own) in zip(axes, parts, strict=True):
         share, confidence, accuracy = reliability_bins(own["confidence"].to_numpy(), own["correct"].to_numpy())
@@ -145,7 +145,7 @@ def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:
     """Error rate of the surest share of a task's examples against that share, mean over tasks and seeds."""
     if examples.empty:
         return None
-    figure, (axis,) = _panels(1, width=7, height=3.8)
+    figure, (axis,) = panel_axes(1, width=7, height=3.8)
     for label, own in examples.groupby("label", sort=False):
         curves = []
         for _, task in own.groupby(["run", "task"]):
@@ -155,7 +155,7 @@ def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:
         axis.plot(COVERAGES * 100, 100 * np.mean(curves, axis=0), label=label, **styles[label])
     axis.set(xlabel="coverage %: the surest examples of a task", ylabel="error rate %", xlim=(0, 100))
     axis.set_ylim(bottom=0)
-    return _with_legend(figure, [axis])
+    return with_legend(figure, [axis])
 
 
 def variance_error(examples: pd.DataFrame) -> Figure | None:
@@ -167,7 +167,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
     parts = list(examples.groupby("label", sort=False))
     if not parts:
         return None
-    figure, axes = _panels(len(parts), sharey=True)
+    figure, axes = panel_axes(len(parts), sharey=True)
     error = Metric("error", "error rate %", 100)
     for axis, (label, own) in zip(axes, parts, strict=True):
         signals = {"posterior variance": own["variance"], "1 - confidence": 1 - own["confidence"]}
@@ -183,7 +183,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
         axis.set_xlabel("fifth of a task's examples, the surest first", fontsize=9)
         axis.set_ylabel(error.heading, fontsize=9)
         axis.set_xticks(range(1, PARTS + 1))
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def _adapted_examples(results: Results) -> pd.DataFrame:
@@ -200,12 +200,13 @@ def _adapted_examples(results: Results) -> pd.DataFrame:
     return examples.merge(wanted[[*keys, "label"]], on=keys)
 
 
-def _panels(
+def panel_axes(
     count: int, columns: int = 4, width: float = 3.6, height: float = 3.2, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
+    """Axes in rows, in a figure that needs no display."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")  # needs no display
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).ravel().tolist()
     for axis in axes[count:]:
         axis.set_visible(False)
@@ -215,7 +216,7 @@ def _panels(
     return figure, axes[:count]
 
 
-def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
+def with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     """One legend for all panels: below them, but beside a single one where it is long."""
     handles, labels = axes[0].get_legend_handles_labels()
     columns = int(figure.get_figwidth() * 15 / (max(map(len, labels)) + 6))  # about 15 letters an inch, and the handle

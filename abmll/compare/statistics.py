@@ -19,6 +19,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
+RESAMPLED_AT_A_TIME = 2**22  # values
 SIGN_FLIPS = 2**16  # all of them up to 16 tasks, so many random ones beyond
 
 
@@ -52,8 +53,9 @@ def estimate(tasks: np.ndarray) -> Estimate:
     if np.ptp(tasks) == 0:
         return Estimate(mean, mean, mean)
     generator = np.random.default_rng(0)  # the same tables from the same scores
+    batch = max(1, RESAMPLED_AT_A_TIME // len(tasks))  # the resamples are the same, and the memory bounded
     found = stats.bootstrap(
-        (tasks,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator
+        (tasks,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, batch=batch, rng=generator
     ).confidence_interval
     return Estimate(mean, float(found.low), float(found.high))
 

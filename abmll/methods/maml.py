@@ -71,4 +71,5 @@ class _Answers(nn.Module):
 
 def _terms(nll: Tensor, gradients: tuple[Tensor, ...]) -> StepTerms:
     none = torch.zeros_like(nll.detach())
-    return StepTerms(nll.detach(), none, none, gradient_norm([gradient.detach() for gradient in gradients]))
+    norm = gradient_norm([gradient.detach() for gradient in gradients])
+    return StepTerms(nll.detach(), none, none, norm, none.new_zeros(len(none), 0))

@@ -37,7 +37,7 @@ def test_without_a_key_the_mean_runs_and_nothing_is_recorded(adapted, input_ids)
     model, adapters = adapted
     with torch.no_grad(), adapters.context.forward_pass(None, mask_of(input_ids)) as terms:
         mean = model(input_ids=input_ids).logits
-    assert terms.kl == [] and terms.theta == {}
+    assert terms.kl == {} and terms.theta == {}
     with torch.no_grad(), adapters.context.forward_pass(KEY, mask_of(input_ids)):
         assert not torch.allclose(model(input_ids=input_ids).logits, mean)
 
@@ -55,12 +55,29 @@ def test_a_pass_records_one_kl_a_layer_and_theta_gradients_when_asked(adapted, i
     assert terms.total_kl() > 0
 
 
+def test_kl_by_layer_is_in_the_layers_order_whatever_that_of_their_calls(adapted):
+    """Every layer of another input size or other factors; each one's KL is what it has alone."""
+    _, adapters = adapted
+    layers = list(adapters.layers.values())
+    inputs = [torch.randn(2, 9, layer.base.in_features, generator=torch.Generator().manual_seed(1)) for layer in layers]
+    alone = []
+    for layer, x in zip(layers, inputs, strict=True):
+        with torch.no_grad(), adapters.context.forward_pass(KEY, kl=True) as terms:
+            layer(x)
+        alone.append(terms.total_kl())
+    with torch.no_grad(), adapters.context.forward_pass(KEY, kl=True) as terms:
+        for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
+            layer(x)
+    assert torch.equal(terms.kl_by_layer(), torch.stack(alone))
+    assert len({float(kl) for kl in alone}) == len(layers)  # or any order would do
+
+
 def test_terms_are_closed_behind_the_pass_even_after_an_error(adapted, input_ids):
     model, adapters = adapted
     with pytest.raises(RuntimeError, match="stop"), adapters.context.forward_pass(KEY, mask_of(input_ids)) as terms:
         raise RuntimeError("stop")
     model(input_ids=input_ids)
-    assert terms.kl == [] and adapters.context.recorded is None and adapters.context.names == KEY
+    assert terms.kl == {} and adapters.context.recorded is None and adapters.context.names == KEY
 
 
 def test_recomputation_draws_the_same_noise_and_records_nothing(adapted, input_ids):

@@ -104,8 +104,10 @@ class Run:
 
     @property
     def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl without what a clock or the machine decides."""
+        """The lines of metrics.jsonl without what a clock or the machine decides; `kl_by_layer` a key a layer."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line |= {f"kl_by_layer.{layer}": kl for layer, kl in enumerate(line.pop("kl_by_layer", []))}
         return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
     @property

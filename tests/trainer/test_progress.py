@@ -30,6 +30,7 @@ REPORT = StepReport(
     epoch=1,
     terms=TERMS,
     weighted_kl=3.0,
+    kl_by_layer=[123456.0, 0.25],
     real_tokens=1000,
     padded_tokens=1200,
     seconds=0.5,
@@ -61,6 +62,14 @@ def test_a_step_line_tells_the_place_the_terms_and_the_pace(progress, capsys):
     for part in ("NLL 2.000 > 1.500 (outer 1.400)", "beta*KL 3 ", "2,000 tokens/s (2,400 padded)", "GiB peak"):
         assert part in line
     assert "skipped" not in line
+
+
+def test_the_kl_by_layer_is_written_and_no_monitor_gets_a_list(progress):
+    progress.report(REPORT)
+    assert json.loads(progress.path.read_text())["kl_by_layer"] == [123456.0, 0.25]
+    assert all(isinstance(value, int | float) for value in progress.engine.events[0][1].values())
+    progress.report(dataclasses.replace(REPORT, kl_by_layer=[]))
+    assert "kl_by_layer" not in json.loads(progress.path.read_text().splitlines()[1])
 
 
 def test_point_estimates_have_no_kl_to_tell(progress, capsys):

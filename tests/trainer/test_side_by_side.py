@@ -10,6 +10,7 @@ from runs import Run
 from test_trainer import METHODS, poison, record_gradients
 
 from abmll.config import ConfigError
+from abmll.trainer import COLUMNS
 
 # AdamW divides a gradient by its own size, which makes the last bit of one near zero a part of a whole step. An epsilon
 # above all gradients makes its steps proportional to them, and rounding stays rounding.
@@ -87,7 +88,7 @@ def steps_of(run: Run) -> list[dict]:
 def test_padding_is_none(make_run):
     with make_run().session("trainer.parallel_episodes=3") as session:
         table = session.trainer._outer_step(0)
-    real, padded = table[:, -2:].unbind(dim=1)
+    real, padded = (table[:, COLUMNS.index(name)] for name in ("real_tokens", "padded_tokens"))
     assert len(table) == 3 and (real > 0).all() and torch.equal(real, padded)
 
 

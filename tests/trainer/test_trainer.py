@@ -254,6 +254,49 @@ def test_the_last_step_visits_what_is_left(run, monkeypatch):
     assert same(given[1], gradients[2])  # not halved for the empty place
 
 
+WITH_KL = ("activation posterior", "weight posterior", "one sample's KL", "blob")
+
+
+@pytest.mark.parametrize("name", WITH_KL)
+def test_a_step_line_has_the_kl_of_each_layer(run, name):
+    """The last inner step's, the mean over the step's episodes: it adds up to the line's `kl`."""
+    run.train("trainer.tasks_per_step=3", *METHODS[name], "method.inner_lr=1e-2")
+    adapted = json.loads((run.folder / "final/summary.json").read_text())["layers"]
+    assert len(adapted) == 6 and adapted[0].endswith("layers.0.self_attn.q_proj")
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert len(line["kl_by_layer"]) == len(adapted)
+        assert sum(line["kl_by_layer"]) == pytest.approx(line["kl"], rel=1e-4) and line["kl"] != 0
+        if name != "one sample's KL":  # an estimate may be negative
+            assert min(line["kl_by_layer"]) > 0
+
+
+def test_without_a_kl_there_is_none_by_layer(run):
+    run.train("method.name=reptile", "trainer.episodes=1")
+    assert "kl_by_layer" not in json.loads((run.folder / "metrics.jsonl").read_text())
+
+
+def test_ranks_tables_with_layers_add_up_to_that_of_one(run, make_run, monkeypatch):
+    """Each rank fills its own episodes' rows; an episode with NaN stays out of the mean by layer."""
+    with run.session("trainer.tasks_per_step=2", "trainer.parallel_episodes=2") as session:
+        whole = session.trainer._outer_step(0)
+        report = session.trainer._report(whole, 1.0)
+        assert report.kl_by_layer == pytest.approx(whole[:, len(COLUMNS) :].mean(dim=0).tolist())
+        half = whole.clone()
+        half[1, COLUMNS.index("finite")] = 0
+        assert session.trainer._report(half, 1.0).kl_by_layer == whole[0, len(COLUMNS) :].tolist()
+        whole[1, COLUMNS.index("finite")] = 1
+    parts = []
+    for slot in (0, 1):
+        with make_run(str(slot)).session("trainer.tasks_per_step=2") as session:
+            own = {slot: session.trainer._own_episodes(0)[slot]}
+            monkeypatch.setattr(session.trainer, "_own_episodes", lambda step, own=own: own)
+            parts.append(session.trainer._outer_step(0))
+    assert parts[0].shape == whole.shape == (2, len(COLUMNS) + 6)
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=2e-4, atol=0)
+
+
 def test_a_dominant_kl_is_warned_of_once(run, capsys):
     run.train("method.beta=1e-3", "trainer.episodes=3")
     out = capsys.readouterr().out
