@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from unittest.mock import patch
 
-import pytest
 from pages import ROOT
 from sandbox import SHORT, execute
 
@@ -91,13 +90,25 @@ def _page(words: Words, folder: Path) -> None:
 
 
 def _after_training(words: Words, folder: Path) -> None:
-    if not (ROOT / script(words)).exists():
-        pytest.skip(f"{script(words)} is not in this checkout")
     adapter = words[words.index("--adapter") + 1] if "--adapter" in words else None
     if adapter and not (folder / adapter).exists():
         assert execute("launch/adapt.py", "--run", "runs/quickstart", "--data", "my_task.jsonl", "--out", adapter) == 0
     with (folder / "texts.jsonl").open() as texts, patch("sys.stdin", texts):
         _plain(words, folder)
+
+
+def _push(words: Words, folder: Path) -> None:
+    """The hub's part is left out, and what would go there is kept."""
+    pushed = []
+
+    def upload(where: Path, name: str) -> str:
+        pushed.append((sorted(path.name for path in where.iterdir()), name))
+        return name
+
+    with patch("huggingface_hub.get_token", lambda: "hf_x"), patch("abmll.deploy.export.command.push", upload):
+        _after_training(words, folder)
+    ((files, name),) = pushed
+    assert name == words[words.index("--push") + 1] and {"README.md", "adapter_config.json"} <= set(files)
 
 
 # ---- check
@@ -208,9 +219,10 @@ RULES = (
     Rule(
         "run",
         "what follows training, on a finished tiny run",
-        lambda w: script(w) in AFTER or "--adapter" in w,
+        lambda w: (script(w) in AFTER or "--adapter" in w) and "--push" not in w,
         _after_training,
     ),
+    Rule("run", "the same, the upload left out", lambda w: "--push" in w, _push),
     Rule(
         "check",
         "several ranks: machines and GPUs, or 10 s for each start; tests/invariance starts two",

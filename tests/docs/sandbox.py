@@ -95,6 +95,14 @@ def _write_rows(path: Path, task: str, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _save_model(folder: str) -> None:
+    from abmll.config.schema import ModelConfig
+    from abmll.models.load import load_model
+
+    for part in load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu"):
+        part.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def trained(repository) -> Path:
     """With the finished runs that pages name: one on generated tasks, one on files, one of LoRA."""
@@ -102,7 +110,9 @@ def trained(repository) -> Path:
         patched.chdir(repository)
         patched.setenv("OMP_NUM_THREADS", "1")
         train = ("launch/train.py", "--config")
-        assert execute(*train, "configs/tiny.yaml", *SHORT, "output=runs/quickstart") == 0
+        _save_model("models/tiny")  # PEFT's files name a base that others can load
+        named = "model.name=models/tiny"
+        assert execute(*train, "configs/tiny.yaml", *SHORT, named, "output=runs/quickstart") == 0
         assert execute(*train, "configs/cls23.yaml", *SHORT, "eval.every=null", "output=runs/cls23") == 0
         assert execute(*train, "configs/tiny.yaml", *SHORT, "method.name=lora", "output=runs/lora") == 0
     for name in ("cls45", "mine", "abmll", "reptile"):
