@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from abmll.files import TEMPORARY
+from abmll.interrupt import Interrupted
+from abmll.op_lock import load_cpu_operation
 from abmll.resident import bound_caches
 from abmll.slurm import adopt_slurm
 from abmll.watch import Watch, start_watch
@@ -103,10 +105,12 @@ def start_ranks() -> Ranks:
             torch.set_num_threads(
                 max(1, (os.cpu_count() or 1) // local_ranks())
             )  # ranks of one machine share its cores
+        load_cpu_operation()
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     if ranks.world_size > 1:
         _watch = start_watch(ranks.rank, ranks.gather)
+    _remove_buffer()  # all ranks hold it open now: a killed one leaves nothing
     return ranks
 
 
@@ -147,7 +151,7 @@ def joined_ranks() -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        stop_ranks(error)
+        stop_ranks(None if isinstance(error, Interrupted) else error)  # that one all ranks raise, in agreement
         raise
     stop_ranks()
 

@@ -17,6 +17,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from abmll.config import ConfigError, Refused  # behind the parser: --help should not wait for torch
+    from abmll.exhausted import Exhausted
     from abmll.rescore import evaluate
 
     try:
@@ -25,6 +26,9 @@ def main() -> int:
     except (ConfigError, Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exhausted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
