@@ -100,7 +100,9 @@ class Trainer:
             try:
                 self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"checkpoint {checkpoint.folder}: holds no inner optimizer's state ({error})") from error
+                raise ValueError(
+                    f"checkpoint {checkpoint.folder}: holds no inner optimizer's state ({error})"
+                ) from error
         self.learner.adapters.reset_phi()
         self.progress.rewind(self.position.step)
 

@@ -5,8 +5,8 @@
 Tiny runs of one and of two ranks (random weights, built-in tasks; CPU), killed at uniformly random moments of their
 lives and continued with --resume auto until they finish. A kill is SIGKILL or SIGTERM, of the whole job or of one rank.
 Each finished run's theta, scores and lines are compared, bit for bit, with an uninterrupted run's. `lost` counts runs
-that could not go on, hung or ended otherwise. Runs are forked from one process that has imported everything, so that
-kills hit what a run does and not the imports; what each rank was doing when it was hit is counted (`phases`).
+that could not go on, hung or ended otherwise. Runs are forked from one process that has imported everything and counted
+the memory, so that kills hit what a run does; what each rank was doing when it was hit is counted (`phases`).
 Needs Linux. Exit status 1 if anything was lost.
 """
 
@@ -32,7 +32,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a rank does, from the outside in: the innermost counts
-PHASES = ("start", "outer step", "inner step", "step of theta", "evaluation", "checkpoint", "summary", "scores", "ended")
+PHASES = (
+    "start",
+    "outer step",
+    "inner step",
+    "step of theta",
+    "evaluation",
+    "checkpoint",
+    "summary",
+    "scores",
+    "ended",
+)
 ENDS_WITHIN = 60.0  # seconds, of a rank whose job was hit: the other one died, or it was asked to stop
 HANGS_AFTER = 300.0  # seconds, of an attempt that nobody hit
 TIMING = ("seconds", "real_tokens_per_second", "padded_tokens_per_second", "peak_memory_bytes")
@@ -186,7 +196,7 @@ class Soak:
 
 def soak(folder: Path, kills: int, steps: int, ranks: tuple[int, ...], seed: int, say: Callable[[str], None]) -> Soak:
     """Runs of each number of ranks in turn, until there were so many kills; all of them finish."""
-    _import_everything()
+    _prepare(folder)
     found, wholes, number = Soak(random.Random(seed)), {}, 0
     for count in ranks:
         wholes[count] = found.whole(Job(folder / f"whole-{count}", count, steps))
@@ -204,14 +214,26 @@ def soak(folder: Path, kills: int, steps: int, ranks: tuple[int, ...], seed: int
     return found
 
 
-def _import_everything() -> None:
-    """What a run imports and loads, here and once. No tensor is computed: threads would not survive a fork."""
-    import abmll.run
+def _prepare(folder: Path) -> None:
+    """What every run imports, loads and counts, here and once. Fake tensors alone: threads would not survive a fork."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401, DeepSpeed's engine asks for it: some seconds
+    import torch
+
+    from abmll import run
+    from abmll.config import load_config
+    from abmll.distributed import Ranks
     from abmll.op_lock import load_cpu_operation
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     load_cpu_operation()
-    assert abmll.run.train
+    plan_on = run.plan_on
+    if not hasattr(plan_on, "counted"):
+        alone = Ranks(0, 1, torch.device("cpu"))
+        object.__setattr__(alone, "from_main", lambda item: item)
+        plan = plan_on(alone, load_config(Job(folder / "plan", 1, 1).config), {})
+        run.plan_on = lambda *_: plan
+        run.plan_on.counted = True
 
 
 def _child(job: Job, rank: int, port: int, phases: mmap.mmap) -> None:
