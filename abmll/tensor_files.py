@@ -35,7 +35,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_state(path: Path, state: Any) -> None:
     """Write `state`. TypeError where it holds something else than tensors and plain values."""
     tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_packed(state, tensors))
+    structure = json.dumps(_packed(state, tensors), separators=(",", ":"))
     write_tensors(path, tensors, {_STRUCTURE: structure})
 
 
