@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ from abmll.watch import Watch, start_watch
 # Ranks meet only at the end of an evaluation, and their tasks differ in size: DeepSpeed's 10 minutes are too short.
 # (Nobody waits so long for a rank that died: see abmll.watch.)
 PATIENCE = timedelta(hours=2)
+# Seconds for all ranks to find each other: until then nobody sees that one of them died
+JOINING = 600.0
 # Seconds for a file to be seen on another machine: NFS remembers for 30 that a folder was not there.
 VISIBLE = 45.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -106,12 +110,36 @@ def start_ranks() -> Ranks:
                 max(1, (os.cpu_count() or 1) // local_ranks())
             )  # ranks of one machine share its cores
         load_cpu_operation()
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
-    if ranks.world_size > 1:
-        _watch = start_watch(ranks.rank, ranks.gather)
+    with _joining(JOINING):
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
+        if ranks.world_size > 1:
+            _watch = start_watch(ranks.rank, ranks.gather)
     _remove_buffer()  # all ranks hold it open now: a killed one leaves nothing
     return ranks
+
+
+@contextmanager
+def _joining(seconds: float) -> Iterator[None]:
+    """End this process where that takes longer: it waits for a rank that may have died at its start."""
+
+    def end() -> None:
+        rank, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        print(
+            f"error (rank {rank}): the {number} ranks did not find each other within {seconds:.0f} s; look at what the "
+            "others said, and start all of them again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def gpu_index(local_rank: int, visible: int) -> int:

@@ -43,7 +43,8 @@ PHASES = (
     "scores",
     "ended",
 )
-ENDS_WITHIN = 60.0  # seconds, of a rank whose job was hit: the other one died, or it was asked to stop
+JOINING = 40.0  # seconds for two ranks to find each other, instead of the program's 600
+ENDS_WITHIN = 90.0  # seconds, of a rank whose job was hit: the other one died, or it was asked to stop
 HANGS_AFTER = 300.0  # seconds, of an attempt that nobody hit
 TIMING = ("seconds", "real_tokens_per_second", "padded_tokens_per_second", "peak_memory_bytes")
 
@@ -124,7 +125,7 @@ class Job:
             "predictions": (self.folder / "predictions.parquet").read_bytes(),
             "metrics": [{key: value for key, value in line.items() if key not in TIMING} for line in lines],
             "episodes": (self.folder / "episodes.jsonl").read_text(),
-            "checkpoints": sorted(path.name for path in (self.folder / "checkpoints").iterdir()),
+            "last checkpoint": max(path.name for path in (self.folder / "checkpoints").iterdir()),
             "partial": sorted(str(path) for path in self.folder.rglob(".partial-*")),
         }
 
@@ -210,6 +211,8 @@ def soak(folder: Path, kills: int, steps: int, ranks: tuple[int, ...], seed: int
         if len(found.lost) == lost:
             found.compare(job, expected)
         number += 1
+        for why in found.lost[lost:]:
+            say(f"LOST {why}")
         say(f"{found.kills.total()} kills, {found.finished} runs finished, {len(found.lost)} lost")
     return found
 
@@ -247,9 +250,11 @@ def _child(job: Job, rank: int, port: int, phases: mmap.mmap) -> None:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
         import torch
 
+        from abmll import distributed
         from abmll.interrupt import STATUS, Interrupted
         from abmll.run import train
 
+        distributed.JOINING = JOINING
         torch.set_num_threads(1)
         _mark_phases(phases, rank)
         try:
