@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import secrets
 import socket
@@ -133,13 +134,19 @@ def _joining(seconds: float) -> Iterator[None]:
         )
         os._exit(1)
 
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+    # DeepSpeed's operation waits for the others' buffers without letting any Python thread run: this one is none
+    faulthandler.dump_traceback_later(seconds + 5, exit=True)
     try:
         yield
     finally:
         timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def gpu_index(local_rank: int, visible: int) -> int:

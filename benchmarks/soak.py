@@ -43,7 +43,7 @@ PHASES = (
     "scores",
     "ended",
 )
-JOINING = 40.0  # seconds for two ranks to find each other, instead of the program's 600
+JOINING = 20.0  # seconds for two ranks to find each other, instead of the program's 600
 ENDS_WITHIN = 90.0  # seconds, of a rank whose job was hit: the other one died, or it was asked to stop
 HANGS_AFTER = 300.0  # seconds, of an attempt that nobody hit
 TIMING = ("seconds", "real_tokens_per_second", "padded_tokens_per_second", "peak_memory_bytes")

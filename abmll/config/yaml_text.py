@@ -59,6 +59,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# without PyYAML's other bases: a hexadecimal number may be longer than Python will print
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -101,8 +105,8 @@ def parse(text: str, source: str) -> object:
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
-    except (ValueError, OverflowError, RecursionError) as error:  # of a number, or of nesting
-        what = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    except (ValueError, OverflowError, KeyError, RecursionError) as error:  # of a value that its tag does not fit
+        what = "nested too deep" if isinstance(error, RecursionError) else f"{error}"[:200]
         raise ConfigError([f"{source}: not valid YAML ({what}); correct the value"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
