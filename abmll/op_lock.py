@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
-
 OURS, TORCHS = "abmll.lock", "lock"
 
 
 def load_cpu_operation() -> None:
     """DeepSpeed keeps what is loaded, and finds it again when it joins the ranks."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         with loading(Path(_get_build_directory(builder.NAME, verbose=False))):

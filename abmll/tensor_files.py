@@ -51,7 +51,7 @@ def load_state(path: Path) -> Any:
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value
+        tensors[name] = value.detach().clone()  # one storage for each: safetensors shares none
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[_packed(key, tensors), _packed(inner, tensors)] for key, inner in value.items()]}

@@ -148,8 +148,11 @@ class Soak:
             raise RuntimeError(f"the uninterrupted run failed: {attempt.ended}\n{job.log.read_text()[-3000:]}")
         return time.monotonic() - started, job.result()
 
-    def until_finished(self, job: Job, life: float, most: int) -> int:
-        """Start, kill and resume a run until it finishes, unhindered after `most` kills; the kills that hit it."""
+    def until_finished(self, job: Job, life: float, most: int) -> float:
+        """Start, kill and resume a run until it finishes, unhindered after `most` kills.
+
+        Returns how long a run lives: as `life` was, or as this one did if it was never hit (other work comes and goes).
+        """
         kills = 0
         while True:
             attempt, started = job.start(), time.monotonic()
@@ -159,13 +162,13 @@ class Soak:
                     self._lose(job, f"ended by itself with {attempt.ended}", attempt)
                 else:
                     self.finished += 1
-                return kills
+                return life if kills else time.monotonic() - started
             if kills >= most:
                 self._lose(job, f"hung in {attempt.phase(0)}", attempt)
-                return kills
+                return life
             kills += 1
             if not self._kill(job, attempt):
-                return kills
+                return life
 
     def _kill(self, job: Job, attempt: Attempt) -> bool:
         """One kill, and the end of all ranks; False where they do not end."""
@@ -207,7 +210,7 @@ def soak(folder: Path, kills: int, steps: int, ranks: tuple[int, ...], seed: int
         job = Job(folder / f"run-{number:04d}", count, steps)
         life, expected = wholes[count]
         lost = len(found.lost)
-        found.until_finished(job, life, min(8, kills - so_far))
+        wholes[count] = found.until_finished(job, life, min(8, kills - so_far)), expected
         if len(found.lost) == lost:
             found.compare(job, expected)
         number += 1

@@ -14,7 +14,18 @@ from hypothesis import HealthCheck, Phase, settings
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "trainer"), str(Path(__file__).parent)]
 
+import pytest
 from runs import finished, make_run, one_thread, run  # noqa: F401
+
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_waiting_for_the_disk():
+    """Thousands of small files; that they reach the disk is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abmll.files.sync", lambda path: None)
+        yield
+
 
 ASKED = os.environ.get("FUZZ_EXAMPLES")
 settings.register_profile(
