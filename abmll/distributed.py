@@ -31,7 +31,7 @@ from abmll.watch import Watch, start_watch
 # (Nobody waits so long for a rank that died: see abmll.watch.)
 PATIENCE = timedelta(hours=2)
 # Seconds for all ranks to find each other: until then nobody sees that one of them died
-JOINING = 600.0
+JOINING, MARGIN = 600.0, 5.0
 # Seconds for a file to be seen on another machine: NFS remembers for 30 that a folder was not there.
 VISIBLE = 45.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -141,7 +141,7 @@ def _joining(seconds: float) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     # DeepSpeed's operation waits for the others' buffers without letting any Python thread run: this one is none
-    faulthandler.dump_traceback_later(seconds + 5, exit=True)
+    faulthandler.dump_traceback_later(seconds + MARGIN, exit=True)
     try:
         yield
     finally:
