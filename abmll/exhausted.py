@@ -33,7 +33,7 @@ def told_as_settings(config: Config, folder: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise Exhausted(
-            f"output: {error.filename or folder}: {FULL[error.errno]}; free some, or set trainer.keep_checkpoints lower; "
+            f"output: {error.filename or folder}: {FULL[error.errno]}; free some, or lower trainer.keep_checkpoints; "
             "what was whole before still is, and --resume auto goes on from the newest checkpoint"
         ) from error
 

@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent under their own name, whenever the process is killed.
 
 Everything is written under a temporary name, synced to disk and renamed. A sealed folder holds a manifest with the size
-and SHA-256 of every file, so that later damage is found before anything is loaded. Nothing is written or read by pickle.
+and SHA-256 of every file, so that later damage is found before anything is loaded. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ def publish(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` for a name that a file holds. ValueError where it would lie elsewhere, or is no plain text."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"{folder}: {name!r}: leads out of this folder; the file that names it was changed")
+    return folder / path
 
 
 def remove_whole(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Loading DeepSpeed's operation for CPU ranks, so that a process that is killed meanwhile blocks nobody after it.
 
 torch builds and loads it under a lock *file*, which outlives a killed process: every later start would wait for it, for
-ever and without a word. Around that stands a lock of the kernel's here, which ends with its process, and a mark inside it
-that only a process which died has left behind.
+ever and without a word. Around that stands a lock of the kernel's here, which ends with its process, and a mark inside
+it that only a process which died has left behind.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _STRUCTURE = "structure"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
-    """Tensors, and texts beside them, as safetensors. OSError where the disk refuses: safetensors' own call hides it."""
+    """As safetensors, texts in its header. OSError where the disk refuses: safetensors' own call hides it."""
     path.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, texts))
 
 

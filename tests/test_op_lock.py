@@ -1,4 +1,4 @@
-"""A process that is killed while it loads DeepSpeed's operation blocks no other; ranks do not wait for ever for a peer."""
+"""A process that is killed while it loads DeepSpeed's operation blocks no other; no rank waits for ever for a peer."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def check_settings(named: Any, source: str) -> dict[str, dict[str, Any]]:
     for name, values in named.items():
         if not is_folder_name(str(name)):
             problems.append(
-                f"{source}: {show(str(name))[1:-1]}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most"
+                f"{source}: {show(str(name))[1:-1]}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, at "
+                "most 100"
             )
         if values is not None and not isinstance(values, dict):
             problems.append(f"{source}: {name}: {show(values)}: must be `section.key: value` lines")

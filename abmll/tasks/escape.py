@@ -1,7 +1,7 @@
 """Text of the data that spells one of the tokenizer's own tokens stays text.
 
-A tokenizer reads `<|im_end|>` as one token wherever it stands. In an example's text it would close the question and could
-open an answer; behind this it is spelled `< |im_end|>`, which is none. All other text is left as it is, to the letter.
+A tokenizer reads `<|im_end|>` as one token wherever it stands. In an example's text it would close the question and
+could open an answer; so it is spelled `< |im_end|>` there, which is none. All other text is left to the letter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,27 @@
-"""What Hypothesis draws for the fuzz tests: values of JSON and YAML, and files with damage."""
+"""What Hypothesis draws for the fuzz tests, and how often: values of JSON and YAML, and files with damage.
+
+FUZZ_EXAMPLES=N tries N examples of each property, drawn anew at every call; the default few are always the same. One
+that takes more than ten seconds fails: nothing that is read may hang.
+"""
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+
+ASKED = os.environ.get("FUZZ_EXAMPLES")
+fuzz = settings(
+    max_examples=int(ASKED or 40),
+    derandomize=ASKED is None,
+    deadline=timedelta(seconds=10),
+    database=None,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if ASKED is None else [])],
+    suppress_health_check=list(HealthCheck),
+)
 
 # what has broken readers: surrogates, NUL, line ends of Unicode, numbers without end, references
 NASTY = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from damage import NASTY, damaged, scalars, values
+from damage import NASTY, damaged, fuzz, scalars, values
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -44,6 +44,7 @@ def is_told(error: ConfigError) -> None:
     assert error.problems and all(error.problems) and len(str(error)) < 100_000
 
 
+@fuzz
 @given(
     damaged(TINY)
     | st.binary(max_size=200)
@@ -84,6 +85,7 @@ def test_any_file_is_a_configuration_or_an_error(file, data):
         is_told(error)
 
 
+@fuzz
 @given(
     st.lists(
         st.one_of(
@@ -109,6 +111,7 @@ LISTS, SETTINGS = b"train: [a, b]\ntest: [c]\n", b"one: {eval.samples: 8}\ntwo:\
 JSON = (ROOT / "configs/deepspeed/zero2.json").read_bytes()
 
 
+@fuzz
 @given(damaged(LISTS) | damaged(SETTINGS) | damaged(COMPARISON) | damaged(JSON) | values.map(written))
 @example(b'{"zero_optimization": ' + b"[" * 100_000)
 @example(b'{"zero_optimization": ' + b"9" * 5000 + b"}")

@@ -1,11 +1,11 @@
-"""Files of examples: whatever they hold, the good rows are read and the others told, in lines that a person can read."""
+"""Files of examples: whatever they hold, the good rows are read and the others told, in lines of bounded length."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from damage import damaged, values
+from damage import damaged, fuzz, values
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ def rows(draw_from: st.SearchStrategy) -> st.SearchStrategy[bytes]:
     return st.lists(lines.map(json.dumps), max_size=5).map(lambda found: "\n".join(found).encode())
 
 
+@fuzz
 @given(st.binary(max_size=300) | damaged(FILE) | rows(values))
 @example(b'{"input": "a", "output": ' + b"[" * 100_000)
 @example(b'{"input": "a", "output": "no", "options": ' + b"9" * 5000 + b"}")
@@ -51,7 +52,7 @@ def test_half_a_surrogate_pair_is_refused_however_it_is_spelled(tmp_path):
     """Found by the property above: upper-case escapes passed, and a tokenizer raised in the middle of a run."""
     path = tmp_path / "train.jsonl"
     for escape in ("\\ud83d", "\\uD83D", "\\uDe00"):
-        path.write_text('{"input": "%s", "output": "no", "options": ["yes", "no"]}\n' % escape)
+        path.write_text(f'{{"input": "{escape}", "output": "no", "options": ["yes", "no"]}}\n')
         faults = Faults("here", "files")
         assert read_examples(path, faults) == ()
         with pytest.raises(ValueError, match="half a surrogate pair"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import damaged, values
+from damage import damaged, fuzz, values
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import Run
@@ -46,6 +46,7 @@ def seal(folder: Path) -> None:
     publish(changed, folder)
 
 
+@fuzz
 @given(st.sampled_from(FILES), st.data())
 def test_a_checkpoint_of_anything_is_loaded_or_refused(session, tmp_path_factory, file, data):
     store = session.trainer.store
@@ -74,6 +75,7 @@ def test_a_checkpoint_of_anything_is_loaded_or_refused(session, tmp_path_factory
     session.trainer.resume(whole)
 
 
+@fuzz
 @given(damaged(b"{}") | values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100))
 @example(b"[" * 100_000)
 @example(json.dumps({"x" * 5000: {"bytes": 1, "sha256": ""}}).encode())
@@ -87,10 +89,11 @@ def test_any_manifest_is_judged(tmp_path_factory, data):
     assert damage(folder) is None
     (folder / "manifest.json").write_bytes(data)
     assert damage(folder)
-    with pytest.raises(ValueError, match="summary .*; name a folder written by a run"):
+    with pytest.raises(ValueError, match=r"summary .*; name a folder written by a run"):
         load_summary(folder)
 
 
+@fuzz
 @given(st.sampled_from(["theta.safetensors", "summary.json"]), st.data())
 def test_a_summary_of_anything_is_loaded_or_refused(tmp_path_factory, file, data):
     folder = tmp_path_factory.mktemp("summary") / "final"
@@ -128,6 +131,7 @@ def same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
 
 
+@fuzz
 @given(NESTED)
 def test_a_ranks_state_comes_back_as_it_was(tmp_path_factory, state):
     """Keys and tuples included, which JSON alone would change."""
@@ -136,6 +140,7 @@ def test_a_ranks_state_comes_back_as_it_was(tmp_path_factory, state):
     assert same(state, load_state(path))
 
 
+@fuzz
 @given(values, st.integers(0, 3))
 @example({"tensor": []}, 1)
 @example({"dict": [[{"dict": []}, 1]]}, 1)

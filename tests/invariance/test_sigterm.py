@@ -1,4 +1,4 @@
-"""SIGTERM on two ranks, as the deepspeed launcher passes it on: to one rank first, and to the other when that has ended."""
+"""SIGTERM on two ranks, as the deepspeed launcher passes it on: to one rank, and to the other when that has ended."""
 
 from __future__ import annotations
 

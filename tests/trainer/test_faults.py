@@ -311,7 +311,7 @@ def test_every_file_of_a_checkpoint_and_a_summary_counts(copies, harm):
         path = run.folder / "final" / name
         whole = path.read_bytes()
         harm(path)
-        with pytest.raises(ValueError, match="summary .*; name a folder written by a run"):
+        with pytest.raises(ValueError, match=r"summary .*; name a folder written by a run"):
             load_summary(path.parent)
         path.write_bytes(whole)
     assert load_summary(run.folder / "final")
