@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -111,6 +111,7 @@ def start_ranks() -> Ranks:
                 max(1, (os.cpu_count() or 1) // local_ranks())
             )  # ranks of one machine share its cores
         load_cpu_operation()
+        _remove_old_buffers()
     with _joining(JOINING):
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -177,6 +178,14 @@ def _remove_buffer() -> None:
     told = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     name = "_".join(map(str, ("deepspeed_allreduce_buffer", os.getuid(), *told)))
     (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def _remove_old_buffers() -> None:
+    """Those of processes that were killed while they joined. Nobody opens one by its name that is as old as this."""
+    for path in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
+        with suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - path.stat().st_mtime > 2 * JOINING:
+                path.unlink()
 
 
 @contextmanager
