@@ -9,7 +9,6 @@ must see the same folder.
 from __future__ import annotations
 
 import json
-import pickle
 import random
 import warnings
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
-from abmll.files import TEMPORARY, damage, new_partial, publish, remove_whole, sweep
+from abmll.files import TEMPORARY, damage, new_partial, publish, read_json, remove_whole, sweep
+from abmll.tensor_files import load_state, save_state
 
 PREFIX, STATE = "step-", "trainer.json"
 
@@ -49,7 +49,7 @@ class CheckpointStore:
             new_partial(final)
         self.ranks.barrier()
         engine.save(partial)
-        torch.save({**rank_state, "rng": _rng_state()}, partial / f"rank-{self.ranks.rank:05d}.pt")
+        save_state(partial / _rank_file(self.ranks.rank), {**rank_state, "rng": _rng_state()})
         self.ranks.barrier()
         if self.ranks.is_main:
             state = {**state, "step": step, "world_size": self.ranks.world_size}
@@ -74,8 +74,15 @@ class CheckpointStore:
         engine.load(checkpoint.folder)
         if checkpoint.state["world_size"] != self.ranks.world_size:
             return None
-        rank_state = _read(checkpoint.folder / f"rank-{self.ranks.rank:05d}.pt")
-        _restore_rng(rank_state.pop("rng"))
+        path = checkpoint.folder / _rank_file(self.ranks.rank)
+        try:
+            rank_state = load_state(path)
+            _restore_rng(rank_state.pop("rng"))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"--resume: {path}: holds no state of a rank ({error}): another program wrote it, or another version "
+                "of this one; remove its folder to go on from an older checkpoint"
+            ) from error
         return rank_state
 
     def states(self) -> list[dict[str, Any]]:
@@ -83,8 +90,8 @@ class CheckpointStore:
         states = []
         for folder in _steps(self.folder):
             try:
-                states.append(json.loads((folder / STATE).read_text()))
-            except (OSError, ValueError):
+                states.append(_read_state(folder / STATE))
+            except ValueError:
                 continue
         return states
 
@@ -101,7 +108,10 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     for step in reversed(_steps(folder)):
         problem = damage(step)
         if problem is None:
-            return Checkpoint(step, json.loads((step / STATE).read_text()))
+            try:
+                return Checkpoint(step, _read_state(step / STATE))
+            except ValueError as error:  # whole, and written by something else
+                problem = str(error)
         warnings.warn(f"checkpoint {step}: {problem}; trying the one before", stacklevel=2)
     return None
 
@@ -110,20 +120,27 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only: a file that would run code when it is unpickled is refused instead."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"--resume: {path}: holds more than tensors and plain values, so another program wrote it, or another "
-            "version of this one; remove its folder to go on from an older checkpoint"
-        ) from error
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state. ValueError where it lacks what every version wrote, or has it as something else."""
+    state = read_json(path)
+    wanted = {"position": dict, "config": dict, "step": int, "world_size": int}
+    if not isinstance(state, dict) or not all(type(state.get(name)) is kind for name, kind in wanted.items()):
+        raise ValueError(f"{path}: holds no state of a trainer")
+    if type(state.get("tasks_per_step", 1)) is not int:  # an older version wrote none
+        raise ValueError(f"{path}: tasks_per_step is no number")
+    best = state["position"].get("best")
+    if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
+        raise ValueError(f"{path}: holds no best step that a trainer wrote")
+    return state
 
 
 def _rng_state() -> dict[str, Any]:
     numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()  # an array would be unpickled by a function
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

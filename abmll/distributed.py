@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import secrets
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from abmll.files import TEMPORARY
+from abmll.interrupt import Interrupted
+from abmll.op_lock import load_cpu_operation
 from abmll.resident import bound_caches
 from abmll.slurm import adopt_slurm
 from abmll.watch import Watch, start_watch
@@ -25,6 +30,8 @@ from abmll.watch import Watch, start_watch
 # Ranks meet only at the end of an evaluation, and their tasks differ in size: DeepSpeed's 10 minutes are too short.
 # (Nobody waits so long for a rank that died: see abmll.watch.)
 PATIENCE = timedelta(hours=2)
+# Seconds for all ranks to find each other: until then nobody sees that one of them died
+JOINING, MARGIN = 600.0, 5.0
 # Seconds for a file to be seen on another machine: NFS remembers for 30 that a folder was not there.
 VISIBLE = 45.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -103,11 +110,44 @@ def start_ranks() -> Ranks:
             torch.set_num_threads(
                 max(1, (os.cpu_count() or 1) // local_ranks())
             )  # ranks of one machine share its cores
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
-    if ranks.world_size > 1:
-        _watch = start_watch(ranks.rank, ranks.gather)
+        load_cpu_operation()
+        _remove_old_buffers()
+    with _joining(JOINING):
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=PATIENCE, verbose=False)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
+        if ranks.world_size > 1:
+            _watch = start_watch(ranks.rank, ranks.gather)
+    _remove_buffer()  # all ranks hold it open now: a killed one leaves nothing
     return ranks
+
+
+@contextmanager
+def _joining(seconds: float) -> Iterator[None]:
+    """End this process where that takes longer: it waits for a rank that may have died at its start."""
+
+    def end() -> None:
+        rank, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        print(
+            f"error (rank {rank}): the {number} ranks did not find each other within {seconds:.0f} s; look at what the "
+            "others said, and start all of them again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # DeepSpeed's operation waits for the others' buffers without letting any Python thread run: this one is none
+    faulthandler.dump_traceback_later(seconds + MARGIN, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def gpu_index(local_rank: int, visible: int) -> int:
@@ -140,6 +180,14 @@ def _remove_buffer() -> None:
     (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
+def _remove_old_buffers() -> None:
+    """Those of processes that were killed while they joined. Nobody opens one by its name that is as old as this."""
+    for path in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
+        with suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - path.stat().st_mtime > 2 * JOINING:
+                path.unlink()
+
+
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """The process group for as long as a command takes; the other ranks are told if it fails."""
@@ -147,7 +195,7 @@ def joined_ranks() -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        stop_ranks(error)
+        stop_ranks(None if isinstance(error, Interrupted) else error)  # that one all ranks raise, in agreement
         raise
     stop_ranks()
 

@@ -16,11 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from abmll.config.schema import LoggingConfig
+from abmll.files import read_json
 from abmll.profiling import phase
+from abmll.tensor_files import read_tensors, write_tensors
 
 # Of a checkpoint: theta by name, its optimizer's moments as NAME.KIND, and what is counted.
 THETA, MOMENTS, COUNTS = "theta.safetensors", "moments.safetensors", "counts.json"
@@ -130,9 +131,8 @@ class ThetaEngine:
                 if main:
                     moments[f"{name}.{kind}"] = whole.cpu()
         if main:
-            theta = {name: value.detach().cpu().contiguous() for name, value in self.theta.items()}
-            save_file(theta, folder / THETA)
-            save_file(moments, folder / MOMENTS)
+            write_tensors(folder / THETA, self.theta)
+            write_tensors(folder / MOMENTS, moments)
             counts = {
                 "optimizer_steps": float(self._state["step"]) if moments else None,
                 "engine_steps": self.engine.global_steps,  # the monitors' abscissas
@@ -143,10 +143,10 @@ class ThetaEngine:
     def load(self, folder: Path) -> None:
         """All ranks: go on from what `save` wrote, with any number of ranks and at any ZeRO stage.
 
-        ValueError where the files hold another theta than this run's.
+        ValueError where the files hold another theta than this run's, or none.
         """
-        theta, moments = load_file(folder / THETA), load_file(folder / MOMENTS)
-        counts = json.loads((folder / COUNTS).read_text())
+        (theta, _), (moments, _) = read_tensors(folder / THETA), read_tensors(folder / MOMENTS)
+        counts = _checked_counts(folder / COUNTS, bool(moments))
         kinds = {name.rpartition(".")[2] for name in moments}
         shapes = {name: value.shape for name, value in self.theta.items()}
         of_moments = {f"{name}.{kind}": shape for name, shape in shapes.items() for kind in kinds}
@@ -203,6 +203,15 @@ class ThetaEngine:
     def _set_trainable(self, trainable: bool) -> None:
         for parameter in self.theta.values():
             parameter.requires_grad_(trainable)
+
+
+def _checked_counts(path: Path, with_moments: bool) -> dict[str, Any]:
+    """The counts of a checkpoint. ValueError where one of them is not there, or is no number."""
+    counts, wanted = read_json(path), {"engine_steps": int, "engine_samples": int}
+    wanted |= {"optimizer_steps": float} if with_moments else {}
+    if not isinstance(counts, dict) or not all(type(counts.get(name)) is kind for name, kind in wanted.items()):
+        raise ValueError(f"{path}: holds no counts {', '.join(wanted)}; another program wrote it")
+    return counts
 
 
 def check_monitors(config: LoggingConfig) -> list[str]:

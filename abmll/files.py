@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent under their own name, whenever the process is killed.
 
 Everything is written under a temporary name, synced to disk and renamed. A sealed folder holds a manifest with the size
-and SHA-256 of every file, so that later damage is found before anything is loaded.
+and SHA-256 of every file, so that later damage is found before anything is loaded. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 TEMPORARY, MANIFEST = ".partial-", "manifest.json"
 
@@ -18,9 +19,34 @@ TEMPORARY, MANIFEST = ".partial-", "manifest.json"
 def write_whole(path: Path, contents: str | bytes) -> None:
     """Replace a file's contents at once."""
     partial = path.with_name(f"{TEMPORARY}{path.name}")
-    partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-    _sync(partial)
+    try:
+        partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        sync(partial)
+    except OSError:  # most likely the disk is full: what was written is of no use to anybody
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value. ValueError where it holds none, or one that is nested too deep to be ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; without the lines that a kill or a full disk cut off."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def new_partial(final: Path) -> Path:
@@ -38,11 +64,19 @@ def publish(partial: Path, final: Path) -> None:
     entries = {name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for name, path in files.items()}
     (partial / MANIFEST).write_text(json.dumps(entries, indent=1))
     for path in (*files.values(), partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _sync(path)
+        sync(path)
     old = _set_aside(final)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` for a name that a file holds. ValueError where it would lie elsewhere, or is no plain text."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"{folder}: {name!r}: leads out of this folder; the file that names it was changed")
+    return folder / path
 
 
 def remove_whole(folder: Path) -> None:
@@ -53,24 +87,30 @@ def remove_whole(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a killed process left behind."""
     for stale in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(stale)
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = read_json(folder / MANIFEST)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     if not expected:
         return "its manifest is empty"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size or file_digest(path) != digest:
-            return f"{name} is damaged"
+        try:
+            if ".." in path.parts or folder not in path.parents or not path.is_file():
+                return f"{name[:100]!r} is missing"
+            if path.stat().st_size != size or file_digest(path) != digest:
+                return f"{name} is damaged"
+        except (OSError, ValueError) as error:  # a name that no file can have, a disk that cannot be read
+            return f"{name[:100]!r} cannot be read ({error})"
     return None
 
 
@@ -85,10 +125,15 @@ def _set_aside(folder: Path) -> Path:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file or folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

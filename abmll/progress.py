@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from abmll.config.schema import LoggingConfig
 from abmll.engine import ThetaEngine
-from abmll.files import write_whole
+from abmll.files import sync, write_whole
 from abmll.objective import kl_dominates
 
 
@@ -78,8 +78,8 @@ class Progress:
         """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
         for path in (self.path, self.episodes_path) if self.is_main else ():
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                write_whole(path, "".join(f"{line}\n" for line in kept))
+                kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+                write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def start(self, step: int, total: int) -> None:
         if self.is_main:
@@ -117,6 +117,12 @@ class Progress:
             with self.episodes_path.open("a") as stream:
                 stream.writelines(json.dumps(record) + "\n" for record in records)
 
+    def sync(self) -> None:
+        """The lines so far to the disk: behind a checkpoint that outlives a power cut, none of them may be missing."""
+        for path in (self.path, self.episodes_path) if self.is_main else ():
+            if path.exists():
+                sync(path)
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.is_main:
@@ -133,11 +139,11 @@ class Progress:
             self.bar.close()
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     """The step of a line; a line cut off by a kill belongs to no step that was reached."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 2**62
 
 

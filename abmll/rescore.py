@@ -12,6 +12,8 @@ from abmll.config import ConfigError, Refused, load_config, override_texts, read
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
+from abmll.exhausted import told_as_settings
+from abmll.files import write_whole
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
@@ -86,16 +88,20 @@ def evaluate(run: str, overrides: list[str], output: str | None, settings: str |
     named = read_settings(settings) if settings else {}
     with joined_ranks() as ranks:
         finished = FinishedRun(run, ranks, overrides)
-        if settings:
-            score_settings(finished, named)
-            return
-        evaluations, notes = finished.score()
-        if ranks.is_main:
-            for note in notes:
-                print(f"note: {note}")
-            print(f"{finished.folder / 'final'}, after step {finished.facts['step']}\n\n{score_table(evaluations)}")
-            if output:
-                Path(output).write_text(json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
+        with told_as_settings(finished.config, finished.folder):
+            if settings:
+                score_settings(finished, named)
+                return
+            evaluations, notes = finished.score()
+            if ranks.is_main:
+                for note in notes:
+                    print(f"note: {note}")
+                step = finished.facts["step"]
+                print(f"{finished.folder / 'final'}, after step {step}\n\n{score_table(evaluations)}")
+                if output:
+                    write_whole(
+                        Path(output), json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1)
+                    )
 
 
 def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]) -> None:

@@ -19,7 +19,9 @@ from abmll.config.settings import flat
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
+from abmll.exhausted import told_as_settings
 from abmll.files import damage, remove_whole, sweep, write_whole
+from abmll.interrupt import Interrupt
 from abmll.lockstep import in_step
 from abmll.memory import Plan, plan_run
 from abmll.memory.capacity import device_capacity
@@ -195,17 +197,21 @@ class Session:
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:
-    """The command `launch/train.py`. ConfigError or Refused for a mistake of the user's, TrainingDiverged for NaNs."""
+    """The command `launch/train.py`. ConfigError or Refused for a mistake of the user's, TrainingDiverged for NaNs,
+    Exhausted where memory or disk ran out, and Interrupted after SIGTERM.
+    """
     config = load_config(config_path, overrides)
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, told_as_settings(config, Path(config.output)):
         try:
             session, checkpoint = open_session(config, config_path, ranks, resume, overwrite)
         except ValueError as error:  # later ones are no mistakes of the user's, and keep their traceback
             raise Refused(str(error)) from error
-        pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
-        with session.profiler() if profile else nullcontext():
-            session.trainer.run()
-        evaluations = session.finish(pretrained)
+        with Interrupt() as asked:  # not before: there was nothing to save
+            session.trainer.stopping = session.evaluator.stopping = asked
+            pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
+            with session.profiler() if profile else nullcontext():
+                session.trainer.run()
+            evaluations = session.finish(pretrained)
         if ranks.is_main:
             table = score_table(evaluations)
             write_whole(session.folder / "scores.md", table)

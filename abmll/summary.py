@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abmll.files import damage, new_partial, publish
+from abmll.files import damage, new_partial, publish, read_json
+from abmll.tensor_files import read_tensors, write_tensors
 
 THETA, FACTS = "theta.safetensors", "summary.json"
 FINAL = "final"  # the summary of a run's end, in its folder
@@ -18,7 +18,7 @@ FINAL = "final"  # the summary of a run's end, in its folder
 def save_summary(folder: Path, theta: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Theta and `facts`, whole or not at all; an older summary of that name is replaced."""
     partial = new_partial(folder)
-    save_file({name: value.detach().cpu().contiguous() for name, value in theta.items()}, partial / THETA)
+    write_tensors(partial / THETA, theta)
     (partial / FACTS).write_text(json.dumps(facts, indent=1))
     publish(partial, folder)
 
@@ -26,10 +26,10 @@ def save_summary(folder: Path, theta: dict[str, Tensor], facts: dict[str, Any]) 
 def finished_facts(run: Path) -> dict[str, Any] | None:
     """The facts of a run that ended with its scores; None of another: trained at most, or not even that."""
     try:
-        facts = json.loads((run / FINAL / FACTS).read_text())
-    except (OSError, ValueError):
+        facts = read_json(run / FINAL / FACTS)
+    except ValueError:
         return None
-    return facts if "scores" in facts else None
+    return facts if isinstance(facts, dict) and "scores" in facts else None
 
 
 def load_summary(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,4 +37,7 @@ def load_summary(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     problem = damage(folder)
     if problem is not None:
         raise ValueError(f"summary {folder}: {problem}; name a folder written by a run, such as RUN/final")
-    return load_file(folder / THETA), json.loads((folder / FACTS).read_text())
+    theta, facts = read_tensors(folder / THETA)[0], read_json(folder / FACTS)
+    if not isinstance(facts, dict):
+        raise ValueError(f"summary {folder}: {FACTS} holds a {type(facts).__name__}, not the facts of a run")
+    return theta, facts

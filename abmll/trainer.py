@@ -7,12 +7,14 @@ step, and phi is reset from theta.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
@@ -20,6 +22,7 @@ from abmll.config.schema import Config, TrainerConfig
 from abmll.dealing import deal
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
+from abmll.interrupt import Interrupted
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
@@ -49,7 +52,7 @@ COLUMNS = (
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many episodes in a row gave NaN or Inf."""
+    """Too many episodes in a row gave NaN or Inf, or theta holds them."""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Position:
     nonfinite_in_a_row: int = 0
     skipped_episodes: int = 0
     best: dict[str, Any] | None = None
+    unvalidated: bool = False  # the step's validation was due, and an interrupt came first
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Trainer:
     validate: Callable[[Position], None] | None = None
     after_step: Callable[[], None] | None = None
     after_save: Callable[[], None] | None = None
+    stopping: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -88,18 +93,27 @@ class Trainer:
         self.noise_seed = fold_seed(config.seed, "training")
         layers_with_kl = len(self.learner.adapters.layers) if self.method.sampled else 0
         self.table_size = (self.tasks_per_step, len(COLUMNS) + layers_with_kl)
+        self._stop = False  # any rank was asked to stop: the same on all of them
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue exactly where the checkpoint was written."""
+        """Continue exactly where the checkpoint was written. ValueError where its files hold something else."""
+        self.position = TypeAdapter(Position).validate_json(json.dumps(checkpoint.state["position"]), strict=True)
         rank_state = self.store.load(checkpoint, self.engine)
-        self.position = Position(**checkpoint.state["position"])
         if rank_state is not None:
-            self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
+            try:
+                self.inner_optimizer.load_state_dict(rank_state["inner_optimizer"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"checkpoint {checkpoint.folder}: holds no inner optimizer's state ({error})"
+                ) from error
         self.learner.adapters.reset_phi()
         self.progress.rewind(self.position.step)
 
     def run(self) -> None:
-        """Train to the last step. TrainingDiverged after `max_nonfinite` NaN or Inf episodes in a row."""
+        """Train to the last step. TrainingDiverged after `max_nonfinite` NaN or Inf episodes in a row.
+
+        Interrupted, behind a checkpoint of the step that was reached, where a rank was asked to stop.
+        """
         self.progress.start(self.position.step, self.num_steps)
         try:
             self._run()
@@ -108,6 +122,11 @@ class Trainer:
 
     def _run(self) -> None:
         trainer, evaluation, position = self.config.trainer, self.config.eval, self.position
+        if position.unvalidated:
+            self._validate()
+            if not self._stop:
+                self._save()
+            self._end_if_asked()
         while position.step < self.num_steps:
             started = time.perf_counter()
             table = self._outer_step(position.step)
@@ -121,9 +140,27 @@ class Trainer:
             self._stop_if_diverged()
             last = position.step == self.num_steps
             if self.validate and evaluation.every and (position.step % evaluation.every == 0 or last):
-                self.validate(position)
-            if last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
+                position.unvalidated = True
+                if not self._stop:
+                    self._validate()
+            if self._stop or last or (trainer.checkpoint_every and position.step % trainer.checkpoint_every == 0):
                 self._save()
+            self._end_if_asked()
+
+    def _validate(self) -> None:
+        """Not at all where a rank is asked to stop meanwhile: it is made up for when the run goes on."""
+        try:
+            self.validate(self.position)
+            self.position.unvalidated = False
+        except Interrupted:
+            self._stop = True
+
+    def _end_if_asked(self) -> None:
+        if self._stop:
+            raise Interrupted(
+                f"stopped after outer step {self.position.step} of {self.num_steps}, with a checkpoint in "
+                f"{self.store.folder}"
+            )
 
     @phase("outer step")
     def _outer_step(self, step: int) -> Tensor:
@@ -142,7 +179,7 @@ class Trainer:
                 gradient = _sum(gradient, update.total(finite))
                 if not all(finite):
                     self.inner_optimizer.state.clear()  # its moments are poisoned
-            table = self.ranks.sum_table(table)
+            table, self._stop = self._exchanged(table)
             tables.append(table)
             finite = int(table[:, COLUMNS.index("finite")].sum())
             if finite:  # the engine averages over ranks; theta's gradient is the mean over finite episodes
@@ -150,6 +187,12 @@ class Trainer:
                 self.engine.step(self._scaled(gradient, scale))
             self.learner.adapters.reset_phi()
         return _merge(tables)
+
+    def _exchanged(self, table: Tensor) -> tuple[Tensor, bool]:
+        """The table of all ranks, and whether any of them was asked to stop: one row more, in the same exchange."""
+        asked = torch.full((1, len(COLUMNS)), float(self._stop or self.stopping()), dtype=table.dtype)
+        found = self.ranks.sum_table(torch.cat([table, asked]))
+        return found[:-1], bool(found[-1, 0])
 
     def _own_episodes(self, step: int) -> dict[int, Episode]:
         """This rank's episodes of a step, by their slots: as many as the others have, and as many tokens."""
@@ -246,6 +289,13 @@ class Trainer:
 
     @phase("checkpoint")
     def _save(self) -> None:
+        """TrainingDiverged instead where theta is not finite: the last good checkpoints must not make room for it."""
+        if not torch.stack([value.isfinite().all() for value in self.learner.adapters.theta.values()]).all():
+            raise TrainingDiverged(
+                f"theta holds NaN or Inf after outer step {self.position.step}; lower method.outer_lr, and go on with "
+                "--resume auto from the last checkpoint, which is unharmed"
+            )
+        self.progress.sync()
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
         state["tasks_per_step"] = self.tasks_per_step  # where the configuration leaves it to the ranks
         rank_state = {"inner_optimizer": self.inner_optimizer.state_dict()}

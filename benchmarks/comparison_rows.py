@@ -16,6 +16,7 @@ from typing import Any
 
 from abmll.compare.analysis import analyse
 from abmll.compare.results import INDEX
+from abmll.files import inside
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import PREDICTIONS, SCORES
 from abmll.summary import FACTS, FINAL, finished_facts
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     index = json.loads((arguments.comparison / INDEX).read_text())
-    folder = arguments.results / index["name"]
+    folder = inside(arguments.results, index["name"])
     for written in keep(arguments.comparison.resolve().parents[1], index, folder, provenance()):
         print(written)
 
@@ -49,7 +50,7 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
     there = folder / INDEX
     runs = {run["folder"]: run for run in json.loads(there.read_text())["runs"]} if there.is_file() else {}
     for run in index["runs"]:
-        source, target = comparison / run["folder"], folder / run["folder"]
+        source, target = inside(comparison, run["folder"]), inside(folder, run["folder"])
         facts = finished_facts(source)
         if facts is None:
             continue
@@ -63,7 +64,7 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
         scores = runs[run["folder"]]["scores"]
         for name, place in run["scores"].items():
             if name not in scores and (source / place / PREDICTIONS).is_file():
-                keep_scores(source / place, target / place)
+                keep_scores(inside(source, place), inside(target, place))
                 scores[name] = place
     index = {"name": index["name"], "baselines": index["baselines"], "runs": list(runs.values())}
     there.write_text(json.dumps(index, indent=1) + "\n")

@@ -39,7 +39,10 @@ def main() -> int:
     if given:
         parser.error(f"{given[0]}: does not go with {'--adapter' if arguments.adapter else '--run'}")
 
-    try:  # imports behind the parser: --help should not wait for torch
+    from abmll.config import ConfigError, Refused  # behind the parser: --help should not wait for torch
+    from abmll.exhausted import Exhausted
+
+    try:
         if arguments.run:
             from abmll.rescore import evaluate
 
@@ -60,9 +63,10 @@ def main() -> int:
                 device=arguments.device,
             )
         return 0
+    except Exhausted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
-        from abmll.config import ConfigError, Refused
-
         if arguments.run and not isinstance(error, ConfigError | Refused):
             raise  # no mistake of the user's
         print(f"error: {error}", file=sys.stderr)

@@ -24,11 +24,12 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from abmll.config import ConfigError, Refused, load_config  # behind the parser: --help should not wait for torch
+    from abmll.interrupt import STATUS, Interrupted
     from abmll.slurm import adopt_slurm
 
     adopt_slurm()
     rank = int(os.environ.get("RANK", 0))
-    diverged: type[Exception] | tuple = ()  # known once the trainer is imported
+    ended: tuple[type[Exception], ...] = ()  # known once the trainer is imported
     try:
         if arguments.validate:
             from abmll.preflight import preflight
@@ -40,9 +41,11 @@ def main() -> int:
             return 0 if good else 2
 
         load_config(arguments.config, arguments.overrides)  # a slip should not wait for the imports below
+        from abmll.exhausted import Exhausted
         from abmll.run import train
-        from abmll.trainer import TrainingDiverged as diverged
+        from abmll.trainer import TrainingDiverged
 
+        ended = (TrainingDiverged, Exhausted)
         train(
             arguments.config,
             arguments.overrides,
@@ -58,9 +61,13 @@ def main() -> int:
     except Refused as error:
         print(f"error (rank {rank}): {error}" if rank else f"error: {error}", file=sys.stderr)
         return 2
-    except diverged as error:
+    except ended as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        if rank == 0:
+            print(f"SIGTERM: {error}; the same command with --resume auto goes on", file=sys.stderr)
+        return STATUS
 
 
 if __name__ == "__main__":

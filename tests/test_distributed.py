@@ -101,3 +101,14 @@ def test_what_deepspeed_leaves_in_shared_memory_is_removed(monkeypatch, tmp_path
     distributed.stop_ranks()
     assert sorted(path.name.removeprefix(prefix) for path in tmp_path.iterdir()) == ["4321_0", "4322_1"]
     distributed.stop_ranks()  # gone already
+
+
+def test_old_buffers_of_killed_processes_are_removed(monkeypatch, tmp_path):
+    """A young one may be of ranks that are about to open it, and another user's is none of ours."""
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", tmp_path)
+    own, other = (f"deepspeed_allreduce_buffer_{user}_localhost_" for user in (os.getuid(), os.getuid() + 1))
+    for name, minutes in ((f"{own}1_0", 30), (f"{own}2_0", 5), (f"{other}1_0", 30), ("sem.1", 30)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, 2 * (time.time() - 60 * minutes,))
+    distributed._remove_old_buffers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{own}2_0", f"{other}1_0", "sem.1"])

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates
 from abmll.config.layers import read_layers
-from abmll.config.settings import check_settings
+from abmll.config.settings import check_settings, is_folder_name
 from abmll.config.task_lists import resolve_task_lists
 
 Overrides = dict[str, Any]  # section.key -> value
@@ -59,6 +59,13 @@ class Comparison(BaseModel):
     tune: Tuning | None = None
     scores: Named = Field(default_factory=dict, description="Further ways to score each finished run.")
     baselines: list[str] = Field(default_factory=list, description="The methods that the others are tested against.")
+
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not is_folder_name(value):
+            raise ValueError(f"{value!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
+        return value
 
     @field_validator("models", "task_sets", "methods", "settings", "scores", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ import pandas as pd
 
 from abmll.compare.calibration import gaps
 from abmll.config.schema import MethodConfig
+from abmll.files import whole_lines
 from abmll.methods import METHODS
 from abmll.metrics import score
 from abmll.score_files import PREDICTIONS, as_predictions
@@ -142,7 +143,7 @@ def _own_predictions(examples: pd.DataFrame, method: str) -> pd.DataFrame:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return whole_lines(path) if path.is_file() else []
 
 
 def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, float]:

@@ -44,7 +44,7 @@ def load_deepspeed(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
         raise ConfigError([f"{path}:{error.lineno}: not valid JSON ({error.msg}); correct this line"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError, OSError) as error:  # of nesting, a number or its encoding
         raise ConfigError(
             [f"trainer.deepspeed: {path}: cannot be read ({error}); name a file such as configs/deepspeed/zero2.json"]
         ) from None

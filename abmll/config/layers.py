@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +66,37 @@ def resolve_path(path: str | Path, config_path: str | Path) -> Path:
     project's root (the file's nearest ancestor that holds a setup.py); the first that exists counts. Where none
     exists, the answer is the one in the working directory.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
+    with suppress(RuntimeError):  # ~ of nobody here
+        path = path.expanduser()
     folder = Path(config_path).resolve().parent
     root = next((parent for parent in (folder, *folder.parents) if (parent / "setup.py").is_file()), folder)
     candidates = [start / path for start in (Path.cwd(), folder, root)]
-    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+    return next((candidate for candidate in candidates if _can_be(candidate.exists)), candidates[0])
+
+
+def _can_be(question: Callable[[], bool]) -> bool:
+    """Of a path: False too where no file can have such a name."""
+    try:
+        return question()
+    except (OSError, ValueError):
+        return False
 
 
 def _existing_file(path: str | Path) -> Path:
     path = Path(path)
-    if path.is_file():
+    if _can_be(path.is_file):
         return path
-    if path.is_dir():
+    if _can_be(path.is_dir):
         found = sorted(entry.name for entry in path.glob("*.yaml"))
         hint = f"it is a folder; name a file in it: {', '.join(found)}" if found else "it is a folder; name a YAML file"
-    elif not path.parent.is_dir():
+    elif not _can_be(path.parent.is_dir):
         hint = f"there is no folder {path.parent}; check the path (the working directory is {Path.cwd()})"
     else:
         names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
         similar = difflib.get_close_matches(path.name, names, n=3) or names
         hint = f"in {path.parent} there is {', '.join(similar) or 'no YAML file'}; check the path"
-    raise ConfigError([f"{path}: no such configuration file; {hint}"])
+    raise ConfigError([f"{str(path)[:300]}: no such configuration file; {hint[:600]}"])
 
 
 def _with_sections(data: dict) -> dict:

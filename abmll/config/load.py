@@ -96,6 +96,8 @@ def with_absolute_paths(config: Config, config_path: str | Path) -> Config:
 def _parse_override(text: str) -> tuple[Key, Any]:
     name, equals, value = text.partition("=")
     key = tuple(name.strip().split("."))
+    if len(key) > yaml_text.DEEPEST:
+        raise ConfigError([f"override: {text[:60]}: names a key of {len(key)} parts; write section.key=value"])
     if not equals or not all(key):
         raise ConfigError([f"override: {text}: is not section.key=value; write for example method.inner_steps=5"])
     if key[0] not in Config.model_fields:

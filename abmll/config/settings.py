@@ -11,12 +11,12 @@ from typing import Any
 from . import yaml_text
 from .errors import ConfigError, show
 
-_NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")  # serves as a folder's name
+_NAME = re.compile(r"[\w+-][\w.+-]{0,99}")  # serves as a folder's name
 
 
-def is_name(text: str) -> bool:
-    """Whether it may name a folder that is made for it: letters, digits, `-`, `_`, `+` and `.`, not in front."""
-    return bool(_NAME.fullmatch(text)) and not text.startswith(".")
+def is_folder_name(name: str) -> bool:
+    """Whether a name that comes from data may name a folder: no separator, no `..`, nothing that a shell trips over."""
+    return _NAME.fullmatch(name) is not None and re.search(r"\w", name) is not None
 
 
 def override_texts(values: Mapping[str, Any]) -> list[str]:
@@ -44,8 +44,11 @@ def check_settings(named: Any, source: str) -> dict[str, dict[str, Any]]:
         raise ConfigError([f"{source}: {show(named)}: must be names, each with `section.key: value` lines"])
     problems = []
     for name, values in named.items():
-        if not is_name(str(name)):
-            problems.append(f"{source}: {name}: names a folder; use letters, digits, `-`, `_`, `+` and `.`")
+        if not is_folder_name(str(name)):
+            problems.append(
+                f"{source}: {show(str(name))[1:-1]}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, at "
+                "most 100"
+            )
         if values is not None and not isinstance(values, dict):
             problems.append(f"{source}: {name}: {show(values)}: must be `section.key: value` lines")
     if problems:

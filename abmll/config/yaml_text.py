@@ -1,6 +1,7 @@
 """YAML as users of numbers expect it: YAML 1.2's plain scalars, and no key twice.
 
-PyYAML follows YAML 1.1, which reads `1e-5` as text, `010` as 8, `1:30` as 90 and `no` as false.
+PyYAML follows YAML 1.1, which reads `1e-5` as text, `010` as 8, `1:30` as 90 and `no` as false. Tags (`!!set`) are
+refused, and so is what could take a reader's memory or time: text, values or nesting beyond any configuration's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import yaml
+from yaml.error import MarkedYAMLError
 
 from .errors import ConfigError
 
@@ -21,12 +23,29 @@ _SCALARS = (
 )
 
 
+MOST_CHARACTERS, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 30
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_constructors = {  # noqa: RUF012
+        None: yaml.SafeLoader.yaml_constructors[None],  # refuses
+        **{
+            f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
+            for kind in _KINDS
+        },
+    }
 
     def __init__(self, text: str):
         super().__init__(text)
         self.repeated: list[tuple[int, str]] = []
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            _check_size(node, {}, 1)
+        return node
 
     def construct_mapping(self, node, deep=False):
         first: dict[Hashable, int] = {}
@@ -40,6 +59,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# without PyYAML's other bases: a hexadecimal number may be longer than Python will print
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -49,15 +72,42 @@ for _name, _pattern, _first in _SCALARS:
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
+def _check_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node stands for, each alias (`*name`) written out. MarkedYAMLError beyond the bounds.
+
+    `known`: those of nodes seen before; 0 for those that the node lies in.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise MarkedYAMLError(problem="a value that holds itself", problem_mark=node.start_mark)
+        return known[id(node)]
+    if depth > DEEPEST:
+        raise MarkedYAMLError(problem=f"nested deeper than {DEEPEST} levels", problem_mark=node.start_mark)
+    known[id(node)], count = 0, 1
+    if isinstance(node, yaml.CollectionNode):
+        for inner in node.value:
+            for one in inner if isinstance(inner, tuple) else (inner,):
+                count += _check_size(one, known, depth + 1)
+    if count > MOST_VALUES:
+        raise MarkedYAMLError(problem=f"stands for more than {MOST_VALUES:,} values", problem_mark=node.start_mark)
+    known[id(node)] = count
+    return count
+
+
 def parse(text: str, source: str) -> object:
     """The value that YAML text holds. `source` names the text in errors.
 
     Raises ConfigError where the text is not YAML or a mapping holds a key twice (with line numbers).
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError([f"{source}: {len(text):,} characters: a configuration has {MOST_CHARACTERS:,} at most"])
     loader = None
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
+    except (ValueError, OverflowError, KeyError, RecursionError) as error:  # of a value that its tag does not fit
+        what = "nested too deep" if isinstance(error, RecursionError) else f"{error}"[:200]
+        raise ConfigError([f"{source}: not valid YAML ({what}); correct the value"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source

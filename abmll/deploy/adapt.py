@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from abmll.config import Refused
-from abmll.config.settings import is_name
+from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
 from abmll.deploy.meta_model import MetaModel
 from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
@@ -68,7 +68,7 @@ def name_files(
         files = task_files(str(tasks))
         into = {task: Path(out) / task for task in files}
     for task in files:
-        if not is_name(task):
+        if not is_folder_name(task):
             raise Refused(f"{task!r}: does not serve as a task's name; rename the file, or name it with --name")
     return files, into
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle, islice
@@ -17,6 +17,7 @@ from abmll.evaluation.predictor import Predictor
 from abmll.evaluation.scores import Evaluation, Split
 from abmll.evaluation.temperature import fit_temperature
 from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
+from abmll.interrupt import Interrupted
 from abmll.kernels import fold_seed
 from abmll.learner import Learner
 from abmll.methods import Method
@@ -47,6 +48,8 @@ class Evaluator:
     dealt to the ranks, and every rank gets all the scores. A task's scores do not depend on those beside it.
     """
 
+    stopping: Callable[[], bool] = staticmethod(lambda: False)  # whether this rank was asked to stop
+
     def __init__(
         self,
         learner: Learner,
@@ -62,13 +65,22 @@ class Evaluator:
         self.parallel_tasks = parallel_tasks
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
-        """All ranks call this with the same tasks. Scores are NaN where a prediction is."""
+        """All ranks call this with the same tasks. Scores are NaN where a prediction is.
+
+        Interrupted, on all ranks, where one of them was asked to stop before its last tasks.
+        """
         work = [(task.test if split == "test" else task.validation).work(self.config.max_examples) for task in tasks]
         own = [tasks[number] for number in deal(work, self.ranks.world_size)[self.ranks.rank]]
-        mine = {}
+        mine: dict[str, dict[int, Scored]] | None = {}
         for start in range(0, len(own), self.parallel_tasks):
+            if self.stopping():
+                mine = None
+                break
             mine |= self._evaluate_tasks(method, own[start : start + self.parallel_tasks], split)
-        by_task = {name: found for part in self.ranks.gather(mine) for name, found in part.items()}
+        parts = self.ranks.gather(mine)
+        if None in parts:
+            raise Interrupted(f"stopped while scoring {method.name} on the {split} tasks")
+        by_task = {name: found for part in parts for name, found in part.items()}
         steps = (0, method.config.adaptation_steps)
         return Evaluation(
             method.name,

@@ -215,6 +215,11 @@ def _model_errors(config: ModelConfig, source: Source) -> Iterator[None]:
 
 
 def _remedy(config: ModelConfig, source: Source, error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which is never run; name a model whose architecture transformers itself has "
+            "(remove `auto_map` from its config.json if it is one of these)"
+        )
     if source.kind != "hub":
         return f"{source.location} cannot be loaded"
     causes = []

@@ -25,12 +25,19 @@ class Source:
 
     @property
     def pretrained(self) -> dict[str, str | bool]:
-        """Arguments of transformers' `from_pretrained` that find this model; one that is local never asks the hub."""
+        """Arguments of transformers' `from_pretrained` that find this model; one that is local never asks the hub.
+
+        Code that a model brings along is never run: without this word transformers would ask on a terminal.
+        """
         if self.kind == "gguf":
             path = Path(self.location)
-            arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            arguments: dict[str, str | bool] = {
+                "pretrained_model_name_or_path": str(path.parent),
+                "gguf_file": path.name,
+            }
         else:
             arguments = {"pretrained_model_name_or_path": self.location}
+        arguments["trust_remote_code"] = False
         return {**arguments, "local_files_only": True} if self.kind != "hub" else arguments
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from abmll.tasks.checks import LETTERS
+from abmll.tasks.escape import Escape
 
 _PLACE, _ANSWER = "THE QUESTION'S PLACE", "THE ANSWER'S PLACE"
 # Some templates print today's date or open a chain of thought: a prompt must be the same every day, and its next
@@ -29,6 +30,7 @@ class Chat:
         """
         self.tokenizer = tokenizer
         self._name = f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
+        self._escaped = Escape(tokenizer)
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self._before, self._after = self._frame()
         self.letter_ids, space = self._letters_behind(self.text([probe]))
@@ -36,8 +38,11 @@ class Chat:
             self._find_turn(probe, demonstrations, space)
 
     def text(self, questions: Sequence[str], letters: Sequence[str] = ()) -> str:
-        """The text whose next token answers the last question; `letters` answer those before it."""
-        *former, last = questions
+        """The text whose next token answers the last question; `letters` answer those before it.
+
+        Special tokens are the template's alone: where a question spells one, it is escaped (`abmll.tasks.escape`).
+        """
+        *former, last = map(self._escaped, questions)
         turns = [f"{q}{self._answer}{letter}{self._next}" for q, letter in zip(former, letters, strict=True)]
         return f"{self._before}{''.join(turns)}{last}{self._after}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from abmll.tasks.task import Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MOST_LINES = 20  # of an error message
+_MOST_LINES, _LONGEST_LINE = 20, 1000  # of an error message
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Faults:
     def add(self, place: str, line: str) -> None:
         """`line` says alone what is wrong and where; `place` is the file or entry that it is about."""
         kept = self._kept.setdefault(place, [])
+        line = line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…"
         if line not in kept:
             self._counts[place] += 1
             if len(kept) < _MOST_LINES:

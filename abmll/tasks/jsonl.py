@@ -142,7 +142,7 @@ def _parse(line: str, path: Path, number: int, checked: dict[tuple, tuple[str, .
         checked[shared] = shared
     if output not in shared:
         check_output(output, shared, where)
-    if "\\ud" in line and any("\ud800" <= letter <= "\udfff" for letter in text + "".join(shared)):
+    if ("\\ud" in line or "\\uD" in line) and any("\ud800" <= letter <= "\udfff" for letter in text + "".join(shared)):
         raise ValueError(f"{where}: half a surrogate pair (\\ud8.. to \\udf..): no tokenizer can read it; remove it")
     return Example(text, shared, output)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from abmll.config.errors import ConfigError
 from abmll.config.schema import HubTask
+from abmll.config.settings import is_folder_name
 from abmll.config.yaml_text import read_mapping
 from abmll.files import MANIFEST, damage, new_partial, publish, sweep
 from abmll.tasks.checks import Faults, similar
@@ -85,6 +86,8 @@ def prepare(
 def _prepare(
     name: str, catalogue: Mapping[str, HubTask], folder: Path, seed: int, max_examples: int | None
 ) -> tuple[str, int]:
+    if not is_folder_name(name):
+        raise ValueError(f"{name!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
     if folder.exists() and not (folder / MANIFEST).exists():
         return "is there, made by hand", 0
     if name not in catalogue:

@@ -30,8 +30,10 @@ def test_kinds(tmp_path, monkeypatch):
 def test_only_the_hub_may_be_asked(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     gguf = source(str(tmp_path / "m.gguf")).pretrained
-    assert gguf == {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf", "local_files_only": True}
-    assert source("a/b").pretrained == {"pretrained_model_name_or_path": "a/b"}
+    no_code = {"trust_remote_code": False}
+    found = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf"}
+    assert gguf == {**found, **no_code, "local_files_only": True}
+    assert source("a/b").pretrained == {"pretrained_model_name_or_path": "a/b", **no_code}
 
 
 @pytest.fixture

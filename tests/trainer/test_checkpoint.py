@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -14,11 +15,12 @@ import torch
 from runs import Run, Stopped, stop_before
 from safetensors.torch import load_file
 
-from abmll.checkpoint import CheckpointStore, newest_whole
+from abmll.checkpoint import Checkpoint, CheckpointStore, newest_whole
 from abmll.config import load_config
 from abmll.distributed import Ranks
 from abmll.files import publish
 from abmll.run import Session, as_checkpointed
+from abmll.tensor_files import read_tensors
 
 
 class OneProcess(Ranks):
@@ -47,7 +49,8 @@ def store(tmp_path):
 
 
 def save(store: CheckpointStore, *steps: int) -> list[Path]:
-    return [store.save(step, FakeEngine(), {"position": {"best": None}}, {"inner_optimizer": step}) for step in steps]
+    state = {"position": {"best": None}, "config": {}}
+    return [store.save(step, FakeEngine(), state, {"inner_optimizer": step}) for step in steps]
 
 
 def truncate(path: Path) -> None:
@@ -62,7 +65,7 @@ def flip(path: Path) -> None:
 
 DAMAGES = {
     "truncated": lambda folder: truncate(folder / "theta.safetensors"),
-    "a flipped bit": lambda folder: flip(folder / "rank-00000.pt"),
+    "a flipped bit": lambda folder: flip(folder / "rank-00000.safetensors"),
     "a missing file": lambda folder: (folder / "trainer.json").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "an empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
@@ -199,19 +202,28 @@ class Touch:
 def test_a_rank_state_that_would_run_code_is_refused(store, tmp_path):
     """The manifest does not help: whoever writes the file can seal it as well."""
     (folder,) = save(store, 4)
-    trace, file = tmp_path / "executed", folder / "rank-00000.pt"
+    trace, file = tmp_path / "executed", folder / "rank-00000.safetensors"
     torch.save({"inner_optimizer": Touch(trace), "rng": {}}, file)
-    torch.load(file, weights_only=False)
+    torch.load(io.BytesIO(file.read_bytes()), weights_only=False)
     assert trace.exists()  # or the test is blind
     trace.unlink()
 
-    (folder / "manifest.json").unlink()
-    publish(folder, folder.with_name("step-00000005"))
-    checkpoint = store.newest_whole()
-    assert checkpoint.folder.name == "step-00000005"
-    with pytest.raises(ValueError, match=r"rank-00000\.pt: holds more than tensors and plain values, .*; remove its"):
+    checkpoint = seal(store, folder)
+    with pytest.raises(ValueError, match=r"rank-00000\.safetensors: holds no state of a rank .*; remove its folder"):
         store.load(checkpoint, FakeEngine())
     assert not trace.exists()
+    with pytest.raises(ValueError, match="safetensors"):
+        read_tensors(file)
+    assert not trace.exists()
+
+
+def seal(store: CheckpointStore, folder: Path) -> Checkpoint:
+    """A changed checkpoint with a manifest that fits it, found again."""
+    (folder / "manifest.json").unlink()
+    publish(folder, folder.with_name("step-00000099"))
+    checkpoint = store.newest_whole()
+    assert checkpoint.folder.name == "step-00000099"
+    return checkpoint
 
 
 def test_all_generators_go_on_where_they_were(store):
@@ -332,14 +344,14 @@ def test_a_checkpoint_holds_theta_and_two_moments_once_and_no_pickle_of_deepspee
         theta = session.parts.learner.adapters.theta
     folder = half_done.folder / "checkpoints/step-00000004"
     own = {"theta.safetensors", "moments.safetensors", "counts.json", "trainer.json", "manifest.json"}
-    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {*own, "rank-00000.pt"}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {*own, "rank-00000.safetensors"}
     assert load_file(folder / "theta.safetensors").keys() == theta.keys()
     assert load_file(folder / "moments.safetensors").keys() == {
         f"{name}.{kind}" for name in theta for kind in ("exp_avg", "exp_avg_sq")
     }
     numbers = sum(value.numel() for value in theta.values())
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 3 * numbers * 4 + 20_000  # the names
-    assert (folder / "rank-00000.pt").stat().st_size < 20_000
+    assert (folder / "rank-00000.safetensors").stat().st_size < 20_000
 
 
 @pytest.fixture
