@@ -41,7 +41,8 @@ FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
 
-# All that a run writes into its folder. config.yaml is removed last: while it is there, the folder holds a run.
+# All that a run writes into its folder, and the page made of it. config.yaml is removed last: while it is there, the
+# folder holds a run.
 WRITTEN = (
     "checkpoints",
     "best",
