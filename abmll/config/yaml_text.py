@@ -41,6 +41,11 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.repeated: list[tuple[int, str]] = []
 
+    def fetch_flow_collection_start(self, token_class):
+        if self.flow_level >= DEEPEST:  # at once: PyYAML's time grows with the square of the depth
+            raise MarkedYAMLError(problem=f"nested deeper than {DEEPEST} levels", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
     def get_single_node(self):
         node = super().get_single_node()
         if node is not None:

@@ -140,8 +140,11 @@ def test_an_alias_costs_what_it_stands_for(file):
 
 
 def test_what_is_too_much_is_told(file):
-    with pytest.raises(ConfigError, match="nested"):
-        parse("[" * 100 + "]" * 100, "here")
+    for text in ("[" * 100 + "]" * 100, "[" * 900_000, "{a: " * 5000, "- " * 40 + "x", "- " * 3000):
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match="nested"):
+            parse(text, "here")
+        assert time.monotonic() - started < 5  # of 3,000 brackets in a line PyYAML took five seconds
     with pytest.raises(ConfigError, match=r"1,000,001 characters"):
         parse(" " * (MOST_CHARACTERS + 1), "here")
     with pytest.raises(ConfigError, match=r"here:1: .*tag"):
