@@ -17,7 +17,7 @@ from abmll.files import write_whole
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
-from abmll.report import score_table
+from abmll.printed import score_table
 from abmll.run import plan_on
 from abmll.score_files import save_scores, scored_under
 from abmll.summary import load_summary

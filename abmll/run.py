@@ -29,10 +29,10 @@ from abmll.methods import METHODS, Pretrained
 from abmll.metrics import HIGHER_IS_BETTER
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.models.load import model_config
+from abmll.printed import derived_numbers, score_table
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
-from abmll.report import derived_numbers, score_table
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trainer import Position, Trainer, tasks_per_step
