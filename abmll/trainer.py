@@ -91,8 +91,7 @@ class Trainer:
         self.num_steps = -(-self.num_episodes // self.tasks_per_step) if self.method.updates_per_episode else 0
         self.inner_optimizer = self.learner.optimizer(config.method.inner_lr)
         self.noise_seed = fold_seed(config.seed, "training")
-        layers_with_kl = len(self.learner.adapters.layers) if self.method.sampled else 0
-        self.table_size = (self.tasks_per_step, len(COLUMNS) + layers_with_kl)
+        self.layers_with_kl = len(self.learner.adapters.layers) if self.method.sampled else 0
         self._stop = False  # any rank was asked to stop: the same on all of them
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -170,7 +169,7 @@ class Trainer:
         visits = [self._visit([episodes[slot] for slot in slots], step) for slots in side_by_side]
         tables = []
         for index in range(self.method.updates_per_episode):
-            table = torch.zeros(self.table_size, dtype=torch.float64)
+            table = torch.zeros(self.tasks_per_step, len(COLUMNS) + self.layers_with_kl, dtype=torch.float64)
             gradient: dict[str, Tensor] = {}  # nothing is held for theta while phi is adapted
             for slots, visit in zip(side_by_side, visits, strict=True):
                 update = self._update(replace(visit, index=index))
@@ -190,7 +189,7 @@ class Trainer:
 
     def _exchanged(self, table: Tensor) -> tuple[Tensor, bool]:
         """The table of all ranks, and whether any of them was asked to stop: one row more, in the same exchange."""
-        asked = torch.full((1, len(COLUMNS)), float(self._stop or self.stopping()), dtype=table.dtype)
+        asked = table.new_full((1, table.shape[1]), float(self._stop or self.stopping()))
         found = self.ranks.sum_table(torch.cat([table, asked]))
         return found[:-1], bool(found[-1, 0])
 

@@ -19,7 +19,7 @@ from abmll.distributed import start_ranks, stop_ranks
 from abmll.run import open_session
 from abmll.tasks.batch import collate
 from abmll.tasks.task import Batch, Episode, PromptedExample
-from abmll.trainer import Trainer
+from abmll.trainer import COLUMNS, Trainer
 
 from .traffic import traffic_of_step
 
@@ -82,7 +82,7 @@ def _steps(trainer: Trainer, number: int) -> dict[str, Any]:
     began, tokens = time.perf_counter(), 0
     for step in range(number):
         table = trainer._outer_step(step)
-        tokens += int(table[:, -2].sum())
+        tokens += int(table[:, COLUMNS.index("real_tokens")].sum())
     return {"seconds": time.perf_counter() - began, "real_tokens": tokens}
 
 

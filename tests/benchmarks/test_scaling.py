@@ -52,7 +52,8 @@ def test_two_ranks(tmp_path, scaling):
     found = {(row["phase"], row["collective"]): row["bytes"] for row in facts["traffic"]}
     assert theta <= found["engine step", "all-reduce"] < 1.01 * theta
     assert theta <= found["engine step", "all-gather"] < 1.01 * theta
-    assert found["outer step", "all-reduce"] == 4 * 12 * 8
+    height, width = 4 + 1, 12 + 6  # a row an episode and one for stops; a column a term and one for each layer's KL
+    assert found["outer step", "all-reduce"] == height * width * 8
     assert "Nothing in the inner loop: met. Theta's gradient once: met" in done.stdout
     again = subprocess.run([sys.executable, SCRIPT, "--report", str(path)], capture_output=True, text=True)
     # DeepSpeed writes a line with the time before ours
