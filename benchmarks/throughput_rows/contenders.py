@@ -165,7 +165,7 @@ def _abmll(work: Work, groups: int, posterior: str, backend: str) -> Round:
             with patch.object(learner, "phi_step", timed_step):
                 update = method.update(learner, visit)
             inner.state.clear()
-            finite = torch.stack(update.outer).isfinite().all(dim=0).tolist()  # the episode's only wait
+            finite = torch.stack(update.outer[:-1]).isfinite().all(dim=0).tolist()  # the episode's only wait
             for name, gradient in update.total(finite).items():
                 adapters.theta[name].grad = gradient / sum(finite)
             if learning:
