@@ -48,8 +48,8 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = folder / INDEX
-    kept = json.loads(there.read_text()) if there.is_file() else {"baselines": [], "runs": []}
-    runs = {run["folder"]: run for run in kept["runs"]}
+    before = json.loads(there.read_text()) if there.is_file() else {"baselines": [], "runs": []}
+    runs = {run["folder"]: run for run in before["runs"]}
     for run in index["runs"]:
         source, target = inside(comparison, run["folder"]), inside(folder, run["folder"])
         facts = finished_facts(source)
@@ -67,7 +67,7 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
             if name not in scores and (source / place / PREDICTIONS).is_file():
                 keep_scores(inside(source, place), inside(target, place))
                 scores[name] = place
-    baselines = list(dict.fromkeys([*kept["baselines"], *index["baselines"]]))  # a part of a comparison names its own
+    baselines = list(dict.fromkeys([*before["baselines"], *index["baselines"]]))  # a part of a comparison names its own
     index = {"name": index["name"], "baselines": baselines, "runs": list(runs.values())}
     there.write_text(json.dumps(index, indent=1) + "\n")
     return analyse(folder)
