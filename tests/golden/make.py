@@ -59,7 +59,9 @@ def _numbers(tiny: Any) -> Numbers:
         update = tiny.method.update(learner, visit)
         for k, step in enumerate((*update.inner, update.outer)):
             name = f"episode {index} {f'inner {k}' if k < STEPS else 'outer'}"
-            numbers |= {f"{name} {term}": value.tolist() for term, value in step._asdict().items()}
+            terms = step._asdict()
+            del terms["kl_by_layer"]  # `kl` is its sum
+            numbers |= {f"{name} {term}": value.tolist() for term, value in terms.items()}
         for name, key in (("drawn", NoiseKey(7, index)), ("mean", None)):
             with torch.no_grad():
                 logits, _ = learner.forward(visit.outer, key)
