@@ -38,6 +38,22 @@ def told_as_settings(config: Config, folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def memory_told(config: Config) -> Iterator[None]:
+    """The same of an adaptation outside a run, which leaves no checkpoint and has no plan."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise Exhausted(
+            f"out of memory: {reason}\nset trainer.activation_checkpointing=true, or lower tasks.batch_size "
+            f"({config.tasks.batch_size}), tasks.max_tokens ({config.tasks.max_tokens}) or eval.batch_size "
+            f"({config.eval.batch_size}) behind the command"
+        ) from error
+
+
 def _is_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

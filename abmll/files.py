@@ -105,7 +105,7 @@ def damage(folder: Path) -> str | None:
     for name, (size, digest) in expected.items():
         path = folder / name
         try:
-            if ".." in path.parts or folder not in path.parents or not path.is_file():
+            if ".." in Path(name).parts or folder not in path.parents or not path.is_file():
                 return f"{name[:100]!r} is missing"
             if path.stat().st_size != size or file_digest(path) != digest:
                 return f"{name} is damaged"

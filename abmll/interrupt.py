@@ -34,7 +34,7 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         # once noted, the process is on its way out: a launcher's second signal must not cut that short
         if self._catches and not self.asked:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)  # None: not Python's
 
     def _note(self, *_: object) -> None:
         self.asked = True

@@ -31,9 +31,12 @@ def load_cpu_operation() -> None:
 def loading(folder: Path) -> Iterator[None]:
     """One process of ours at a time; torch's lock file in `folder` goes first if one of ours died holding it."""
     with (folder / OURS).open("a+") as ours:
+        locked = True
         try:
             fcntl.flock(ours, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
+            locked = False
+        if not locked:
             yield
             return
         ours.seek(0)

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
     files = task_files(arguments.tasks)
     names = arguments.only or list(files)[: arguments.count]
+    if unknown := set(names) - set(files):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: no such task in {arguments.tasks}")
     model, loading = timed(lambda: MetaModel.load(arguments.run, arguments.overrides))
     seed = model.base.config.seed
     tasks = {name: draw(read_labelled(files[name]), arguments.examples, seed, name) for name in names}
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     facts: dict[str, Any] = {
         "model": Path(model.base.config.model.name).name,
         "tasks": names,
-        "examples": arguments.examples,
+        "examples": {name: len(examples) for name, examples in tasks.items()},
         "threads": torch.get_num_threads(),
         "loading_seconds": loading,
         "rows": rows,
@@ -68,11 +70,17 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def report(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['model']}: loaded in {facts['loading_seconds']:.1f} s; {len(facts['tasks'])} tasks of "
-             f"{facts['examples']} examples, {facts['threads']} threads, {facts['provenance']['device']}"]  # fmt: skip
+    counts = sorted(set(facts["examples"].values()))
+    lines = [
+        f"{facts['model']}: loaded in {facts['loading_seconds']:.1f} s; {len(facts['tasks'])} tasks of "
+        f"{' or '.join(map(str, counts))} examples, {facts['threads']} threads, {facts['provenance']['device']}"
+    ]
     for row in facts["rows"]:
         what = f"cross-validation in {row['folds']} folds" if row["folds"] else "no cross-validation"
-        lines.append(f"{what}: {row['seconds']:.1f} s, {row['seconds_a_task']:.1f} s a task")
+        total = facts["loading_seconds"] + row["seconds"]
+        lines.append(
+            f"{what}: {row['seconds']:.1f} s, {row['seconds_a_task']:.1f} s a task; with loading {total:.1f} s"
+        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ def main() -> int:
     parser.add_argument("--run", required=True, help="output folder of a finished run, or its summary (RUN/final)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="JSONL or CSV file of one task")
-    what.add_argument("--tasks", help="folder of tasks: NAME.jsonl, NAME.csv or NAME/train.jsonl each")
+    what.add_argument("--tasks", help="folder of tasks: NAME.jsonl, NAME.csv, NAME.tsv or NAME/train.jsonl each")
     parser.add_argument("--out", required=True, help="folder of the adapter; with --tasks one folder a task in it")
     parser.add_argument("--name", help="the task's name; default: the file's")
     parser.add_argument("--text", help="column of the texts; default: text, or input")
@@ -27,10 +27,13 @@ def main() -> int:
     for name in ("examples", "steps"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name}: {getattr(arguments, name)}: must be at least 1")
+    if arguments.name and arguments.tasks:
+        parser.error("--name: goes with --data; a folder's tasks have their files' names")
     if arguments.folds < 0 or arguments.folds == 1:
         parser.error(f"--folds: {arguments.folds}: must be 0, or at least 2")
 
     from abmll.deploy.adapt import adapt, name_files  # behind the parser: --help should not wait for torch
+    from abmll.exhausted import Exhausted
     from abmll.tasks.labelled import Columns
 
     columns = Columns(arguments.text, arguments.label)
@@ -48,9 +51,12 @@ def main() -> int:
             device=arguments.device,
         )
         return 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exhausted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

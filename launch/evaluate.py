@@ -66,7 +66,7 @@ def main() -> int:
     except Exhausted as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if arguments.run and not isinstance(error, ConfigError | Refused):
             raise  # no mistake of the user's
         print(f"error: {error}", file=sys.stderr)

@@ -41,12 +41,12 @@ def main() -> int:
             device=arguments.device,
         )
         return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader, such as `head`, has enough
         sys.stderr.close()
         return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

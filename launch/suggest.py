@@ -44,7 +44,7 @@ def main() -> int:
             device=arguments.device,
         )
         return 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

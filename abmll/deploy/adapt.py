@@ -11,9 +11,10 @@ from tqdm import tqdm
 from abmll.config import Refused
 from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
-from abmll.deploy.meta_model import MetaModel
+from abmll.deploy.folder import CARD, check_free
+from abmll.deploy.meta_model import Diverged, MetaModel
+from abmll.exhausted import memory_told
 from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
-from abmll.tasks.task import Example
 
 
 def adapt(
@@ -31,7 +32,9 @@ def adapt(
 
     `examples`: at most so many of a file's, drawn by the run's seed. The rest as `MetaModel.adapt_all`.
     """
-    read = {task: read_labelled(path, columns) for task, path in files.items()}  # before a model is loaded
+    for folder in into.values():  # mistakes cost less before a model is loaded
+        check_free(folder, CARD)
+    read = {task: read_labelled(path, columns) for task, path in files.items()}
     model = MetaModel.load(run, overrides, device)
     seed = model.base.config.seed
     tasks = {task: draw(rows, examples, seed, str(files[task])) for task, rows in read.items()}
@@ -46,11 +49,18 @@ def adapt(
             bar.total = total
             bar.update(done - bar.n)
 
-        found = model.adapt_all(tasks, folds, steps, tell)
+        problem = None
+        try:
+            with memory_told(model.base.config):
+                found = model.adapt_all(tasks, folds, steps, tell)
+        except Diverged as error:
+            found, problem = error.models, error
     for task, own in found.items():
         folder = own.save(into[task])
-        print(describe(own.card, tasks[task]))
+        print(describe(own.card, len(tasks[task])))
         print(f"adapter         {folder}", flush=True)
+    if problem is not None:
+        raise problem
 
 
 def name_files(
@@ -67,33 +77,38 @@ def name_files(
     else:
         files = task_files(str(tasks))
         into = {task: Path(out) / task for task in files}
-    for task in files:
-        if not is_folder_name(task):
-            raise Refused(f"{task!r}: does not serve as a task's name; rename the file, or name it with --name")
+        for task in files:
+            if not is_folder_name(task):
+                raise Refused(f"{files[task]}: {task!r}: does not serve as a folder's name; rename the file")
     return files, into
 
 
-def describe(card: AdapterCard, examples: Sequence[Example]) -> str:
-    """What an adaptation did, and what to expect of it."""
+def describe(card: AdapterCard, given: int) -> str:
+    """What an adaptation did with the examples that it was given, and what to expect of it."""
     adaptation, loss = card.adaptation, card.adaptation.loss
     options = ", ".join(card.options) if card.options else "each question's own"
+    left_out = given - adaptation.examples
     rows = {
-        "task": f"{card.task}: {adaptation.examples} examples; options: {options}",
-        "adaptation": f"{adaptation.steps} steps of {adaptation.batch_size} examples; NLL by step: "
-        + " > ".join(f"{value:.2f}" for value in _thinned(loss)),
+        "task": f"{card.task}: {adaptation.examples} examples; options: {options}"
+        + (f"; {left_out} more did not fit in a prompt" if left_out else ""),
+        "adaptation": f"{adaptation.steps} steps of {adaptation.batch_size} examples; NLL in the whole vocabulary, by "
+        "step: " + " > ".join(f"{value:.2f}" for value in _thinned(loss)),
     }
     found, before = card.scores.get("cross_validation"), card.scores.get("before_adaptation")
     if found and before:
         rows["expect"] = (
             f"accuracy {_percent(found['accuracy'])} (95 % interval {_percent(found['accuracy_low'])} to "
-            f"{_percent(found['accuracy_high'])}), NLL {_number(found['nll_options'])}, ECE {_number(found['ece'])}: "
+            f"{_percent(found['accuracy_high'])}), NLL among the options {_number(found['nll_options'])}, ECE "
+            f"{_number(found['ece'])}: "
             f"cross-validation, {found['folds']:.0f} folds"
         )
         rows["without"] = (
             f"adaptation: accuracy {_percent(before['accuracy'])}, NLL {_number(before['nll_options'])}; always the "
-            f"commonest label: {_percent(found['majority'])}"
+            f"commonest {'label' if card.options else 'letter'}: {_percent(found['majority'])}"
         )
-        rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"
+        rows["temperature"] = "not to be had of so few errors"
+        if found["temperature"] is not None:
+            rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"
     return "\n" + "\n".join(f"{name:<15} {value}" for name, value in rows.items())
 
 

@@ -32,7 +32,8 @@ def make_support(base: AdaptedBase, task: str, examples: Sequence[Example], step
 
     ValueError where no example fits into a prompt.
     """
-    steps, seed = steps or steps_for(base, len(examples)), base.config.seed
+    steps = steps_for(base, len(examples)) if steps is None else steps
+    seed = base.config.seed
     prompted, count = base.prompter.prompt_task(Task(task, tuple(examples), (), ())), steps * base.learner.batch_size
     shown = demonstrated_rows(prompted, count, seed)
     return Support(task, steps, tuple(support_examples(prompted, count, seed)), tuple(shown))

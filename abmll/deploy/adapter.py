@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from abmll.config import Config, Refused, config_from
 from abmll.deploy.base import Phi
-from abmll.files import damage, new_partial, publish
+from abmll.deploy.folder import CARD, written_whole
+from abmll.files import damage
+from abmll.tensor_files import read_tensors, write_tensors
 
-PHI, CARD = "adapter.safetensors", "card.json"
+PHI = "adapter.safetensors"
 FORMAT = 1
 
 
@@ -43,7 +43,7 @@ class AdaptationCard(_Part):
     examples: int
     steps: int
     batch_size: int
-    loss: list[float] = Field(description="NLL an example before each step, in nats.")
+    loss: list[float] = Field(description="NLL an example before each step, in nats, in the whole vocabulary.")
 
 
 class ShownExample(_Part):
@@ -90,12 +90,14 @@ def kept_config(config: Config) -> dict[str, Any]:
 
 def save_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
     """Whole or not at all. Refused where the folder holds something else than an adapter."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / CARD).is_file():
-        raise Refused(f"--out: {folder}: holds other files than an adapter's; name a new folder")
-    partial = new_partial(folder)
-    save_file({name: value.contiguous() for name, value in phi.items()}, partial / PHI)
-    (partial / CARD).write_text(json.dumps(card.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
-    publish(partial, folder)
+    with written_whole(folder, CARD) as partial:
+        write_adapter(partial, phi, card)
+
+
+def write_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
+    """The two files."""
+    write_tensors(folder / PHI, phi)
+    (folder / CARD).write_text(json.dumps(card.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> tuple[Phi, AdapterCard]:
@@ -108,9 +110,9 @@ def load_adapter(folder: str | Path) -> tuple[Phi, AdapterCard]:
         raise Refused(f"--adapter: {folder}: {problem}; make it again with launch/adapt.py")
     card = read_card(folder / CARD)
     try:
-        return load_file(folder / PHI), card
-    except SafetensorError as error:
-        raise Refused(f"--adapter: {folder / PHI}: no tensors ({error}); make it again with launch/adapt.py") from error
+        return read_tensors(folder / PHI)[0], card
+    except ValueError as error:
+        raise Refused(f"--adapter: {error}; make it again with launch/adapt.py") from error
 
 
 def read_card(path: Path) -> AdapterCard:

@@ -20,6 +20,17 @@ SIDE_BY_SIDE = 4  # adaptations in one forward pass
 Phi = dict[str, Tensor]  # one task's, by theta's names, on the CPU
 
 
+def _device(name: str | torch.device | None) -> torch.device:
+    """ValueError where it is none of this machine's."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: {name!r}: there is no such device; take cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    return device
+
+
 class AdaptedBase:
     """The frozen model, its tokenizer and prompts, and adapters whose phi may be any task's.
 
@@ -27,7 +38,7 @@ class AdaptedBase:
     """
 
     def __init__(self, config: Config, device: str | torch.device | None = None):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         alone = {
             "model": config.model.model_copy(update={"sharding": "none"}),
             "trainer": config.trainer.model_copy(update={"parallel_episodes": 1}),

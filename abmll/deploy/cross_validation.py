@@ -11,12 +11,13 @@ from scipy.stats import binomtest
 
 from abmll.deploy.adaptation import Support, make_support
 from abmll.deploy.base import AdaptedBase
-from abmll.evaluation.temperature import fit_temperature
+from abmll.evaluation.temperature import RANGE, fit_temperature
 from abmll.metrics import Predictions, score
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 
 LEVEL = 0.95  # of the interval
+NEAR = 1.05  # an end of the temperature's range, by this factor
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def make_folds(base: AdaptedBase, task: str, examples: Sequence[Example], folds:
 def _by_question(examples: Sequence[Example]) -> list[list[Example]]:
     found: dict[tuple, list[Example]] = defaultdict(list)
     for example in examples:
-        found[example.input, example.options].append(example)
+        found[example.input, frozenset(example.options)].append(example)
     return list(found.values())
 
 
@@ -61,13 +62,16 @@ def summarise(held_out: Predictions, folds: int) -> dict[str, float]:
 
     accuracy_low, accuracy_high: Wilson's interval at LEVEL, which takes the examples for independent: they share
     most of what the folds were adapted on, so it is a little too narrow. temperature: the one that makes the held-out
-    predictions likeliest; NaN where one of them is.
+    predictions likeliest; NaN where one of them is, or where it lies at an end of its range: with no errors among a few
+    examples (or nothing but errors) the likeliest confidence is boundless, which says nothing about others.
     """
     scores = asdict(score(held_out))
     low, high = math.nan, math.nan
     if not math.isnan(scores["accuracy"]):
         right = round(scores["accuracy"] * scores["n"])
         interval = binomtest(right, scores["n"]).proportion_ci(LEVEL, method="wilson")
-        low, high = interval.low, interval.high
-    told = {"accuracy_low": low, "accuracy_high": high, "temperature": fit_temperature(held_out)}
-    return {"folds": folds, **scores, **told}
+        low, high = float(interval.low), float(interval.high)
+    temperature = fit_temperature(held_out)
+    if not RANGE[0] * NEAR < temperature < RANGE[1] / NEAR:
+        temperature = math.nan
+    return {"folds": folds, **scores, "accuracy_low": low, "accuracy_high": high, "temperature": temperature}

@@ -19,6 +19,8 @@ from abmll.files import file_digest
 from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
 from abmll.summary import FINAL, THETA, load_summary
+from abmll.tasks.checks import check_options, check_output
+from abmll.tasks.labelled import readable
 from abmll.tasks.task import Example
 
 FOLDS = 4
@@ -77,9 +79,14 @@ class MetaModel:
         none. `steps`: None takes the run's, or as many as show every example once. All adaptations, the folds' too,
         go side by side as far as they have as many steps. `tell`: called with the steps made, and how many there are.
 
-        ValueError for examples that are no task, Refused where an adaptation diverges.
+        Examples that do not fit in a prompt are left out (`card.adaptation.examples` counts the others).
+
+        ValueError for examples that are no task; Diverged, which holds the other tasks' models, where an adaptation's
+        loss is not finite.
         """
-        given = {name: as_examples(examples, name) for name, examples in tasks.items()}
+        if (steps is not None and steps < 1) or folds < 0 or folds == 1:
+            raise ValueError(f"steps: {steps}, folds: {folds}: steps are at least 1, and folds 0 or at least 2")
+        given = {name: self._fitting(as_examples(examples, name), name) for name, examples in tasks.items()}
         supports = {name: make_support(self.base, name, examples, steps) for name, examples in given.items()}
         parts = {name: make_folds(self.base, name, given[name], folds, supports[name].steps) for name in given}
         jobs: list[tuple[str, Fold | None]] = [(name, fold) for name in given for fold in (*parts[name], None)]
@@ -95,28 +102,30 @@ class MetaModel:
         found: dict[str, TaskModel] = {}
         before = {name: self._unadapted(name, supports[name], given[name]) for name in given if parts[name]}
         held_out: dict[str, list[Predictions]] = {name: [] for name in given}
+        diverged: dict[str, list[float]] = {}
         for number, slot, loss in adapt_side_by_side(self.base, wanted, count):
             name, fold = jobs[number]
             if not all(map(math.isfinite, loss)):
-                raise Refused(
-                    f"task {name}: adaptation: the loss is {loss} after the steps before: not finite; lower it with "
-                    "method.test_lr=... behind the command"
-                )
-            if fold is None:
+                diverged.setdefault(name, loss)
+            elif fold is None:
                 found[name] = TaskModel(self.base, self.base.taken(slot), self._card(supports[name], given[name], loss))
             else:
                 held_out[name].append(self._predict_fold(name, fold, slot, len(held_out[name])))
         self.base.forget()
         for name, own in held_out.items():
-            if own:
+            if own and name not in diverged:
                 scores = {"cross_validation": summarise(concatenate(own), len(own)), "before_adaptation": before[name]}
                 model = found[name]
                 found[name] = TaskModel(self.base, model.phi, model.card.model_copy(update={"scores": _json(scores)}))
-        return {name: found[name] for name in given}
+        models = {name: found[name] for name in given if name not in diverged}
+        if diverged:
+            raise Diverged(diverged, models)
+        return models
 
     def unadapted(self, options: Sequence[str], task: str = "task") -> TaskModel:
         """theta itself, for a task of these options: what `TaskModel.suggest` asks before there are labels."""
-        question = Example("", tuple(options), options[0])
+        checked = check_options(tuple(options), f"task {task}: options")
+        question = Example("", checked, checked[0])
         return TaskModel(self.base, None, self._card(Support(task, 0, (), ()), [question], []))
 
     def _unadapted(self, task: str, support: Support, examples: Sequence[Example]) -> dict[str, float]:
@@ -126,9 +135,19 @@ class MetaModel:
 
     def _predict_fold(self, task: str, fold: Fold, slot: int, number: int) -> Predictions:
         examples = [example.behind(fold.support.shown) for example in fold.held_out]
-        prompts = [prompt for prompt in self.base.prompter.encode(examples) if prompt is not None]
-        predictor = self.base.predictor()
-        return predictor.predict(self.base.method, ("held out", task, number), prompts, slot)
+        prompts = self.base.prompter.encode(examples)
+        return self.base.predictor().predict(self.base.method, ("held out", task, number), prompts, slot)
+
+    def _fitting(self, examples: Sequence[Example], task: str) -> list[Example]:
+        """Those that fit in a prompt."""
+        prompts = self.base.prompter.encode(examples)
+        found = [example for example, prompt in zip(examples, prompts, strict=True) if prompt is not None]
+        if len({example.output for example in found}) < 2 and len({example.options for example in found}) < 2:
+            raise ValueError(
+                f"task {task}: {len(found)} of {len(examples)} examples fit in tasks.max_tokens: "
+                f"{self.base.config.tasks.max_tokens}, and they have one label; raise the key"
+            )
+        return found
 
     def _card(self, support: Support, examples: Sequence[Example], loss: list[float]) -> AdapterCard:
         config, options = self.base.config, {example.options for example in examples}
@@ -151,16 +170,37 @@ class MetaModel:
 
 
 def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task") -> list[Example]:
-    """(text, label) pairs as Examples whose options are all labels, in alphabetical order. ValueError for one label."""
-    pairs = [example for example in examples if not isinstance(example, Example)]
-    options = tuple(sorted({label for _, label in pairs}))
-    if pairs and len(options) == 1:
-        raise ValueError(f"task {task}: every label is {options[0]!r}: a task needs examples of two labels or more")
+    """(text, label) pairs as Examples whose options are all labels, in alphabetical order.
+
+    ValueError where they are no task: no examples, one label, more than 26, or a text or label that is none.
+    """
+    where = f"task {task}"
     if not examples:
-        raise ValueError(f"task {task}: no examples; give a few of each label")
-    return [
-        example if isinstance(example, Example) else Example(example[0], options, example[1]) for example in examples
-    ]
+        raise ValueError(f"{where}: no examples; give a few of each label")
+    pairs = [example for example in examples if not isinstance(example, Example)]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"{where}: {pair!r}: is no (text, label), two strings")
+    options: tuple[str, ...] = tuple(sorted({label for _, label in pairs}))
+    if pairs and len(options) == 1:
+        raise ValueError(f"{where}: every label is {options[0]!r}: a task needs examples of two labels or more")
+    found = [one if isinstance(one, Example) else Example(one[0], options, one[1]) for one in examples]
+    for example in found:
+        check_options(example.options, where)
+        check_output(example.output, example.options, where)
+        readable(example.input + "".join(example.options), where)
+    return found
+
+
+class Diverged(Refused):
+    """Adaptations whose loss was not finite; `models`: those of the other tasks."""
+
+    def __init__(self, losses: Mapping[str, list[float]], models: dict[str, TaskModel]):
+        lines = [f"task {task}: adaptation: the loss by step is {loss}" for task, loss in losses.items()]
+        super().__init__(
+            "; ".join(lines) + ": not finite; lower method.test_lr (method.test_lr=... behind the command)"
+        )
+        self.models = models
 
 
 def _json(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
+from abmll.files import write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
 from abmll.tasks.task import Example
@@ -41,11 +44,20 @@ def predict(
 
     `abstain`: of a prediction that is less sure than this the label is left out.
     """
+    both = [Path(name) for name in (source, output) if name is not None]
+    if len(both) == 2 and all(path.exists() for path in both) and both[0].samefile(both[1]):
+        raise ValueError(f"--output: {output}: is the input; name another file")
     models = load_task_models(adapters, moved_to(model), device)
-    chunks = as_they_come(read_rows(source)) if source == "-" else in_chunks(read_rows(source))
+    names = [own.name for own in models]
+    if len(set(names)) < len(names):
+        names = list(adapters)
+    rows = (checked(row, columns) for row in read_rows(source))
+    chunks = as_they_come(rows) if source == "-" else in_chunks(rows)
+    first = next(chunks, None)  # a file that cannot be read costs no output
+    chunks = chunks if first is None else chain([first], chunks)
     written = abstained = 0
-    with _written_to(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
-        for line in predicted_lines(models, chunks, columns, samples, calibrated, abstain):
+    with _output(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
+        for line in predicted_lines(models, names, chunks, columns, samples, calibrated, abstain):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
             bar.update()
@@ -57,26 +69,49 @@ def predict(
 
 def predicted_lines(
     models: Sequence[TaskModel],
+    names: Sequence[str],
     chunks: Iterable[Sequence[Row]],
     columns: Columns,
     samples: int = 0,
     calibrated: bool = False,
     abstain: float | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What `predict` writes, chunk by chunk of the rows."""
+    """What `predict` writes, chunk by chunk of the rows; `names` tell the models apart."""
     number = 0
     for chunk in chunks:
         by_model = [own.predict(_questions(own, chunk, columns), samples, calibrated) for own in models]
         for place in range(len(chunk)):
-            for own, found in zip(models, by_model, strict=True):
-                yield _line(number, own, chunk[place].text(columns), found[place], abstain, len(models) > 1)
+            text = chunk[place].text(columns)
+            for name, found in zip(names, by_model, strict=True):
+                yield _line(number, name if len(names) > 1 else None, text, found[place], abstain)
             number += 1
 
 
+def checked(row: Row, columns: Columns) -> Row:
+    """The row. ValueError where it holds no text, or options that cannot serve: there, and not in its chunk."""
+    row.text(columns)
+    row.options()
+    return row
+
+
 def in_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """CHUNK rows at a time: the same batches, and so the same samples, every time."""
-    while chunk := list(islice(rows, CHUNK)):
+    """CHUNK rows at a time: the same batches, and so the same samples, every time. An error comes behind its rows."""
+    chunk: list[Row] = []
+    problem = None
+    while problem is None:
+        try:
+            chunk.append(next(rows))
+        except StopIteration:
+            break
+        except ValueError as error:
+            problem = error
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
         yield chunk
+    if problem is not None:
+        raise problem
 
 
 def as_they_come(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -138,18 +173,22 @@ def evaluate_adapter(
     model: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Prints all scores of a labelled file; writes them as JSON and draws a reliability diagram where asked to."""
-    examples = read_labelled(source, columns)
+    """Prints all scores of a labelled file; writes them as JSON and draws a reliability diagram where asked to.
+
+    In the JSON a score that is not a number is null.
+    """
+    for path in filter(None, (output, diagram)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path}: {Path(path).parent} is no folder; make it, or name another file")
     own = load_task_models([adapter], moved_to(model), device)[0]
-    if own.options is not None:
-        examples = [_with_options(example, own, source) for example in examples]
-    found = own.predictions(examples, samples, calibrated)
+    found = own.predictions(read_labelled(source, columns, own.options or ()), samples, calibrated)
     values = {**asdict(score(found)), **asdict(uncertainty(found))}
     print(
         "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
     )
     if output:
-        Path(output).write_text(json.dumps(values, indent=1))
+        told = {name: None if math.isnan(value) else value for name, value in values.items()}
+        write_whole(Path(output), json.dumps(told, indent=1))
     if diagram:
         _draw(found, own.name, diagram)
 
@@ -165,16 +204,6 @@ def _draw(found: Predictions, name: str, path: str) -> None:
     reliability(pd.DataFrame(examples)).savefig(path)
 
 
-def _with_options(example: Example, own: TaskModel, source: str) -> Example:
-    """The same question with the adapter's options in their order, which need not all occur in a file."""
-    if example.output not in own.options:
-        raise ValueError(
-            f"{source}: label {example.output!r} is not among the adapter's options {list(own.options)}: name the "
-            "column that holds them with --label"
-        )
-    return Example(example.input, own.options, example.output)
-
-
 def _questions(own: TaskModel, rows: Sequence[Row], columns: Columns) -> list[str | Example]:
     return [_question(own, row, columns) for row in rows]
 
@@ -188,26 +217,13 @@ def _question(own: TaskModel, row: Row, columns: Columns) -> str | Example:
     return Example(row.text(columns), options, options[0])
 
 
-def _line(
-    number: int, own: TaskModel, text: str, found: Prediction, abstain: float | None, named: bool
-) -> dict[str, Any]:
-    line: dict[str, Any] = {"row": number, **({"adapter": own.name} if named else {}), "text": text, **asdict(found)}
+def _line(number: int, name: str | None, text: str, found: Prediction, abstain: float | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"row": number, **({"adapter": name} if name else {}), "text": text, **asdict(found)}
     if abstain is not None:
         line["abstained"] = found.confidence < abstain
         line["label"] = None if line["abstained"] else found.label
     return {key: value for key, value in line.items() if value is not None or key == "label"}
 
 
-class _written_to:
-    """A file that is written line by line, or standard output."""
-
-    def __init__(self, path: str | None):
-        self._path = path
-
-    def __enter__(self) -> TextIO:
-        self._file = sys.stdout if self._path is None else open(self._path, "w", encoding="utf-8")
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        if self._path is not None:
-            self._file.close()
+def _output(path: str | None) -> AbstractContextManager[TextIO]:
+    return nullcontext(sys.stdout) if path is None else open(path, "w", encoding="utf-8")

@@ -14,7 +14,16 @@ from abmll.deploy.base import AdaptedBase, Phi
 from abmll.deploy.export import export_adapter
 from abmll.evaluation.active import choose
 from abmll.metrics import Predictions, Scores, score
+from abmll.tasks.checks import check_options
+from abmll.tasks.labelled import readable
 from abmll.tasks.task import Example, PromptedExample
+
+# what a base's layers and prompts are made with, by section; (): all keys of it
+SHARED = {
+    "adapters": (),
+    "method": ("name",),
+    "tasks": ("max_tokens", "too_long", "demonstrations", "demonstrate"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,10 @@ class TaskModel:
         """A prediction a text, in order. An `Example` brings its own options; its output is not looked at.
 
         `samples`: of the posterior, whose predictions are averaged; 0: its mean. `calibrated`: at the temperature
-        that cross-validation found. ValueError where a text has no options, does not fit, or there is no such thing.
+        that cross-validation found for predictions by the mean; variance and mutual information stay as they are at
+        T = 1. ValueError where a text has no options, does not fit, or there is no such thing.
         """
-        examples = [self._asked(text) for text in texts]
+        examples = self._all_asked(texts)
         if not examples:
             return []
         found = self._predictions(examples, samples)
@@ -81,7 +91,11 @@ class TaskModel:
 
         By the variance over posterior samples, or without samples by the entropy of the prediction.
         """
-        examples = [self._asked(text) for text in texts]
+        if samples == 1:
+            raise ValueError("samples: 1: one sample has no variance; take two or more, or 0 for the entropy")
+        examples = self._all_asked(texts)
+        if not examples:
+            return []
         predictor, prompts = self.base.predictor(samples), self._prompts(examples)
         self.base.show(self.phi)
         stream = ("candidate", self.name, self.card.adaptation.steps)
@@ -114,9 +128,16 @@ class TaskModel:
         stream = ("prediction", self.name, self.card.adaptation.steps)
         return self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
 
+    def _all_asked(self, texts: Sequence[str | Example]) -> list[Example]:
+        if isinstance(texts, str):
+            raise ValueError(f"task {self.name}: texts: {texts[:60]!r}: is one text; give a list of them")
+        return [self._asked(text) for text in texts]
+
     def _asked(self, text: str | Example) -> Example:
         if isinstance(text, Example):
+            check_options(text.options, f"task {self.name}")
             return text
+        readable(text, f"task {self.name}: {text[:60]!r}")
         if self.options is None:
             raise ValueError(f"task {self.name}: its questions have options of their own; give an Example with them")
         return Example(text, self.options, self.options[0])  # the answer is not asked for
@@ -134,9 +155,10 @@ class TaskModel:
     def _temperature(self) -> float:
         temperature = self.card.temperature
         if temperature is None:
-            raise ValueError(
-                f"task {self.name}: calibrated: its adapter was made without cross-validation; adapt again with folds"
-            )
+            why = "cross-validation found no temperature: too few errors among too few examples"
+            if "cross_validation" not in self.card.scores:
+                why = "its adapter was made without cross-validation"
+            raise ValueError(f"task {self.name}: calibrated: {why}; leave it out, or adapt again with more examples")
         return temperature
 
     @staticmethod
@@ -194,10 +216,12 @@ def _over(base: AdaptedBase, folder: str | Path, phi: Phi, card: AdapterCard, fi
 
 
 def _check_alike(folder: str | Path, card: AdapterCard, first: AdapterCard) -> None:
-    """Adapters share a base's layers and prompts."""
-    for section, values in first.config.items():
-        if section != "model" and card.config.get(section) != values:
-            raise Refused(
-                f"--adapter: {folder}: its {section} are not those of the first adapter, so that they cannot share a "
-                "base; use it in a call of its own"
-            )
+    """Adapters share a base's layers and prompts; how they were adapted may differ."""
+    for section, keys in SHARED.items():
+        one, other = (config.get(section, {}) for config in (card.config, first.config))
+        for key in keys or {*one, *other}:
+            if one.get(key) != other.get(key):
+                raise Refused(
+                    f"--adapter: {folder}: {section}.{key} is {one.get(key)!r}, and {other.get(key)!r} in the first "
+                    "adapter, so that they cannot share a base; use it in a call of its own"
+                )

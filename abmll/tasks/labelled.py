@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Row(NamedTuple):
         text = self._value(columns.text, TEXTS, "text")
         if not isinstance(text, str):
             raise ValueError(f"{self.where}: the text is {text!r}, a {type(text).__name__}: it must be a string")
-        return _readable(text, self.where)
+        return readable(text, self.where)
 
     def label(self, columns: Columns) -> str:
         """A number or a truth value as JSON writes it. ValueError where the row has none."""
@@ -51,7 +52,7 @@ class Row(NamedTuple):
             return json.dumps(label)
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"{self.where}: the label is {label!r}: it must be a text or a number; remove the row")
-        return _readable(label, self.where)
+        return readable(label, self.where)
 
     def options(self) -> tuple[str, ...] | None:
         """The row's own, if it has any. ValueError where they cannot serve."""
@@ -59,7 +60,7 @@ class Row(NamedTuple):
         if not isinstance(found, list):
             return None
         options = check_options(found, self.where)
-        _readable("".join(options), self.where)
+        readable("".join(options), self.where)
         return options
 
     def _value(self, name: str | None, usual: Sequence[str], what: str) -> Any:
@@ -90,25 +91,32 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise ValueError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8: save it as UTF-8") from error
 
 
-def read_labelled(path: str | Path, columns: Columns | None = None) -> list[Example]:
-    """A file's examples. ValueError, naming every bad row up to a bound, and where they are no task."""
+def read_labelled(
+    path: str | Path, columns: Columns | None = None, options: tuple[str, ...] | None = None
+) -> list[Example]:
+    """A file's examples. `options`: of all of them, whatever the rows say; (): each row brings its own.
+
+    ValueError, naming every row that has no text, label or fitting options, up to a bound; at the first row that cannot
+    be read at all; and where the rows are no task.
+    """
     columns, faults, found = columns or Columns(), Faults(str(path), "rows"), []
     for row in read_rows(path):
         try:
-            found.append((row.where, row.text(columns), row.label(columns), row.options()))
+            text, label, own = row.text(columns), row.label(columns), options or row.options()
+            if own is not None:
+                check_output(label, own, row.where)
+            elif options is not None:
+                raise ValueError(f"{row.where}: needs its own `{OPTIONS}`, a list of strings")
+            found.append((text, label, own))
         except ValueError as error:
-            faults.add(str(path), str(error))
+            faults.add(row.where, str(error))
     faults.check()
     if not found:
         raise ValueError(f"{path}: holds no rows; write one example a line")
-    labels = tuple(sorted({label for _, _, label, options in found if options is None}))
+    labels = tuple(sorted({label for _, label, own in found if own is None}))
     if labels:
         labels = _as_options(labels, path, columns)
-    examples = []
-    for where, text, label, options in found:
-        check_output(label, options or labels, where)
-        examples.append(Example(text, options or labels, label))
-    return examples
+    return [Example(text, own or labels, label) for text, label, own in found]
 
 
 def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> tuple[str, ...]:
@@ -123,9 +131,13 @@ def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> 
 
 
 def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:
-    """`count` of the examples, drawn by the seed (None: all). ValueError unless these are FEWEST to MOST."""
+    """`count` of the examples, drawn by the seed (None: all), as many of each label as there are.
+
+    ValueError unless these are FEWEST to MOST.
+    """
     if count is not None and count < len(examples):
-        examples = [examples[place] for place in sorted(permutation(len(examples), seed, "drawn examples")[:count])]
+        places = _label_by_label(examples, permutation(len(examples), seed, "drawn examples"))
+        examples = [examples[place] for place in sorted(places[:count])]
     if len(examples) > MOST:
         raise ValueError(
             f"{source}: {len(examples):,} examples: an adaptation takes {FEWEST} to {MOST}; draw some of them with "
@@ -136,13 +148,34 @@ def draw(examples: Sequence[Example], count: int | None, seed: int, source: str)
     return list(examples)
 
 
+def _label_by_label(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
+    """The places, so ordered that each label comes in its turn while there is any of it left."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place in places:
+        label = examples[place].output
+        turns.append((seen[label], place))
+        seen[label] += 1
+    return [place for _, place in sorted(turns, key=lambda turn: turn[0])]
+
+
 def task_files(folder: str | Path) -> dict[str, Path]:
-    """Of a folder of tasks, the file of each by name: NAME.jsonl, NAME.csv, or NAME/train.jsonl. ValueError if none."""
+    """Of a folder of tasks, the file of each by name: NAME.jsonl, NAME.csv, NAME.tsv or NAME/train.jsonl.
+
+    ValueError where there is none, or two have one name.
+    """
     folder = Path(folder)
-    files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".jsonl", ".csv", ".tsv")}
-    files |= {path.parent.name: path for path in sorted(folder.glob("*/train.jsonl"))}
+    named = [
+        (path.stem, path) for path in sorted(folder.glob("*")) if path.suffix.lower() in (".jsonl", ".csv", ".tsv")
+    ]
+    named += [(path.parent.name, path) for path in sorted(folder.glob("*/train.jsonl"))]
+    files: dict[str, Path] = {}
+    for name, path in named:
+        if name in files:
+            raise ValueError(f"{folder}: {files[name]} and {path} are both task {name}: rename or remove one")
+        files[name] = path
     if not files:
-        raise ValueError(f"{folder}: holds no tasks: NAME.jsonl, NAME.csv or NAME/train.jsonl; check --tasks")
+        raise ValueError(f"{folder}: holds no tasks: NAME.jsonl, NAME.csv, NAME.tsv or NAME/train.jsonl; check --tasks")
     return files
 
 
@@ -176,7 +209,8 @@ def _json_rows(lines: Iterable[str], source: str) -> Iterator[Row]:
         yield Row(where, fields)
 
 
-def _readable(text: str, where: str) -> str:
+def readable(text: str, where: str) -> str:
+    """The text. ValueError where no tokenizer can read it."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{where}: half a surrogate pair (\\ud8.. to \\udf..): no tokenizer can read it; remove it")
     return text

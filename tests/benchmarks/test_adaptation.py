@@ -26,4 +26,4 @@ def test_the_command_times_and_writes(load, build_tiny, tmp_path, capsys):
     for row in facts["rows"]:
         assert row["steps"] == 6 and row["seconds_a_task"] * 2 == row["seconds"] > 0
     assert str(tmp_path) not in output.read_text()
-    assert "2 tasks of 16 examples" in capsys.readouterr().out
+    assert "2 tasks of 6 examples" in capsys.readouterr().out

@@ -65,8 +65,25 @@ def test_the_loss_is_an_examples_before_each_step(meta, adapted):
 
 def test_a_diverging_adaptation_is_refused(run):
     meta = MetaModel.load(run, ["method.test_lr=1e30"], device="cpu")
-    with pytest.raises(Refused, match=r"task moods: adaptation: the loss is .*lower it with method\.test_lr"):
+    with pytest.raises(Refused, match=r"task moods: adaptation: the loss by step is .*lower method\.test_lr"):
         meta.adapt(EXAMPLES, "moods", folds=0)
+
+
+def test_one_tasks_divergence_leaves_the_others(meta, monkeypatch):
+    """As `adapt_all` sees it: the loss of one task is NaN."""
+    from abmll.deploy import meta_model
+
+    made = meta_model.adapt_side_by_side
+
+    def diverging(base, supports, tell):
+        for number, slot, loss in made(base, supports, tell):
+            yield number, slot, [math.nan] if supports[number].task == "bad" else loss
+
+    monkeypatch.setattr(meta_model, "adapt_side_by_side", diverging)
+    with pytest.raises(meta_model.Diverged, match="task bad: adaptation") as error:
+        meta.adapt_all({"bad": EXAMPLES, "fine": EXAMPLES}, folds=2)
+    assert error.value.models.keys() == {"fine"}
+    assert error.value.models["fine"].card.scores["cross_validation"]["n"] == 6
 
 
 def test_folds_hold_out_every_example_once(meta):
@@ -87,7 +104,7 @@ def test_folds_hold_out_every_example_once(meta):
 def test_cross_validation_scores_what_each_fold_left_out(meta):
     found = meta.adapt(EXAMPLES, "moods", folds=2)
     examples = [Example(text, OPTIONS, label) for text, label in EXAMPLES]
-    right = []
+    right, nll = [], []
     for fold in make_folds(meta.base, "moods", examples, 2, 3):
         seen = [(example.input, example.output) for example in examples if example not in fold.held_out]
         in_order = [(e.input, e.output) for e in examples if (e.input, e.output) in seen]
@@ -100,8 +117,10 @@ def test_cross_validation_scores_what_each_fold_left_out(meta):
             meta.base.method, ("held out", "moods", 0), prompts(meta.base, [(e.input, e.output) for e in fold.held_out])
         )
         right += (own.options.argmax(dim=1) == own.label).tolist()
+        nll += own.nll.tolist()
     meta.base.forget()
     assert found.card.scores["cross_validation"]["accuracy"] == pytest.approx(sum(right) / 6)
+    assert found.card.scores["cross_validation"]["nll"] == pytest.approx(sum(nll) / 6, rel=1e-4)
     assert found.card.scores["cross_validation"]["folds"] == 2 and found.card.scores["cross_validation"]["n"] == 6
     before = meta.unadapted(OPTIONS).evaluate(examples)
     assert found.card.scores["before_adaptation"]["nll"] == pytest.approx(before.nll, rel=ROUNDING * 10)
@@ -119,11 +138,62 @@ def test_the_interval_is_wilsons():
     assert found["accuracy_high"] == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
 
 
-def test_examples_that_are_no_task_are_refused(meta):
-    with pytest.raises(ValueError, match="every label is 'good'"):
-        meta.adapt([("a", "good"), ("b", "good")])
-    with pytest.raises(ValueError, match="no examples"):
-        meta.adapt([])
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([("a", "good"), ("b", "good")], "every label is 'good'"),
+        ([], "no examples"),
+        ([("a", 1), ("b", 2)], r"is no \(text, label\), two strings"),
+        ([("a", str(number)) for number in range(30)], "30 options: more than the 26"),
+        ([Example("a", ("x", "y"), "z")] * 2, "output 'z' is not among"),
+        ([("a" + chr(0xD800), "x"), ("b", "y")], "half a surrogate pair"),
+    ],
+)
+def test_examples_that_are_no_task_are_refused(meta, examples, message):
+    with pytest.raises(ValueError, match=message):
+        meta.adapt(examples)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"folds": 1}, {"folds": -1}])
+def test_steps_and_folds_that_are_none(meta, settings):
+    with pytest.raises(ValueError, match="steps are at least 1, and folds 0 or at least 2"):
+        meta.adapt(EXAMPLES, **settings)
+
+
+def test_options_that_are_no_options(meta):
+    for options in (["a"], ["a", "a"], list(map(str, range(30)))):
+        with pytest.raises(ValueError, match="option"):
+            meta.unadapted(options)
+
+
+def test_examples_that_do_not_fit_are_left_out(run):
+    meta = MetaModel.load(run, ["tasks.too_long=drop"], device="cpu")
+    long = ("long " * 400, "good")
+    found, short = meta.adapt([*EXAMPLES, long], "moods", folds=2), meta.adapt(EXAMPLES, "moods", folds=2)
+    assert found.card.adaptation.examples == 6
+    assert found.card.model_dump() == short.card.model_dump()
+    with pytest.raises(ValueError, match=r"0 of 2 examples fit in tasks\.max_tokens: 320"):
+        meta.adapt([long, (long[0] + "x", "bad")])
+
+
+def test_a_temperature_at_an_end_is_none():
+    """Eight of eight right at p = .7: the likeliest temperature is 0."""
+    options, label = torch.tensor([[0.7, 0.3]] * 8).double(), torch.zeros(8, dtype=torch.int64)
+    nothing = torch.full((8,), math.nan).double()
+    found = summarise(Predictions(options, label == 0, -options[:, 0].log(), label, nothing, nothing), 2)
+    assert found["accuracy"] == 1 and math.isnan(found["temperature"])
+
+
+@pytest.mark.parametrize("demonstrate", ["test", "adaptation"])
+def test_a_fold_shows_nothing_that_it_holds_out(run, demonstrate):
+    overrides = ["tasks.demonstrations=2", "tasks.max_tokens=900", f"tasks.demonstrate={demonstrate}"]
+    base = MetaModel.load(run, overrides, device="cpu").base
+    examples = [Example(text, OPTIONS, label) for text, label in EXAMPLES]
+    for fold in make_folds(base, "moods", examples, 3, None):
+        prompts_of_fold = [base.tokenizer.decode(list(prompt.token_ids)) for prompt in fold.support.prompts]
+        for held_out in fold.held_out:
+            assert held_out not in fold.support.shown
+            assert not any(held_out.input in prompt for prompt in prompts_of_fold)
 
 
 def test_demonstrations_are_kept_with_the_task(run, tmp_path):

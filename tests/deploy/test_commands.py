@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from deployed import EXAMPLES, OPTIONS, TEXTS
 
+from abmll import TaskModel
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
@@ -158,13 +160,72 @@ def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
     assert "accuracy " in out and "<svg" in diagram.read_text()
 
 
+def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path):
+    """At a temperature that is told: a tiny model learns nothing that one could be fitted to, which is told too."""
+    card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": 2.5}}})
+    told = TaskModel(adapted.base, adapted.phi, card)
+    status, out, err = call("predict", "--adapter", told.save(tmp_path / "told"), "--input", texts, "--calibrated")
+    assert status == 0, err
+    expected = [one.confidence for one in told.predict(TEXTS, calibrated=True)]
+    assert [json.loads(line)["confidence"] for line in out.splitlines()] == pytest.approx(expected)
+    status, _, err = call("predict", "--adapter", adapted.save(tmp_path / "as made"), "--input", texts, "--calibrated")
+    assert status == 2 and "cross-validation found no temperature" in err
+
+
+def test_rows_before_a_bad_one_are_written(call, adapter, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
+    status, out, err = call("predict", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
+    assert status == 2 and "t.jsonl:3:" in err and [json.loads(line)["text"] for line in out.splitlines()] == ["a", "b"]
+
+
+def test_no_file_is_lost_to_an_output(call, adapter, texts, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("kept")
+    before = texts.read_text()
+    assert call("predict", "--adapter", adapter, "--input", texts, "--output", texts)[0] == 2
+    assert call("predict", "--adapter", adapter, "--input", tmp_path / "none.jsonl", "--output", kept)[0] == 2
+    assert call("predict", "--adapter", adapter, "--input", texts, "--output", tmp_path / "no/where")[0] == 2
+    assert texts.read_text() == before and kept.read_text() == "kept"
+
+
+def test_an_occupied_folder_is_told_before_the_work(call, data, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/notes.txt").write_text("mine")
+    status, _, err = call("adapt", "--run", "no-run", "--data", data, "--out", tmp_path / "own")
+    assert status == 2 and "holds other files than an adapter's" in err
+
+
+def test_paths_may_lead_upwards(call, adapter, texts, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call("predict", "--adapter", "../adapter", "--input", texts)[0] == 0
+
+
+def test_two_adapters_of_one_name_are_told_apart(call, adapter, adapted, texts, tmp_path):
+    again = adapted.save(tmp_path / "again")
+    _, out, _ = call("predict", "--adapter", adapter, "--adapter", again, "--input", texts)
+    assert {json.loads(line)["adapter"] for line in out.splitlines()} == {str(adapter), str(again)}
+
+
+def test_a_file_of_one_label_can_be_scored(call, adapter, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "It was good.", "label": "good"}')
+    scores = tmp_path / "scores.json"
+    status, _, err = call("evaluate", "--adapter", adapter, "--data", tmp_path / "one.jsonl", "--output", scores)
+    assert status == 0, err
+    found = json.loads(scores.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["n"] == 1 and found["auroc_variance"] is None
+    (tmp_path / "other.jsonl").write_text('{"text": "It was odd.", "label": "odd"}')
+    status, _, err = call("evaluate", "--adapter", adapter, "--data", tmp_path / "other.jsonl")
+    assert status == 2 and "output 'odd' is not among the options ['bad', 'good']" in err
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
         ("adapt", ("--run", "r", "--out", "o"), "one of the arguments --data --tasks is required"),
         ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--folds", "1"), "--folds: 1: must be 0, or at least 2"),
         ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--steps", "0"), "--steps: 0: must be at least 1"),
-        ("adapt", ("--run", "r", "--out", "o", "--data", "d", "--name", "../x"), "does not serve as a task's name"),
+        ("adapt", ("--run", "r", "--out", "o", "--tasks", "d", "--name", "x"), "--name: goes with --data"),
         ("adapt", ("--run", "r", "--out", "o", "--data", "none.csv"), "none.csv: No such file"),
         ("predict", ("--adapter", "none", "--input", "-"), "--adapter: none: holds no card.json"),
         ("predict", ("--adapter", "a", "--input", "-", "--abstain", "2"), "--abstain: 2.0: is a probability"),

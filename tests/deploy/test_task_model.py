@@ -1,5 +1,6 @@
 """Predictions of a task's model, and the model on disk."""
 
+import errno
 import json
 import math
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from deployed import EXAMPLES, OPTIONS, TEXTS, option_probabilities, save_run
 
-from abmll import Example, MetaModel, load_task_models
+from abmll import Example, MetaModel, TaskModel, load_task_models
 from abmll.config import Refused
 
 
@@ -34,10 +35,11 @@ def test_samples_spread(adapted):
 
 
 def test_calibrated_is_at_the_temperature_of_cross_validation(adapted):
-    (plain,), (tempered,) = adapted.predict(TEXTS[:1]), adapted.predict(TEXTS[:1], calibrated=True)
-    temperature = adapted.card.scores["cross_validation"]["temperature"]
+    card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": 2.5}}})
+    told = TaskModel(adapted.base, adapted.phi, card)
+    (plain,), (tempered,) = told.predict(TEXTS[:1]), told.predict(TEXTS[:1], calibrated=True)
     odds = [math.log(p["good"] / p["bad"]) for p in (plain.probabilities, tempered.probabilities)]
-    assert odds[1] == pytest.approx(odds[0] / temperature, rel=1e-6)
+    assert odds[1] == pytest.approx(odds[0] / 2.5, rel=1e-6)
 
 
 def test_uncalibrated_adapters_say_so(meta):
@@ -126,7 +128,7 @@ def test_adapters_of_other_layers_cannot_share_a_base(adapted, tmp_path, build_t
     tiny = build_tiny(adapters={"rank": 2})
     other = MetaModel.load(save_run(tiny, tmp_path / "run"), device="cpu").adapt(EXAMPLES, folds=0)
     folders = [adapted.save(tmp_path / "one"), other.save(tmp_path / "two")]
-    with pytest.raises(Refused, match=r"two: its (seed|adapters) are not those of the first adapter"):
+    with pytest.raises(Refused, match=r"two: adapters\.rank is 2, and 8 in the first adapter"):
         load_task_models(folders, device="cpu")
 
 
@@ -156,7 +158,7 @@ def test_a_pickle_is_no_adapter(adapted, tmp_path, capsys):
     (partial / "adapter.safetensors").write_bytes(pickle.dumps(Evil()))
     (partial / "card.json").write_text(json.dumps(adapted.card.model_dump()))
     publish(partial, tmp_path / "adapter")
-    with pytest.raises(Refused, match=r"adapter\.safetensors: no tensors"):
+    with pytest.raises(Refused, match=r"adapter\.safetensors: cannot be read as safetensors"):
         load_task_models([tmp_path / "adapter"], device="cpu")
     assert "executed" not in capsys.readouterr().out
 
@@ -166,6 +168,49 @@ def test_nothing_but_an_adapter_is_overwritten(adapted, tmp_path):
     with pytest.raises(Refused, match="holds other files than an adapter's"):
         adapted.save(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years"
+
+
+def test_how_it_was_adapted_does_not_matter_to_a_base(adapted, run, tmp_path):
+    other = MetaModel.load(run, ["method.test_lr=3e-4", "tasks.batch_size=3"], device="cpu").adapt(EXAMPLES, "slow")
+    one, two = load_task_models([adapted.save(tmp_path / "one"), other.save(tmp_path / "two")], device="cpu")
+    assert one.predict(TEXTS) == adapted.predict(TEXTS)
+    assert two.predict(TEXTS)[0].confidence == pytest.approx(other.predict(TEXTS)[0].confidence, rel=1e-6)
+
+
+def test_foreign_files_in_an_adapters_folder_stay(adapted, tmp_path):
+    folder = adapted.save(tmp_path / "adapter")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(Refused, match="holds other files than an adapter's"):
+        adapted.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing_half(adapted, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("abmll.deploy.adapter.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        adapted.save(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.predict("hello"), "is one text; give a list"),
+        (lambda model: model.predict([chr(0xD800)]), "half a surrogate pair"),
+        (lambda model: model.predict([Example("a", ("b",), "b")]), "1 option"),
+        (lambda model: model.suggest(["a", "b"], samples=1), "one sample has no variance"),
+    ],
+)
+def test_mistakes_in_texts_are_told(adapted, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(adapted)
+
+
+def test_nothing_to_suggest_from_nothing(adapted):
+    assert adapted.suggest([]) == []
 
 
 def test_theta_alone_is_no_adapter(meta, tmp_path):

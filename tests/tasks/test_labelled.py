@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_all_bad_rows_are_told_at_once(tmp_path):
     path = write(tmp_path / "t.jsonl", lines(*({"text": n, "label": "b"} for n in range(50))))
-    with pytest.raises(ValueError, match="50 faults in 1 rows") as error:
+    with pytest.raises(ValueError, match="50 faults in 50 rows") as error:
         read_labelled(path)
     assert "t.jsonl:1:" in str(error.value) and "30 more" in str(error.value)
 
@@ -109,6 +109,8 @@ def test_examples_are_drawn_by_the_seed():
     assert len(some) == 20 and some == draw(examples, 20, 3, "t") != draw(examples, 20, 4, "t")
     assert some == sorted(some, key=lambda example: int(example.input)), "in the file's order"
     assert draw(examples[:9], 20, 3, "t") == examples[:9]
+    rare = [Example(str(number), ("a", "b"), "b" if number in (7, 300, 500) else "a") for number in range(600)]
+    assert [example.input for example in draw(rare, 6, 3, "t") if example.output == "b"] == ["7", "300", "500"]
     with pytest.raises(ValueError, match=r"t: 600 examples: .* --examples 100"):
         draw(examples, None, 3, "t")
     with pytest.raises(ValueError, match="t: 3 examples: an adaptation takes 4 to 500"):
@@ -126,6 +128,17 @@ def test_a_folder_of_tasks(tmp_path):
     }
     with pytest.raises(ValueError, match="holds no tasks"):
         task_files(tmp_path / "c/nothing")
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ValueError, match="are both task a"):
+        task_files(tmp_path)
+
+
+def test_options_that_are_told(tmp_path):
+    rows = [{"input": "q", "output": "y", "options": ["x", "y"]}, {"text": "r", "label": "y"}]
+    path = write(tmp_path / "t.jsonl", lines(*rows))
+    assert read_labelled(path, options=("y", "z")) == [Example("q", ("y", "z"), "y"), Example("r", ("y", "z"), "y")]
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: needs its own `options`"):
+        read_labelled(path, options=())
 
 
 ROW = st.dictionaries(

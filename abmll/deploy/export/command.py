@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abmll.config import override_texts
-from abmll.deploy.export.folder import check_free
 from abmll.deploy.export.push import check_push, push
 from abmll.deploy.export.subject import OPTIONS
 from abmll.deploy.export.write import export_adapter
+from abmll.deploy.folder import REPORT, check_free
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import TaskModel, load_task_models
 
@@ -28,7 +28,7 @@ def export(
 
     `model`: where the base is now. `dtype`: in which it is loaded and, for the format merged, written; None: the run's.
     """
-    check_free(Path(out))  # before a model is loaded
+    check_free(Path(out), REPORT)  # before a model is loaded
     if repository is not None:
         check_push(repository)
     chosen = {"model.name": model, "model.dtype": dtype}

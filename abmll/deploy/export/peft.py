@@ -22,7 +22,6 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +29,7 @@ from abmll.config import Refused
 from abmll.deploy.export.report import Report
 from abmll.deploy.export.subject import Subject, next_logits
 from abmll.models.load import model_config
+from abmll.tensor_files import write_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 UNIT = 2.0**-24  # half of fp32's spacing at 1
@@ -55,7 +55,7 @@ def write_peft(subject: Subject, folder: Path) -> Report:
     for name, mean in subject.means.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = mean.a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = mean.b
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(peft_config(subject), indent=2, ensure_ascii=False), encoding="utf-8")
     return _loaded_back(subject, folder)
 

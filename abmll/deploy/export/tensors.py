@@ -9,23 +9,21 @@ the standard deviation of the mean's `a`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from abmll.config import Refused
-from abmll.deploy.adapter import CARD, PHI
+from abmll.deploy.adapter import PHI, write_adapter
 from abmll.deploy.export.report import Report
 from abmll.deploy.export.subject import Subject
+from abmll.tensor_files import read_tensors
 
 
 def write_tensors(subject: Subject, folder: Path) -> Report:
     """An adapter's folder, which `load_task_models` takes. Refused where what was written is not what was meant."""
-    save_file(subject.tensors, folder / PHI)
-    (folder / CARD).write_text(json.dumps(subject.card.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
-    found = load_file(folder / PHI)
+    write_adapter(folder, subject.tensors, subject.card)
+    found, _ = read_tensors(folder / PHI)
     wrong = [name for name, value in subject.tensors.items() if not torch.equal(found[name], value)]
     if wrong:
         raise Refused(f"--format safetensors: {wrong[0]} is not what was written; check the disk, and export again")

@@ -32,7 +32,8 @@ def how_to_ask(subject: Subject) -> str:
     return (
         "## Prompt\n\nThe adapter knows this form and no other; a chat template of the server's must not be put around "
         f"it.{shown} Tokenize it {'with' if special else 'without'} adding special tokens. Prompts were at most "
-        f"{tasks.max_tokens} tokens long.\n\n```python\n" + "\n".join(lines) + "\n```"
+        f"{tasks.max_tokens} tokens long. A text that spells one of the tokenizer's special tokens was given a space "
+        "behind its first character.\n\n```python\n" + "\n".join(lines) + "\n```"
     )
 
 

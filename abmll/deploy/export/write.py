@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abmll.deploy.export.folder import REPORT, check_free, written_whole
 from abmll.deploy.export.merged import write_merged
 from abmll.deploy.export.model_card import model_card
 from abmll.deploy.export.peft import write_peft
 from abmll.deploy.export.report import Report
 from abmll.deploy.export.subject import Subject
 from abmll.deploy.export.tensors import write_tensors
+from abmll.deploy.folder import REPORT, check_free, written_whole
 
 if TYPE_CHECKING:
     from abmll.deploy.task_model import TaskModel
@@ -37,9 +37,9 @@ def export_adapter(model: TaskModel, folder: str | Path, format: str = "peft") -
     if format not in FORMATS:
         raise ValueError(f"format: {format!r}: no such format; take one of {', '.join(FORMATS)}")
     folder = Path(folder)
-    check_free(folder)
+    check_free(folder, REPORT)
     subject = Subject(model)
-    with written_whole(folder) as partial:
+    with written_whole(folder, REPORT) as partial:
         report = FORMATS[format](subject, partial)
         (partial / "README.md").write_text(model_card(subject, report), encoding="utf-8")
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False), encoding="utf-8")
