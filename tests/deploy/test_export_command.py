@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from abmll import load_task_models
 from abmll.config import Refused
 from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
-from abmll.deploy.export import export_adapter, push, tensors
+from abmll.deploy.export import export_adapter, push
 from abmll.files import damage
 
 EXPORT = Path(__file__).parents[2] / "launch" / "export.py"
@@ -78,7 +78,8 @@ def test_plain_tensors_are_an_adapter(call, adapter, adapted, tmp_path):
 
 def test_tensors_that_are_not_written_right_are_found(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        tensors, "save_file", lambda values, path: save_file({name: value + 1 for name, value in values.items()}, path)
+        "abmll.deploy.adapter.write_tensors",
+        lambda path, values: save_file({name: value + 1 for name, value in values.items()}, path),
     )
     with pytest.raises(Refused, match="is not what was written"):
         adapted.export(tmp_path / "out", "safetensors")

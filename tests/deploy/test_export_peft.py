@@ -122,15 +122,15 @@ def test_numbers_that_are_not_finite_are_refused(moods, tmp_path):
 def test_a_tensor_that_is_not_written_right_is_found(moods, tmp_path, monkeypatch):
     name = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
 
-    def damage(tensors, path, metadata):
+    def damage(path, tensors, metadata):
         wrong = tensors[name].clone()
         wrong[2, 1] = -wrong[2, 1]
         save_file({**tensors, name: wrong}, path, metadata)
 
-    monkeypatch.setattr(peft, "save_file", damage)
+    monkeypatch.setattr(peft, "write_tensors", damage)
     with pytest.raises(Refused, match=r"model\.layers\.1\.self_attn\.o_proj does not hold"):
         moods.export(tmp_path / "out")
-    monkeypatch.setattr(peft, "save_file", lambda t, p, m: save_file({k: t[k] for k in t if k != name}, p, m))
+    monkeypatch.setattr(peft, "write_tensors", lambda p, t, m: save_file({k: t[k] for k in t if k != name}, p, m))
     with pytest.raises(Refused, match=r"model\.layers\.1\.self_attn\.o_proj does not hold"):
         moods.export(tmp_path / "out")
     assert not list(tmp_path.iterdir()), "nothing is left"

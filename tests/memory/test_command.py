@@ -73,7 +73,7 @@ def test_a_run_takes_what_its_plan_says(run, policy):  # noqa: F811
     """From the budget to the layers' flags and the evaluator's batches."""
     with run.session(*AUTO) as session:
         first = session.plan
-        assert first.fits and session.evaluator.batch_size == first.eval_batch_size <= 16
+        assert first.fits and session.evaluator.predictor.batch_size == first.eval_batch_size <= 16
     budgets = {"none": 40.0, "every second layer": first.ledger.peak / 1e9 - 1e-6, "all layers": 1e-9}
     with run.session(*AUTO, f"memory.budget_gb={budgets[policy]}", overwrite=True) as session:
         assert session.plan.checkpointing == policy
