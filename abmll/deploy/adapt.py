@@ -106,7 +106,9 @@ def describe(card: AdapterCard, given: int) -> str:
             f"adaptation: accuracy {_percent(before['accuracy'])}, NLL {_number(before['nll_options'])}; always the "
             f"commonest {'label' if card.options else 'letter'}: {_percent(found['majority'])}"
         )
-        rows["temperature"] = "none: the likeliest one is boundless, as it is with few examples and few errors, or errors alone"
+        rows["temperature"] = (
+            "none: the likeliest one is boundless, as it is with few examples and few errors, or errors alone"
+        )
         if found["temperature"] is not None:
             rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"
     return "\n" + "\n".join(f"{name:<15} {value}" for name, value in rows.items())
