@@ -39,18 +39,16 @@ def told_as_settings(config: Config, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def memory_told(config: Config) -> Iterator[None]:
-    """The same of an adaptation outside a run, which leaves no checkpoint and has no plan."""
+def memory_told() -> Iterator[None]:
+    """The same of the commands behind training, which have no checkpoint and no plan."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise Exhausted(
-            f"out of memory: {reason}\nset trainer.activation_checkpointing=true, or lower tasks.batch_size "
-            f"({config.tasks.batch_size}), tasks.max_tokens ({config.tasks.max_tokens}) or eval.batch_size "
-            f"({config.eval.batch_size}) behind the command"
+            f"out of memory: {_reason(error)}\nadapting takes less with trainer.activation_checkpointing=true, or a "
+            "lower tasks.batch_size or tasks.max_tokens, behind the command; --device cpu takes the host's"
         ) from error
 
 
@@ -62,13 +60,16 @@ def _is_memory(error: BaseException) -> bool:
 
 def _memory_message(config: Config, error: BaseException) -> str:
     tasks, trainer = config.tasks, config.trainer
-    reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
     checkpointing = str(trainer.activation_checkpointing).lower()
     return (
-        f"out of memory: {reason}\nlower trainer.parallel_episodes ({trainer.parallel_episodes}) or eval.batch_size "
-        f"({config.eval.batch_size}), or set trainer.activation_checkpointing: true ({checkpointing}) or "
-        f"memory.budget_gb ({config.memory.budget_gb:g}) to what is free: with these --resume auto goes on; or start "
-        f"another run with a lower tasks.batch_size ({tasks.batch_size}) or tasks.max_tokens ({tasks.max_tokens}), "
-        f"model.quantization: nf4 ({config.model.quantization}) or model.sharding: full ({config.model.sharding}); "
+        f"out of memory: {_reason(error)}\nlower trainer.parallel_episodes ({trainer.parallel_episodes}) or "
+        f"eval.batch_size ({config.eval.batch_size}), or set trainer.activation_checkpointing: true ({checkpointing}) "
+        f"or memory.budget_gb ({config.memory.budget_gb:g}) to what is free: with these --resume auto goes on; or "
+        f"start another run with a lower tasks.batch_size ({tasks.batch_size}) or tasks.max_tokens ({tasks.max_tokens})"
+        f", model.quantization: nf4 ({config.model.quantization}) or model.sharding: full ({config.model.sharding}); "
         "launch/plan.py counts what each takes"
     )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -33,30 +33,24 @@ def main() -> int:
         parser.error(f"--folds: {arguments.folds}: must be 0, or at least 2")
 
     from abmll.deploy.adapt import adapt, name_files  # behind the parser: --help should not wait for torch
-    from abmll.exhausted import Exhausted
+    from abmll.deploy.exit_status import exit_status
     from abmll.tasks.labelled import Columns
 
-    columns = Columns(arguments.text, arguments.label)
-    try:
+    def command() -> None:
         files, into = name_files(arguments.data, arguments.tasks, arguments.out, arguments.name)
         adapt(
             arguments.run,
             files,
             into,
-            columns=columns,
+            columns=Columns(arguments.text, arguments.label),
             examples=arguments.examples,
             folds=arguments.folds,
             steps=arguments.steps,
             overrides=arguments.overrides,
             device=arguments.device,
         )
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exhausted as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

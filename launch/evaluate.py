@@ -5,6 +5,7 @@ Or an adapter on a labelled file: python launch/evaluate.py --adapter DIR --data
 
 import argparse
 import sys
+from functools import partial
 
 
 def main() -> int:
@@ -39,38 +40,38 @@ def main() -> int:
     if given:
         parser.error(f"{given[0]}: does not go with {'--adapter' if arguments.adapter else '--run'}")
 
-    from abmll.config import ConfigError, Refused  # behind the parser: --help should not wait for torch
+    if arguments.adapter:  # imports behind the parser: --help should not wait for torch
+        from abmll.deploy.exit_status import exit_status
+        from abmll.deploy.predict import evaluate_adapter
+        from abmll.tasks.labelled import Columns
+
+        command = partial(
+            evaluate_adapter,
+            arguments.adapter,
+            arguments.data,
+            output=arguments.output,
+            columns=Columns(arguments.text, arguments.label),
+            samples=arguments.samples,
+            calibrated=arguments.calibrated,
+            diagram=arguments.diagram,
+            model=arguments.model,
+            device=arguments.device,
+        )
+        return exit_status(command)
+
+    from abmll.config import ConfigError, Refused
     from abmll.exhausted import Exhausted
+    from abmll.rescore import evaluate
 
     try:
-        if arguments.run:
-            from abmll.rescore import evaluate
-
-            evaluate(arguments.run, arguments.overrides, arguments.output, arguments.settings)
-        else:
-            from abmll.deploy.predict import evaluate_adapter
-            from abmll.tasks.labelled import Columns
-
-            evaluate_adapter(
-                arguments.adapter,
-                arguments.data,
-                output=arguments.output,
-                columns=Columns(arguments.text, arguments.label),
-                samples=arguments.samples,
-                calibrated=arguments.calibrated,
-                diagram=arguments.diagram,
-                model=arguments.model,
-                device=arguments.device,
-            )
+        evaluate(arguments.run, arguments.overrides, arguments.output, arguments.settings)
         return 0
+    except (ConfigError, Refused) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Exhausted as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        if arguments.run and not isinstance(error, ConfigError | Refused):
-            raise  # no mistake of the user's
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What is written is loaded back and compared with the adapter first; README.md be
 
 import argparse
 import sys
+from functools import partial
 
 
 def main() -> int:
@@ -23,23 +24,21 @@ def main() -> int:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     arguments = parser.parse_args()
 
-    from abmll.deploy.export.command import export  # behind the parser: --help should not wait for torch
+    from abmll.deploy.exit_status import exit_status  # behind the parser: --help should not wait for torch
+    from abmll.deploy.export.command import export
 
-    try:
-        export(
-            arguments.adapter,
-            arguments.run,
-            arguments.format,
-            arguments.out,
-            model=arguments.model,
-            repository=arguments.push,
-            dtype=arguments.dtype,
-            device=arguments.device,
-        )
-        return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = partial(
+        export,
+        arguments.adapter,
+        arguments.run,
+        arguments.format,
+        arguments.out,
+        model=arguments.model,
+        repository=arguments.push,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    return exit_status(command)
 
 
 if __name__ == "__main__":

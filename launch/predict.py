@@ -6,6 +6,7 @@ label, confidence, probability of each option, entropy, and with --samples the s
 
 import argparse
 import sys
+from functools import partial
 
 
 def main() -> int:
@@ -25,28 +26,23 @@ def main() -> int:
     if arguments.abstain is not None and not 0 <= arguments.abstain <= 1:
         parser.error(f"--abstain: {arguments.abstain}: is a probability, from 0 to 1")
 
-    from abmll.deploy.predict import predict  # behind the parser: --help should not wait for torch
+    from abmll.deploy.exit_status import exit_status  # behind the parser: --help should not wait for torch
+    from abmll.deploy.predict import predict
     from abmll.tasks.labelled import Columns
 
-    try:
-        predict(
-            arguments.adapter,
-            arguments.input,
-            output=arguments.output,
-            columns=Columns(arguments.text),
-            samples=arguments.samples,
-            calibrated=arguments.calibrated,
-            abstain=arguments.abstain,
-            model=arguments.model,
-            device=arguments.device,
-        )
-        return 0
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        sys.stderr.close()
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = partial(
+        predict,
+        arguments.adapter,
+        arguments.input,
+        output=arguments.output,
+        columns=Columns(arguments.text),
+        samples=arguments.samples,
+        calibrated=arguments.calibrated,
+        abstain=arguments.abstain,
+        model=arguments.model,
+        device=arguments.device,
+    )
+    return exit_status(command)
 
 
 if __name__ == "__main__":

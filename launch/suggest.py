@@ -6,6 +6,7 @@ Prints the rows that the model is least sure of, the least sure first. Before th
 
 import argparse
 import sys
+from functools import partial
 
 
 def main() -> int:
@@ -28,25 +29,23 @@ def main() -> int:
     if arguments.samples == 1 or min(arguments.samples, arguments.count - 1) < 0:
         parser.error("--count: at least 1; --samples: 0, or at least 2, as one has no variance")
 
-    from abmll.deploy.predict import suggest  # behind the parser: --help should not wait for torch
+    from abmll.deploy.exit_status import exit_status  # behind the parser: --help should not wait for torch
+    from abmll.deploy.predict import suggest
     from abmll.tasks.labelled import Columns
 
-    try:
-        suggest(
-            arguments.run,
-            arguments.adapter,
-            arguments.input,
-            columns=Columns(arguments.text),
-            count=arguments.count,
-            samples=arguments.samples,
-            options=arguments.options,
-            model=arguments.model,
-            device=arguments.device,
-        )
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = partial(
+        suggest,
+        arguments.run,
+        arguments.adapter,
+        arguments.input,
+        columns=Columns(arguments.text),
+        count=arguments.count,
+        samples=arguments.samples,
+        options=arguments.options,
+        model=arguments.model,
+        device=arguments.device,
+    )
+    return exit_status(command)
 
 
 if __name__ == "__main__":

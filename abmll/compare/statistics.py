@@ -39,6 +39,14 @@ class Record(NamedTuple):
     losses: int
 
 
+def wilson(share: float, n: int) -> Estimate:
+    """A share of n independent examples and Wilson's score interval (1927); NaN where the share is."""
+    if math.isnan(share):
+        return Estimate(math.nan, math.nan, math.nan)
+    found = stats.binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(share, float(found.low), float(found.high))
+
+
 def estimate(tasks: np.ndarray) -> Estimate:
     """Mean of one value a task [n] and its 95 % bootstrap interval (bias-corrected and accelerated).
 

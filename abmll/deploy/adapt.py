@@ -13,7 +13,6 @@ from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
 from abmll.deploy.folder import CARD, check_free
 from abmll.deploy.meta_model import Diverged, MetaModel
-from abmll.exhausted import memory_told
 from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
 
 
@@ -51,8 +50,7 @@ def adapt(
 
         problem = None
         try:
-            with memory_told(model.base.config):
-                found = model.adapt_all(tasks, folds, steps, tell)
+            found = model.adapt_all(tasks, folds, steps, tell)
         except Diverged as error:
             found, problem = error.models, error
     for task, own in found.items():

@@ -65,8 +65,8 @@ class AdapterCard(_Part):
     adaptation: AdaptationCard
     demonstrations: list[ShownExample]
     scores: dict[str, dict[str, float | None]] = Field(
-        description="cross_validation, and before_adaptation on the same examples: see `cross_validation.summarise`; "
-        "null: not a number."
+        description="cross_validation (`cross_validation.summarise`), and before_adaptation on the same examples "
+        "(`abmll.metrics.Scores`); null: not a number."
     )
     config: dict[str, Any] = Field(description="The run's seed, model, adapters, method and prompts.")
     versions: dict[str, str | None]

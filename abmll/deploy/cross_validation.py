@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from scipy.stats import binomtest
-
+from abmll.compare.statistics import wilson
 from abmll.deploy.adaptation import Support, make_support
 from abmll.deploy.base import AdaptedBase
 from abmll.evaluation.temperature import RANGE, fit_temperature
@@ -16,7 +15,6 @@ from abmll.metrics import Predictions, score
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 
-LEVEL = 0.95  # of the interval
 NEAR = 1.05  # an end of the temperature's range, by this factor
 
 
@@ -60,17 +58,13 @@ def _by_question(examples: Sequence[Example]) -> list[list[Example]]:
 def summarise(held_out: Predictions, folds: int) -> dict[str, float]:
     """Scores of all held-out examples as one set (see `abmll.metrics.Scores`), and what they say beyond them.
 
-    accuracy_low, accuracy_high: Wilson's interval at LEVEL, which takes the examples for independent: they share
+    accuracy_low, accuracy_high: Wilson's 95 % interval, which takes the examples for independent: they share
     most of what the folds were adapted on, so it is a little too narrow. temperature: the one that makes the held-out
     predictions likeliest; NaN where one of them is, or where it lies at an end of its range: with no errors among a few
     examples (or nothing but errors) the likeliest confidence is boundless, which says nothing about others.
     """
     scores = asdict(score(held_out))
-    low, high = math.nan, math.nan
-    if not math.isnan(scores["accuracy"]):
-        right = round(scores["accuracy"] * scores["n"])
-        interval = binomtest(right, scores["n"]).proportion_ci(LEVEL, method="wilson")
-        low, high = float(interval.low), float(interval.high)
+    _, low, high = wilson(scores["accuracy"], scores["n"])
     temperature = fit_temperature(held_out)
     if not RANGE[0] * NEAR < temperature < RANGE[1] / NEAR:
         temperature = math.nan

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from abmll.config import Refused
-from abmll.files import MANIFEST, new_partial, publish
+from abmll.files import MANIFEST, new_partial, publish, read_json
 
 CARD = "card.json"  # what tells an adapter, which may be replaced, from anything else
 REPORT = "export.json"  # the same of an export
@@ -27,8 +26,8 @@ def check_free(folder: Path, mark: str) -> None:
 
 def _sealed(folder: Path) -> set[str]:
     try:
-        return {*json.loads((folder / MANIFEST).read_text(encoding="utf-8")), MANIFEST}
-    except (OSError, ValueError, TypeError):
+        return {*read_json(folder / MANIFEST), MANIFEST}
+    except (ValueError, TypeError):
         return set()
 
 

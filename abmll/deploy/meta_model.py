@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class MetaModel:
                 tell(done, total)
 
         found: dict[str, TaskModel] = {}
-        before = {name: self._unadapted(name, supports[name], given[name]) for name in given if parts[name]}
+        before = {name: self._before(supports[name], given[name]) for name in given if parts[name]}
         held_out: dict[str, list[Predictions]] = {name: [] for name in given}
         diverged: dict[str, list[float]] = {}
         for number, slot, loss in adapt_side_by_side(self.base, wanted, count):
@@ -108,10 +109,10 @@ class MetaModel:
             if not all(map(math.isfinite, loss)):
                 diverged.setdefault(name, loss)
             elif fold is None:
-                found[name] = TaskModel(self.base, self.base.taken(slot), self._card(supports[name], given[name], loss))
+                card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss)
+                found[name] = TaskModel(self.base, self.base.taken(slot), card)
             else:
                 held_out[name].append(self._predict_fold(name, fold, slot, len(held_out[name])))
-        self.base.forget()
         for name, own in held_out.items():
             if own and name not in diverged:
                 scores = {"cross_validation": summarise(concatenate(own), len(own)), "before_adaptation": before[name]}
@@ -122,16 +123,18 @@ class MetaModel:
             raise Diverged(diverged, models)
         return models
 
-    def unadapted(self, options: Sequence[str], task: str = "task") -> TaskModel:
-        """theta itself, for a task of these options: what `TaskModel.suggest` asks before there are labels."""
-        checked = check_options(tuple(options), f"task {task}: options")
-        question = Example("", checked, checked[0])
-        return TaskModel(self.base, None, self._card(Support(task, 0, (), ()), [question], []))
+    def unadapted(self, options: Sequence[str] | None, task: str = "task") -> TaskModel:
+        """theta itself, for a task of these options: what `TaskModel.suggest` asks before there are labels.
 
-    def _unadapted(self, task: str, support: Support, examples: Sequence[Example]) -> dict[str, float]:
+        None: each question brings its own.
+        """
+        checked = None if options is None else check_options(tuple(options), f"task {task}: options")
+        return TaskModel(self.base, None, self._card(Support(task, 0, (), ()), checked, 0, []))
+
+    def _before(self, support: Support, examples: Sequence[Example]) -> dict[str, float]:
         """Scores of the examples by theta."""
-        model = TaskModel(self.base, None, self._card(support, examples, []))
-        return summarise(model.predictions(examples), 0)
+        card = self._card(support, _options_of(examples), len(examples), [])
+        return asdict(TaskModel(self.base, None, card).evaluate(examples))
 
     def _predict_fold(self, task: str, fold: Fold, slot: int, number: int) -> Predictions:
         examples = [example.behind(fold.support.shown) for example in fold.held_out]
@@ -149,15 +152,15 @@ class MetaModel:
             )
         return found
 
-    def _card(self, support: Support, examples: Sequence[Example], loss: list[float]) -> AdapterCard:
-        config, options = self.base.config, {example.options for example in examples}
+    def _card(self, support: Support, options: tuple[str, ...] | None, examples: int, loss: list[float]) -> AdapterCard:
+        config = self.base.config
         return AdapterCard(
             task=support.task,
-            options=list(options.pop()) if len(options) == 1 else None,
+            options=None if options is None else list(options),
             base=BaseCard(name=config.model.name, revision=config.model.revision, fingerprint=self.base.fingerprint),
             run=self.run,
             adaptation=AdaptationCard(
-                examples=len(examples), steps=support.steps, batch_size=self.base.learner.batch_size, loss=loss
+                examples=examples, steps=support.steps, batch_size=self.base.learner.batch_size, loss=loss
             ),
             demonstrations=[
                 ShownExample(input=shown.input, options=list(shown.options), output=shown.output)
@@ -190,6 +193,12 @@ def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task
         check_output(example.output, example.options, where)
         readable(example.input + "".join(example.options), where)
     return found
+
+
+def _options_of(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """Those that all examples have; None where they differ."""
+    found = {example.options for example in examples}
+    return found.pop() if len(found) == 1 else None
 
 
 class Diverged(Refused):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from abmll.config import Refused, override_texts
+from abmll.config.settings import flat
 from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
 from abmll.deploy.base import AdaptedBase, Phi
 from abmll.deploy.export import export_adapter
@@ -18,12 +19,8 @@ from abmll.tasks.checks import check_options
 from abmll.tasks.labelled import readable
 from abmll.tasks.task import Example, PromptedExample
 
-# what a base's layers and prompts are made with, by section; (): all keys of it
-SHARED = {
-    "adapters": (),
-    "method": ("name",),
-    "tasks": ("max_tokens", "too_long", "demonstrations", "demonstrate"),
-}
+# what a base's layers and prompts are made with
+SHARED = ("adapters.", "method.name", "tasks.max_tokens", "tasks.too_long", "tasks.demonstrations", "tasks.demonstrate")
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,7 @@ class TaskModel:
         examples = self._all_asked(texts)
         if not examples:
             return []
-        found = self._predictions(examples, samples)
-        if calibrated:
-            found = found.tempered(self._temperature())
+        found = self._predictions(examples, samples, calibrated)
         return [self._told(example, found, place) for place, example in enumerate(examples)]
 
     def evaluate(self, examples: Sequence[Example], samples: int = 0, calibrated: bool = False) -> Scores:
@@ -83,8 +78,7 @@ class TaskModel:
         """What `evaluate` scores, for whatever else is asked of it (`abmll.uncertainty`)."""
         if not examples:
             raise ValueError(f"task {self.name}: no examples to score; give at least one")
-        found = self._predictions([self._asked(example) for example in examples], samples)
-        return found.tempered(self._temperature()) if calibrated else found
+        return self._predictions(self._all_asked(examples), samples, calibrated)
 
     def suggest(self, texts: Sequence[str | Example], count: int = 4, samples: int = 0) -> list[int]:
         """Places of the `count` texts that are most worth a label, the most uncertain first.
@@ -123,10 +117,11 @@ class TaskModel:
         export_adapter(self, folder, format)
         return Path(folder)
 
-    def _predictions(self, examples: Sequence[Example], samples: int) -> Predictions:
+    def _predictions(self, examples: Sequence[Example], samples: int, calibrated: bool) -> Predictions:
         self.base.show(self.phi)
         stream = ("prediction", self.name, self.card.adaptation.steps)
-        return self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
+        found = self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
+        return found.tempered(self._temperature()) if calibrated else found
 
     def _all_asked(self, texts: Sequence[str | Example]) -> list[Example]:
         if isinstance(texts, str):
@@ -189,9 +184,9 @@ def load_task_models(
         raise Refused("--adapter: none is named; name at least one folder that launch/adapt.py wrote")
     try:
         base = AdaptedBase(loaded[0][1].run_config(folders[0], overrides), device)
+        return [over(base, folder, *own, overrides) for folder, own in zip(folders, loaded, strict=True)]
     except ValueError as error:
         raise Refused(str(error)) from error
-    return [_over(base, folder, phi, card, loaded[0][1]) for folder, (phi, card) in zip(folders, loaded, strict=True)]
 
 
 def moved_to(model: str | None) -> list[str]:
@@ -199,29 +194,26 @@ def moved_to(model: str | None) -> list[str]:
     return [] if model is None else override_texts({"model.name": model})
 
 
-def _over(base: AdaptedBase, folder: str | Path, phi: Phi, card: AdapterCard, first: AdapterCard) -> TaskModel:
+def over(
+    base: AdaptedBase, folder: str | Path, phi: Phi, card: AdapterCard, overrides: Sequence[str] = ()
+) -> TaskModel:
+    """A loaded adapter over a base. ValueError where it is not of this base, or needs other layers or prompts."""
     if card.base.fingerprint != base.fingerprint:
         raise Refused(
             f"--adapter: {folder}: was made on {card.base.name} with fingerprint {card.base.fingerprint[:12]}, and "
             f"{base.config.model.name} as it is loaded has {base.fingerprint[:12]}: an adapter serves no other "
             "weights; name its own model with --model"
         )
-    _check_alike(folder, card, first)
+    own, shared = (flat(config.model_dump()) for config in (card.run_config(folder, overrides), base.config))
+    for key in own:
+        if key.startswith(SHARED) and own[key] != shared[key]:
+            raise Refused(
+                f"--adapter: {folder}: {key} is {own[key]!r}, and {shared[key]!r} in the first adapter, so that they "
+                "cannot share a base; use it in a call of its own"
+            )
     shapes = {name: value.shape[1:] for name, value in base.adapters.phi.items()}
     if {name: value.shape for name, value in phi.items()} != shapes:
         raise Refused(
             f"--adapter: {folder}: its tensors do not fit the adapters that its card describes; make it again"
         )
     return TaskModel(base, phi, card)
-
-
-def _check_alike(folder: str | Path, card: AdapterCard, first: AdapterCard) -> None:
-    """Adapters share a base's layers and prompts; how they were adapted may differ."""
-    for section, keys in SHARED.items():
-        one, other = (config.get(section, {}) for config in (card.config, first.config))
-        for key in keys or {*one, *other}:
-            if one.get(key) != other.get(key):
-                raise Refused(
-                    f"--adapter: {folder}: {section}.{key} is {one.get(key)!r}, and {other.get(key)!r} in the first "
-                    "adapter, so that they cannot share a base; use it in a call of its own"
-                )

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors.torch import load_file
 from torch import Tensor
 
 from abmll.config import Refused
 from abmll.config.yaml_text import read_mapping
+from abmll.deploy.folder import CARD
 from abmll.evaluation import Evaluation
+from abmll.files import read_json, whole_lines
 from abmll.provenance import PROVENANCE
 from abmll.score_files import PREDICTIONS, SCORES, SETTINGS, load_scores
 from abmll.summary import FACTS, FINAL, THETA
-
-CARD = "card.json"  # of an adapter for one task
+from abmll.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _read_run(folder: Path, name: str) -> RunFacts:
         evaluations=evaluations,
         others=[_other(path, notes) for path in sorted((folder / "scores").glob("*")) if (path / SCORES).is_file()],
         adapters=[_json(path, {}) for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/{CARD}"))],
-        theta=load_file(theta) if theta.is_file() else {},
+        theta=read_tensors(theta)[0] if theta.is_file() else {},
         notes=notes,
     )
 
@@ -157,15 +156,8 @@ def _validations(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _json(path: Path, missing: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
+    return read_json(path) if path.is_file() else missing
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """A line that a kill cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    return whole_lines(path) if path.is_file() else []

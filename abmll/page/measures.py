@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel
-from scipy.stats import binomtest
 
 from abmll.compare.plots import smoothed
-from abmll.compare.statistics import CONFIDENCE, Estimate, estimate
+from abmll.compare.statistics import Estimate, estimate, wilson
 from abmll.config import Config
 from abmll.config.schema import ModelConfig
 from abmll.evaluation import Evaluation
@@ -91,14 +90,6 @@ def task_scores(scored: Scored, task: str) -> TaskScores | None:
     if predictions is not None:
         nll = estimate(predictions.nll.numpy())
     return TaskScores(n, wilson(scores["accuracy"], n), nll)
-
-
-def wilson(accuracy: float, n: int) -> Estimate:
-    """A share of n examples and Wilson's score interval (1927); NaN where the share is."""
-    if math.isnan(accuracy):
-        return Estimate(math.nan, math.nan, math.nan)
-    found = binomtest(round(accuracy * n), n).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(accuracy, float(found.low), float(found.high))
 
 
 def over_tasks(scored: Scored, metric: str) -> Estimate:

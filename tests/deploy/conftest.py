@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
 from deployed import EXAMPLES, save_run
+from exported import adapted_from, save_base
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +37,13 @@ def whole(meta):
     yield
     for name, value in meta.base.adapters.theta.items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def moods(build_tiny, base, tmp_path_factory):
+    return adapted_from(build_tiny, base, tmp_path_factory.mktemp("run"))

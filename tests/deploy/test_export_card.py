@@ -9,7 +9,6 @@ from exported import adapted_from, code_of, save_base
 
 from abmll import Example, MetaModel
 from abmll.deploy.export import export_adapter
-from abmll.deploy.export.command import _theta
 from abmll.deploy.export.model_card import escape, model_card
 from abmll.deploy.export.report import Report
 from abmll.deploy.export.subject import Subject
@@ -98,7 +97,8 @@ def test_only_the_hubs_own_names_are_a_base_model(adapted, monkeypatch):
 
 
 def test_thetas_card(run, tmp_path):
-    theta = _theta(str(run), (), "cpu")
+    meta = MetaModel.load(run, device="cpu")
+    theta = meta.unadapted(None, meta.run.name)
     assert theta.options is None and theta.phi is None
     export_adapter(theta, tmp_path / "out", "merged")
     card = (tmp_path / "out" / "README.md").read_text()

@@ -19,16 +19,6 @@ NAMES = [f"model.layers.{n}.self_attn.{name}" for n in (0, 1) for name in ("q_pr
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def moods(build_tiny, base, tmp_path_factory):
-    return adapted_from(build_tiny, base, tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="session")
 def half(build_tiny, base, tmp_path_factory):
     return adapted_from(build_tiny, base, tmp_path_factory.mktemp("run"), dtype="bfloat16")
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deployed import OPTIONS, TEXTS, prompts, save_run
-from exported import adapted_from, save_base
+from exported import adapted_from
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,16 +27,6 @@ KINDS = {
     "reptile": {"method": {"name": "reptile"}},
     "blob": {"method": {"name": "blob"}},
 }
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def moods(build_tiny, base, tmp_path_factory):
-    return adapted_from(build_tiny, base, tmp_path_factory.mktemp("run"))
 
 
 def probabilities(model, own, texts):

@@ -14,7 +14,7 @@ SIGNATURES = {
     "MetaModel.adapt_all": "(self, tasks: 'Mapping[str, Sequence[Example | tuple[str, str]]]', folds: 'int' = 4,"
     " steps: 'int | None' = None, tell: 'Callable[[int, int], None] | None' = None)"
     " -> 'dict[str, TaskModel]'",
-    "MetaModel.unadapted": "(self, options: 'Sequence[str]', task: 'str' = 'task') -> 'TaskModel'",
+    "MetaModel.unadapted": "(self, options: 'Sequence[str] | None', task: 'str' = 'task') -> 'TaskModel'",
     "TaskModel.predict": "(self, texts: 'Sequence[str | Example]', samples: 'int' = 0, calibrated: 'bool' = False)"
     " -> 'list[Prediction]'",
     "TaskModel.evaluate": "(self, examples: 'Sequence[Example]', samples: 'int' = 0, calibrated: 'bool' = False)"

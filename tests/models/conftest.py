@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from abmll.config.schema import ModelConfig
+from abmll.models.load import load_model
 from abmll.tasks.batch import collate
 from abmll.tasks.task import Batch, PromptedExample
 
@@ -55,3 +56,12 @@ def demo():
         loaded = load_model(ModelConfig(name=DEMO_NAME), "cpu")
         assert attempts == []
     return loaded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny random model as a Hugging Face folder."""
+    model, tokenizer = load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu")
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"

@@ -26,14 +26,6 @@ from abmll.models.packing import is_packed
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    model, tokenizer = load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu")
-    model.save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
 def hub_error(kind):
     error = kind.__new__(kind)  # their constructors want an HTTP response
     Exception.__init__(error, "refused")

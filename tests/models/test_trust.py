@@ -20,14 +20,6 @@ LOADERS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    model, tokenizer = load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu")
-    model.save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
 def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from made_runs import evaluation, step_lines, write_run
 
+from abmll.compare.statistics import wilson
 from abmll.page.facts import read_run, read_runs
 from abmll.page.measures import (
     all_scored,
@@ -20,7 +21,6 @@ from abmll.page.measures import (
     task_scores,
     thinned,
     training_tasks,
-    wilson,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -179,3 +180,16 @@ def finished(tmp_path_factory):
         found = Run(tmp_path_factory.mktemp("finished") / "run").train("eval.every=2")
     torch.set_num_threads(before)
     return found
+
+
+@pytest.fixture
+def command(run, monkeypatch):
+    """launch/train.py in this process, which saves the imports; returns its exit status."""
+
+    def execute(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", run.command(*arguments)[1:])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        return end.value.code
+
+    return execute

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 
 import pytest
 from runs import TRAIN, Run, call
-
-
-@pytest.fixture
-def command(run, monkeypatch):
-    """The command in this process, which saves the imports; returns its exit status."""
-
-    def execute(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", run.command(*arguments)[1:])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        return end.value.code
-
-    return execute
 
 
 @pytest.fixture

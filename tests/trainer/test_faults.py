@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import runpy
 import signal
-import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import TRAIN, Run
+from runs import Run
 from test_checkpoint import flip, truncate
 
 from abmll import run as commands
@@ -107,19 +105,6 @@ def test_sigterm_before_the_first_step_leaves_nothing_to_go_on_from(make_run, mo
     assert not (run.folder / "checkpoints").exists()
     run.train("eval.pretrained=true", "trainer.episodes=1", resume=True)
     assert [found["method"] for found in run.scores] == ["pretrained", "abmll"]
-
-
-@pytest.fixture
-def command(run, monkeypatch):
-    """launch/train.py in this process, which saves the imports; returns its exit status."""
-
-    def execute(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", run.command(*arguments)[1:])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        return end.value.code
-
-    return execute
 
 
 def test_sigterm_is_told_with_its_status(run, monkeypatch, command, capsys):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from abmll.config import override_texts
 from abmll.deploy.export.push import check_push, push
-from abmll.deploy.export.subject import OPTIONS
 from abmll.deploy.export.write import export_adapter
 from abmll.deploy.folder import REPORT, check_free
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import TaskModel, load_task_models
+from abmll.deploy.task_model import load_task_models
 
 
 def export(
@@ -33,17 +31,14 @@ def export(
         check_push(repository)
     chosen = {"model.name": model, "model.dtype": dtype}
     overrides = override_texts({key: value for key, value in chosen.items() if value is not None})
-    own = load_task_models([str(adapter)], overrides, device)[0] if run is None else _theta(run, overrides, device)
+    if run is None:
+        own = load_task_models([str(adapter)], overrides, device)[0]
+    else:
+        meta = MetaModel.load(run, overrides, device)
+        own = meta.unadapted(None, meta.run.name)
     report = export_adapter(own, out, format)
     rows = [("exported", f"{own.name}, as {format}, on {report.base} in {report.dtype}"), *report.lines()]
     rows += [("note", note) for note in report.notes]
     print("\n".join(f"{name:<15} {value}" for name, value in [*rows, ("folder", out)]), flush=True)
     if repository is not None:
         print(f"{'pushed':<15} {push(Path(out), repository)}")
-
-
-def _theta(run: str, overrides: Sequence[str], device: str | None) -> TaskModel:
-    """theta, whose questions may have any options."""
-    meta = MetaModel.load(run, overrides, device)
-    card = meta.unadapted(OPTIONS, meta.run.name).card
-    return TaskModel(meta.base, None, card.model_copy(update={"options": None}))

@@ -62,20 +62,7 @@ def write_merged(subject: Subject, folder: Path) -> Report:
             "--format merged: the merged model's logits are not finite, or the base's own; use --format peft, or "
             "--dtype float32"
         )
-    config = subject.base.config
-    return Report(
-        format="merged",
-        base=config.model.name,
-        dtype=config.model.dtype,
-        layers=len(subject.means),
-        rank=subject.rank,
-        scaling=subject.scaling,
-        effect=float((subject.logits - base_logits).abs().max()),
-        difference=float((logits - subject.logits).abs().max()),
-        option_difference=subject.option_difference(logits),
-        merge=merge,
-        notes=_notes(subject, merge),
-    )
+    return subject.report("merged", logits, base_logits, merge=merge, notes=_notes(subject, merge))
 
 
 @torch.no_grad()

@@ -96,7 +96,6 @@ def _loaded_back(subject: Subject, folder: Path) -> Report:
     loaded = PeftModel.from_pretrained(fresh, str(folder)).eval()
     _check_layers(subject, fresh)
     logits = next_logits(loaded, subject.prompts)
-    effect = float((subject.logits - base_logits).abs().max())
     difference, tolerance = float((logits - subject.logits).abs().max()), tolerated(subject)
     if not difference < float((logits - base_logits).abs().max()):
         raise Refused(
@@ -108,19 +107,7 @@ def _loaded_back(subject: Subject, folder: Path) -> Report:
             f"--format peft: loaded back, logits differ from the adapter's by {difference:.3g}, and rounding explains "
             f"{tolerance:.3g} only; please report it with the versions of peft and transformers"
         )
-    return Report(
-        format="peft",
-        base=config.model.name,
-        dtype=config.model.dtype,
-        layers=len(subject.means),
-        rank=subject.rank,
-        scaling=subject.scaling,
-        effect=effect,
-        difference=difference,
-        tolerance=tolerance,
-        option_difference=subject.option_difference(logits),
-        notes=_notes(subject, fresh),
-    )
+    return subject.report("peft", logits, base_logits, tolerance=tolerance, notes=_notes(subject, fresh))
 
 
 def tolerated(subject: Subject) -> float:

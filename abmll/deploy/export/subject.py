@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from abmll.config import Refused
+from abmll.deploy.export.report import Report
 from abmll.kernels import LowRank
 from abmll.models.load import load_model
 from abmll.models.source import resolve
@@ -75,6 +76,17 @@ class Subject:
     def fresh_base(self) -> PreTrainedModel:
         """The base once more, as it was before there were adapters in it. Takes its memory again."""
         return load_model(self.base.config.model, self.base.device)[0]
+
+    def report(
+        self, format: str, logits: Tensor | None = None, base_logits: Tensor | None = None, **found: Any
+    ) -> Report:
+        """What was found. `logits` [S, V]: of what was written, and `base_logits` of the base without it."""
+        if logits is not None and base_logits is not None:
+            found["effect"] = float((self.logits - base_logits).abs().max())
+            found["difference"] = float((logits - self.logits).abs().max())
+            found["option_difference"] = self.option_difference(logits)
+        model = self.base.config.model
+        return Report(format, model.name, model.dtype, len(self.means), self.rank, self.scaling, **found)
 
     def option_difference(self, logits: Tensor) -> float:
         """The largest difference of an option's probability between the adapted model and one with these logits."""

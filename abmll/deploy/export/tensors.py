@@ -27,7 +27,4 @@ def write_tensors(subject: Subject, folder: Path) -> Report:
     wrong = [name for name, value in subject.tensors.items() if not torch.equal(found[name], value)]
     if wrong:
         raise Refused(f"--format safetensors: {wrong[0]} is not what was written; check the disk, and export again")
-    config = subject.base.config
-    return Report(
-        "safetensors", config.model.name, config.model.dtype, len(subject.means), subject.rank, subject.scaling
-    )
+    return subject.report("safetensors")
