@@ -23,6 +23,7 @@ import torch.distributed as dist
 from abmll.files import TEMPORARY
 from abmll.interrupt import Interrupted
 from abmll.op_lock import load_cpu_operation
+from abmll.ports import free_port
 from abmll.resident import bound_caches
 from abmll.slurm import adopt_slurm
 from abmll.watch import Watch, start_watch
@@ -93,10 +94,7 @@ def start_ranks() -> Ranks:
     global _watch
     adopt_slurm()
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})
         _set_here.extend(alone)
     on_gpu = torch.cuda.is_available()

@@ -18,7 +18,6 @@ import mmap
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -108,7 +107,9 @@ class Job:
         self.config.write_text(f"output: {folder}\n{CONFIG}")
 
     def start(self) -> Attempt:
-        phases, port, pids = mmap.mmap(-1, self.ranks), _free_port(), []
+        from abmll.ports import free_port
+
+        phases, port, pids = mmap.mmap(-1, self.ranks), free_port(), []
         for rank in range(self.ranks):
             pid = os.fork()
             if pid == 0:
@@ -302,12 +303,6 @@ def _mark_phases(phases: mmap.mmap, rank: int) -> None:
     marked(trainer.Trainer, "_save", "checkpoint")
     marked(run, "save_summary", "summary")
     marked(run, "save_scores", "scores")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from abmll.config import ConfigError, Refused, load_config, with_absolute_paths
 from abmll.config.settings import flat
 from abmll.config.yaml_text import dump
 from abmll.files import write_whole
+from abmll.ports import free_port
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import SCORES, scored_under
 from abmll.summary import finished_facts
@@ -180,10 +180,7 @@ class Runner:
             return [sys.executable]
         # with a number given, the launcher would forget which GPUs are visible
         number = [] if self.gpus else ["--num_accelerators", str(self.ranks)]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(port)]
+        return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
 
 
 def visible_gpus() -> list[str]:

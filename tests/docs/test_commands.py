@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from commands import RULES, rules_for
 from pages import PAGES, Block, blocks, commands
-from runs import environment, free_port
+from runs import environment
 from sandbox import SHORT
+
+from abmll.ports import free_port
 
 # the same command in several places is one
 FOUND = [command for page in PAGES for command in commands(page)]

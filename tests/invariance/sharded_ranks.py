@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import sys
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 
-from runs import Run, Stopped, free_port
+from runs import Run, Stopped, meet
 from setups import make_setup
 
 import abmll.run
@@ -52,14 +51,8 @@ class Script:
         self.lockstep: Lockstep | None = None
 
     def next_port(self) -> None:
-        """One that is free now: those that were free at the start may have gone to the ranks' own connections."""
-        path, self.starts = self.folder / f"port-{self.starts}", self.starts + 1
-        if self.rank == 0:
-            path.with_suffix(".new").write_text(str(free_port()))
-            path.with_suffix(".new").replace(path)
-        while not path.exists():
-            time.sleep(0.01)
-        os.environ["MASTER_PORT"] = path.read_text()
+        meet(self.folder, self.starts)
+        self.starts += 1
 
     def start(self) -> Ranks:
         self.next_port()

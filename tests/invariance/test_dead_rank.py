@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
-from runs import Run, environment, free_port
+from runs import Run, environment
+
+from abmll.ports import free_port
 
 pytestmark = [
     pytest.mark.distributed,

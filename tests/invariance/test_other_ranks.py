@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TRAIN, Run, call, free_port
+from runs import TRAIN, Run, call
+
+from abmll.ports import free_port
 
 pytestmark = [
     pytest.mark.distributed,

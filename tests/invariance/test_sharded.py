@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Run, call, free_port
+from runs import Run, call
 from transformers import AutoModelForCausalLM
 
 from abmll.models.architectures import architecture_config, byte_tokenizer, random_model
+from abmll.ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 from setups import make_setup

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import TRAIN, Run, environment, free_port
+from runs import TRAIN, Run, environment
 
 from abmll.checkpoint import newest_whole
+from abmll.ports import free_port
 
 pytestmark = [
     pytest.mark.distributed,

@@ -1,10 +1,11 @@
 """Run by the deepspeed launcher on two ranks: the runs that test_two_ranks.py compares, in one start of the processes.
 
-usage: two_ranks.py FOLDER PORT...   FOLDER/RUN.yaml holds the configuration of each run; each takes a port.
+usage: two_ranks.py FOLDER   FOLDER/RUN.yaml holds the configuration of each run.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -15,20 +16,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from outer_steps import recording
-from runs import METHODS, ONE_STEP, Run, Stopped
+from runs import METHODS, ONE_STEP, Run, Stopped, meet
 
 from abmll.trainer import Trainer
 
 
 def main() -> None:
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    folder, ports = Path(arguments[0]), iter(arguments[1:])
+    [folder] = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    starts = itertools.count()
     torch.set_num_threads(1)
 
     taken: dict[str, list] = {}  # the steps of each run, over its resumptions
 
     def train(name: str, *overrides: str, **keywords: bool) -> None:
-        os.environ["MASTER_PORT"] = next(ports)
+        meet(folder, next(starts))
         with recording() as steps:
             try:
                 Run(folder / name).train(*overrides, **keywords)
@@ -71,7 +72,7 @@ def main() -> None:
         os.environ["WORLD_SIZE"] = "2"
         (folder / "moved.ready").touch()
     else:
-        next(ports)
+        next(starts)
         while not (folder / "moved.ready").exists():
             time.sleep(0.1)
     train("moved", "trainer.episodes=8", resume=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from abmll.checkpoint import Checkpoint
 from abmll.config import load_config
 from abmll.distributed import start_ranks, stop_ranks
+from abmll.ports import free_port
 from abmll.run import Session, open_session, train
 from abmll.summary import load_summary
 from abmll.trainer import Trainer
@@ -140,14 +141,19 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in ranks}, "OMP_NUM_THREADS": "1"}
 
 
+def meet(folder: Path, start: int) -> None:
+    """Sets MASTER_PORT for the ranks' start of that number: a port that is free now, chosen by the first of them."""
+    path = folder / f"port-{start}"
+    if os.environ["RANK"] == "0":
+        path.with_suffix(".new").write_text(str(free_port()))
+        path.with_suffix(".new").replace(path)
+    while not path.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = path.read_text()
+
+
 def call(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

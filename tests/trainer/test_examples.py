@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.launcher.runner import fetch_hostfile
-from runs import ROOT, Run, environment, free_port
+from runs import ROOT, Run, environment
+
+from abmll.ports import free_port
 
 EXAMPLES = ROOT / "docs/examples"
 

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import Run, Stopped, call, free_port, stop_before
+from runs import Run, Stopped, call, stop_before
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import abmll.run
+from abmll.ports import free_port
 from abmll.profiling import COSTS, SNAPSHOT, TRACE, Profiler, cost_tables, phase, steps_to_record
 from abmll.run import train
 
