@@ -63,6 +63,7 @@ setup(
             "peft>=0.17",  # a contender in the benchmark of memory; adapters are exported in its format
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            'atheris>=2.3; sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.15"',
             "matplotlib>=3.8",
             "tensorboard>=2.17",
             "ruff>=0.8",
