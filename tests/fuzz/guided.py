@@ -4,8 +4,8 @@
     python tests/fuzz/guided.py jsonl -max_total_time=600      # or configuration, other, manifest, overrides
 
 What follows the name goes to libFuzzer: its options, and a folder of more inputs to start from, where it keeps what
-reached new code. It ends at the first input that breaks the property, with a traceback, and keeps that input as crash-...
-in the current folder. Hypothesis (the tests beside this file) knows the files' structure; atheris knows the code.
+reached new code. It ends at the first input that breaks the property, with a traceback, and keeps that input as
+crash-... in the current folder. Hypothesis (the tests beside this file) knows the files' structure; atheris the code.
 """
 
 from __future__ import annotations
