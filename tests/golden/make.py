@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from threadpoolctl import threadpool_info
 
 from ..conftest import build_tiny  # first: it turns Triton's interpreter on
 
@@ -103,8 +104,16 @@ def machine() -> dict[str, str]:
     return {
         **{name: version(name) for name in ("torch", "transformers", "triton", "numpy")},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "numpy_blas": _numpy_blas(),
         "cpu": _cpu(),
     }
+
+
+def _numpy_blas() -> str:
+    """The kernels of NumPy's products, in which Triton's interpreter sums: OPENBLAS_CORETYPE may name other ones."""
+    return " ".join(
+        sorted({found.get("architecture", "?") for found in threadpool_info() if found["user_api"] == "blas"})
+    )
 
 
 def _cpu() -> str:
