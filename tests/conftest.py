@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
@@ -119,6 +121,30 @@ def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
     if dtype == torch.float64:
         parts.model.double()
     return Tiny(config, parts)
+
+
+@contextmanager
+def large_blocks() -> Iterator[None]:
+    """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
+    from abmll.kernels.backends import interpreted
+    from abmll.kernels.fused import configurations, plans
+
+    if not interpreted():
+        yield
+        return
+    tile = {"ROWS": 256, "COLUMNS": 64}
+    kernels = {"project": {"ROWS": 256, "DEPTH": 64}, "elementwise": tile, "gradient": {**tile, "SUMMED": 4096}}
+    launches = {name: configurations.Launch(blocks, warps=4, stages=1) for name, blocks in kernels.items()}
+    with patch.multiple(configurations, **{name: lambda *_, own=own: own for name, own in launches.items()}):
+        plans.forget()
+        yield
+    plans.forget()
+
+
+@pytest.fixture(name="large_blocks")
+def large_blocks_fixture():
+    with large_blocks():
+        yield
 
 
 @pytest.fixture(name="build_tiny", scope="session")

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from threadpoolctl import threadpool_info
 
-from ..conftest import build_tiny  # first: it turns Triton's interpreter on
+from ..conftest import build_tiny, large_blocks  # first: it turns Triton's interpreter on
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("reference", "plain", "closed_form", "triton")
@@ -77,25 +77,14 @@ def _numbers(tiny: Any) -> Numbers:
 def _code_of(backend: str) -> Iterator[None]:
     """The way that a CPU takes is `closed_form`; of the others one is a GPU's, and one the contract itself."""
     from abmll.kernels import plain
-    from abmll.kernels.fused import configurations, plans
 
     with ExitStack() as stack:
         if backend == "reference":
             stack.enter_context(patch.object(plain, "_in_closed_form", lambda *_: False))
         elif backend == "plain":
             stack.enter_context(patch.object(plain, "on_gpu", lambda _: True))
-        elif backend == "triton":  # the interpreter's time goes by blocks, not by numbers
-            tile = {"ROWS": 256, "COLUMNS": 64}
-            of_kernels = {
-                "project": {"ROWS": 256, "DEPTH": 64},
-                "elementwise": tile,
-                "gradient": {**tile, "SUMMED": 4096},
-            }
-            for name, blocks in of_kernels.items():
-                launch = configurations.Launch(blocks, warps=4, stages=1)
-                stack.enter_context(patch.object(configurations, name, lambda *_, launch=launch: launch))
-            plans.forget()
-            stack.callback(plans.forget)
+        elif backend == "triton":
+            stack.enter_context(large_blocks())
         yield
 
 

@@ -7,9 +7,7 @@ from runs import Run
 from torch import Tensor
 from torch.testing import assert_close
 
-from abmll.kernels.backends import interpreted
-from abmll.kernels.fused import configurations, plans
-from abmll.kernels.fused.configurations import Launch
+pytestmark = pytest.mark.usefixtures("large_blocks")
 
 # AdamW divides by the gradient's own size, which magnifies rounding where that is near its eps. An eps above all
 # gradients, with learning rates to match, makes its steps proportional to them.
@@ -18,25 +16,6 @@ SMALL = ("trainer.episodes=2", "adapters.modules=[v_proj]", "tasks.batch_size=1"
 # The longest row of fp32 roundings, all to one side: sums over 150 tokens and 128 columns, forward and back through two
 # layers, in two inner steps and an outer one.
 BOUND = (150 + 128) * 2 * 2 * 3 * 2.0**-24
-
-
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch):
-    """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
-    if not interpreted():
-        yield
-        return
-    tile = {"ROWS": 256, "COLUMNS": 64}
-    for name, blocks in {
-        "project": {"ROWS": 256, "DEPTH": 64},
-        "elementwise": tile,
-        "gradient": {**tile, "SUMMED": 4096},
-    }.items():
-        launch = Launch(blocks, warps=4, stages=1)
-        monkeypatch.setattr(configurations, name, lambda *_, launch=launch: launch)
-    plans.forget()
-    yield
-    plans.forget()
 
 
 def trained(
