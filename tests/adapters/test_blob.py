@@ -68,7 +68,7 @@ def test_without_names_it_is_the_mean():
 def test_deviations_start_where_the_authors_start_them():
     layer = layer_of()
     layer.theta.deviations.initialise(torch.Generator().manual_seed(0))
-    root = layer.theta.deviations.root
+    root = layer.theta.deviations.root.detach()
     assert float(root.min()) >= INITIAL / 2**0.5 and float(root.max()) <= INITIAL
     assert torch.equal(layer.theta.deviations.std(), root**2)
 
