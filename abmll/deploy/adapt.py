@@ -13,6 +13,7 @@ from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
 from abmll.deploy.folder import CARD, check_free
 from abmll.deploy.meta_model import Diverged, MetaModel
+from abmll.evaluation.temperature import RANGE
 from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
 
 
@@ -105,7 +106,7 @@ def describe(card: AdapterCard, given: int) -> str:
             f"commonest {'label' if card.options else 'letter'}: {_percent(found['majority'])}"
         )
         rows["temperature"] = (
-            "none: the likeliest one is boundless, as it is with few examples and few errors, or errors alone"
+            f"none between {RANGE[0]:g} and {RANGE[1]:g} fits what was held out: guesses would have done as well"
         )
         if found["temperature"] is not None:
             rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"

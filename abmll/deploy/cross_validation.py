@@ -59,9 +59,9 @@ def summarise(held_out: Predictions, folds: int) -> dict[str, float]:
     """Scores of all held-out examples as one set (see `abmll.metrics.Scores`), and what they say beyond them.
 
     accuracy_low, accuracy_high: Wilson's 95 % interval, which takes the examples for independent: they share
-    most of what the folds were adapted on, so it is a little too narrow. temperature: the one that makes the held-out
-    predictions likeliest; NaN where one of them is, or where it lies at an end of its range: with no errors among a few
-    examples (or nothing but errors) the likeliest confidence is boundless, which says nothing about others.
+    most of what the folds were adapted on, so it is a little too narrow. temperature: the one that fits the held-out
+    predictions (`fit_temperature`); NaN where one of them is, or where it lies at an end of its range: predictions that
+    are no better than guesses say nothing about confidence in others.
     """
     scores = asdict(score(held_out))
     _, low, high = wilson(scores["accuracy"], scores["n"])

@@ -177,11 +177,18 @@ def test_examples_that_do_not_fit_are_left_out(run):
 
 
 def test_a_temperature_at_an_end_is_none():
-    """Eight of eight right at p = .7: the likeliest temperature is 0."""
-    options, label = torch.tensor([[0.7, 0.3]] * 8).double(), torch.zeros(8, dtype=torch.int64)
-    nothing = torch.full((8,), math.nan).double()
-    found = summarise(Predictions(options, label == 0, -options[:, 0].log(), label, nothing, nothing), 2)
-    assert found["accuracy"] == 1 and math.isnan(found["temperature"])
+    """Eight of eight wrong at p = .7: guesses would be better. All right, T takes .7 to 9 / 10."""
+    options, nothing = torch.tensor([[0.7, 0.3]] * 8).double(), torch.full((8,), math.nan).double()
+    for right, temperature in ((False, None), (True, math.log(7 / 3) / math.log(9))):
+        label = torch.full((8,), 0 if right else 1)
+        nll = -options.gather(1, label[:, None])[:, 0].log()
+        found = summarise(Predictions(options, label == 0, nll, label, nothing, nothing), 2)
+        assert found["accuracy"] == right
+        assert (
+            math.isnan(found["temperature"])
+            if temperature is None
+            else found["temperature"] == pytest.approx(temperature, rel=1e-3)
+        )
 
 
 @pytest.mark.parametrize("demonstrate", ["test", "adaptation"])

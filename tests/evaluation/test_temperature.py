@@ -46,17 +46,46 @@ def test_an_option_never_reaches_zero():
 
 
 def test_the_fit_finds_the_share_of_right_answers():
-    """Ten examples at 90 %, seven of them right: T takes 90 % to 70 %."""
+    """Ten examples at 90 %, seven of them right: T takes 90 % to (7 * 11 / 12 + 3 / 12) / 10 = 2 / 3."""
     label = [0] * 7 + [1] * 3
     surer = fit_temperature(predicted([[0.9, 0.1]] * 10, label, [0.8] * 10))
-    assert surer == pytest.approx(math.log(9) / math.log(7 / 3), rel=1e-3)
+    assert surer == pytest.approx(math.log(9) / math.log(2), rel=1e-3)
     humbler = fit_temperature(predicted([[0.6, 0.4]] * 10, label, [0.8] * 10))
-    assert humbler == pytest.approx(math.log(1.5) / math.log(7 / 3), rel=1e-3)
+    assert humbler == pytest.approx(math.log(1.5) / math.log(2), rel=1e-3)
+
+
+def test_many_examples_are_what_they_are():
+    """Of a thousand 70 % are right, and the targets hardly differ from them."""
+    label = [0] * 700 + [1] * 300
+    found = fit_temperature(predicted([[0.9, 0.1]] * 1000, label, [0.8] * 1000))
+    assert found == pytest.approx(math.log(9) / math.log(7 / 3), rel=5e-3)
+
+
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_few_right_answers_are_no_certainty(n):
+    """All of n are right, at 90 %: T takes that to (n + 1) / (n + 2), or n + 1 : 1."""
+    found = fit_temperature(predicted([[0.9, 0.1]] * n, [0] * n, [1.0] * n))
+    assert found == pytest.approx(math.log(9) / math.log(n + 1), rel=1e-3)
+
+
+def test_each_example_has_its_own_options():
+    """One right of three and one right of two: the targets are 3 : 1 and 3 : 1 : 1, of n = 2."""
+    found = fit_temperature(predicted([[0.8, 0.2, 0.0], [0.8, 0.1, 0.1]], [0, 0], [1.0, 1.0]))
+    two, three = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.8, 0.2], [0.8, 0.1, 0.1]))
+    targets = torch.tensor([3 / 4, 1 / 4]), torch.tensor([3 / 5, 1 / 5, 1 / 5])
+
+    def loss(temperature):
+        pairs = zip(targets, (two, three), strict=True)
+        return -sum(float((target * (logits / temperature).log_softmax(0)).sum()) for target, logits in pairs)
+
+    assert loss(found) < min(loss(0.99 * found), loss(1.01 * found))
 
 
 def test_the_fit_ends_where_no_temperature_is_best():
-    right, wrong = (fit_temperature(predicted([[0.9, 0.1]], [label], [1.0])) for label in (0, 1))
-    assert RANGE[0] < right < 0.1 and 19.9 < wrong < RANGE[1]
+    wrong = fit_temperature(predicted([[0.9, 0.1]], [1], [1.0]))
+    assert 19.9 < wrong < RANGE[1]
+    hardly = fit_temperature(predicted([[0.5001, 0.4999]] * 10, [0] * 10, [1.0] * 10))
+    assert RANGE[0] < hardly < 0.051
     assert math.isnan(fit_temperature(predicted([[math.nan, math.nan]], [0], [1.0])))
 
 
