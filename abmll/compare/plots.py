@@ -219,9 +219,12 @@ def panel_axes(
 def with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     """One legend for all panels: below them, but beside a single one where it is long."""
     handles, labels = axes[0].get_legend_handles_labels()
-    columns = int(figure.get_figwidth() * 15 / (max(map(len, labels)) + 6))  # about 15 letters an inch, and the handle
-    beside = len(axes) == 1 and len(labels) > 3
-    place, columns = ("outside right upper", 1) if beside else ("outside lower center", columns)
+    letters = max(map(len, labels)) + 6  # and the handle; an inch takes about 15
+    columns = int(figure.get_figwidth() * 15 / letters)
+    place = "outside lower center"
+    if len(axes) == 1 and len(labels) > 3:
+        place, columns = "outside right center", 1
+        figure.set_figwidth(figure.get_figwidth() + letters / 15)  # the panel keeps its own
     figure.legend(handles, labels, loc=place, ncols=max(1, min(len(labels), columns)), fontsize=8, frameon=False)
     return figure
 
