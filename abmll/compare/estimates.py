@@ -64,8 +64,18 @@ SWEPT_KEYS = {
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """A row a label and number of steps under the standard condition: every metric, constant predictions, seeds."""
+    return _summary(scores[scores["condition"] == STANDARD])
+
+
+def under_conditions(scores: pd.DataFrame) -> pd.DataFrame:
+    """`summary`'s rows under every other condition, with its name; tasks are beatable under one or not."""
+    others = scores[scores["condition"] != STANDARD].groupby("condition", sort=False)
+    return pd.concat([pd.DataFrame(), *(_summary(own).assign(condition=name) for name, own in others)])
+
+
+def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for place, part in groups(scores[scores["condition"] == STANDARD]):
+    for place, part in groups(scores):
         wanted = beatable(part)
         for (label, steps), own in part.groupby(["label", "steps"], sort=False):
             by_task = own.groupby("task")["commonest_prediction"].mean()

@@ -29,6 +29,7 @@ from abmll.compare.estimates import (
     papers_metrics,
     summary,
     sweeps,
+    under_conditions,
 )
 from abmll.compare.results import PLAIN, Results
 from abmll.files import write_whole
@@ -61,6 +62,7 @@ def all_tables(results: Results) -> list[Table]:
         _table("uncertainty", "What the uncertainty is worth", _UNCERTAINTY, overall, _uncertainty),
         _table("against_baseline", "Against the best baseline", _AGAINST, against, _against),
         _table("against_each", "One against another", _EACH, against_each(scores, baselines), _each),
+        _table("conditions", "Under other conditions", _CONDITIONS, under_conditions(scores), _conditions),
         _table("by_task", "Accuracy by task", _BY_TASK, tasks, _by_task),
         _table("costs", "Costs of training", _COSTS, costs(results), _costs),
     ]
@@ -155,18 +157,40 @@ def _summary(part: pd.DataFrame) -> list[dict[str, str]]:
     count = part["beatable_tasks"].iloc[0]
     return [
         {
-            "method": row["label"],
-            "steps": str(row["steps"]),
-            **{metric.heading: interval(row, metric) for metric in MAIN},
-            POOLED_ECE.heading: number(row[POOLED_ECE.name], POOLED_ECE),
-            "constant %": f"{100 * row['constant']:.0f}",
+            **_means(row),
             f"accuracy % on the {count} beatable": interval(row, ACCURACY, "beatable_accuracy") if count else "",
-            "SD %": number(row["accuracy_seed_sd"], ACCURACY),
-            "seeds": str(row["seeds"]),
-            "tasks": str(row["tasks"]),
+            **_counts(row),
         }
         for _, row in part.iterrows()
     ]
+
+
+def _means(row: pd.Series) -> dict[str, str]:
+    return {
+        "method": row["label"],
+        "steps": str(row["steps"]),
+        **{metric.heading: interval(row, metric) for metric in MAIN},
+        POOLED_ECE.heading: number(row[POOLED_ECE.name], POOLED_ECE),
+        "constant %": f"{100 * row['constant']:.0f}",
+    }
+
+
+def _counts(row: pd.Series) -> dict[str, str]:
+    return {
+        "SD %": number(row["accuracy_seed_sd"], ACCURACY),
+        "seeds": str(row["seeds"]),
+        "tasks": str(row["tasks"]),
+    }
+
+
+_CONDITIONS = (
+    "The summary's numbers where the problem is another one: fewer activations, other tasks, wrong labels, other steps "
+    f"or learning rates. Only rows of one condition compete. {INTERVALS}"
+)
+
+
+def _conditions(part: pd.DataFrame) -> list[dict[str, str]]:
+    return [{"condition": row["condition"], **_means(row), **_counts(row)} for _, row in part.iterrows()]
 
 
 _UNCERTAINTY = (

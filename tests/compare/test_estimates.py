@@ -18,6 +18,7 @@ from abmll.compare.estimates import (
     by_task,
     summary,
     sweeps,
+    under_conditions,
 )
 from abmll.compare.results import condition, load_results
 from abmll.compare.statistics import estimate, holm, permutation_p
@@ -75,6 +76,17 @@ def test_beatable_tasks_are_those_that_some_row_beats():
     assert (found["beatable_tasks"] == 3).all()
     assert found.loc["abmll", "beatable_accuracy"] == pytest.approx((0.6 + 0.6 + 0.8) / 3)
     assert math.isnan(summary(rows("abmll", [[0.5], [0.2]])).loc[0, "beatable_accuracy"])
+
+
+def test_every_condition_has_rows_of_its_own():
+    """Beside the standard one's, and of tasks that none of it was scored on."""
+    validation = rows("abmll", [[0.2], [0.4]], score="validation-1-mean")
+    scores = pd.concat([rows("abmll", OURS), validation])
+    assert summary(scores)["label"].tolist() == ["abmll"]
+    (row,) = under_conditions(scores).to_dict("records")
+    assert (row["condition"], row["label"], row["tasks"]) == ("validation-1", "abmll, validation-1-mean", 2)
+    assert row["accuracy"] == pytest.approx(0.3)
+    assert under_conditions(rows("abmll", OURS)).empty
 
 
 def test_share_of_constant_tasks_asks_for_every_seed():

@@ -28,6 +28,7 @@ def test_which_tables_are_made(tables):
         "uncertainty",
         "against_baseline",
         "against_each",
+        "conditions",
         "by_task",
         "costs",
         "sweep_beta",
