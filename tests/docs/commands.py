@@ -190,6 +190,13 @@ def _benchmark(words: Words, folder: Path) -> None:
             assert f'"{word}"' in text or f'"{word}"' in shared, word
 
 
+def _fuzz(words: Words, folder: Path) -> None:
+    """The target is one of the script's, and the rest are libFuzzer's options."""
+    target, *options = arguments(words)
+    assert f'"{target}": (' in (ROOT / script(words)).read_text()
+    assert all(re.fullmatch(r"-\w+=\d+", option) for option in options)
+
+
 def _slurm(words: Words, folder: Path) -> None:
     if words[0] == "srun":
         assert (ROOT / words[-1]).is_file()
@@ -244,6 +251,7 @@ RULES = (
     Rule("check", TWICE, lambda w: w[0] == "pytest", _tests),
     Rule("check", "changes files, and .ci/run does it", lambda w: w[0] == "ruff", _style),
     Rule("check", "minutes to hours, some on a GPU", lambda w: script(w).startswith("benchmarks/"), _benchmark),
+    Rule("check", "minutes: tests/fuzz/test_guided.py runs every target", _is("tests/fuzz/guided.py"), _fuzz),
     Rule("check", "needs SLURM", lambda w: w[0] in ("sbatch", "srun"), _slurm),
     Rule("check", "writes golden files: tests/golden compares them", lambda w: "tests.golden.make" in w, _module),
 )

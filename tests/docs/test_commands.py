@@ -66,6 +66,7 @@ def test_the_first_command_through_the_launcher(sandbox):
         "pip install -e '.[tests]'",
         "pytest tests/kernel",
         "python benchmarks/kernels.py --quickly",
+        "python tests/fuzz/guided.py yaml -max_total_time=90",
     ],
 )
 def test_a_wrong_command_is_found(wrong, sandbox):
