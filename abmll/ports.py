@@ -6,18 +6,19 @@ import random
 import socket
 from pathlib import Path
 
-LOWEST, HIGHEST = 10_000, 32_767  # the latter where the machine does not tell
+LOWEST = 10_000
+FEWEST = 1_000  # ports to choose from
+GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")  # "first last", of the ports that connections are given
 
 
-def free_port(told: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> int:
+def free_port() -> int:
     """A TCP port that nobody has on this machine, and that nobody is given by chance before the ranks listen there.
 
     Port 0 asks for one of the range that all connections, Gloo's among them, take theirs from: until the ranks have
-    started, seconds later, it may be another's. `told` holds that range, "first last": ports below it are taken only by
-    who asks for them by number. Random, so that two who ask at a time do not get the same. OSError where all are taken.
+    started, seconds later, it may be another's. Random, so that two who ask at a time do not get the same. OSError
+    where all are taken.
     """
-    highest = int(told.read_text().split()[0]) - 1 if told.exists() else HIGHEST
-    ports = range(LOWEST, max(highest, LOWEST) + 1)
+    ports = candidates()
     for port in random.SystemRandom().sample(ports, len(ports)):
         with socket.socket() as probe:
             try:
@@ -26,3 +27,11 @@ def free_port(told: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> in
                 continue
         return port
     raise OSError(f"no port from {ports[0]} to {ports[-1]} is free")
+
+
+def candidates(given: Path = GIVEN) -> range:
+    """Below the range that connections are given, where a port is taken only by who asks for it by number; all from
+    LOWEST on where that range leaves few, as on servers that were set to take nearly every port.
+    """
+    first = int(given.read_text().split()[0]) if given.exists() else 32_768
+    return range(LOWEST, first if first - LOWEST >= FEWEST else 65_536)

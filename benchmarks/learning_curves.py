@@ -16,8 +16,6 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +24,7 @@ import torch
 from abmll.config import load_config
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.kernels.backends import interpreted
-from abmll.kernels.fused import configurations, plans
+from abmll.kernels.fused.interpreter import large_blocks
 from abmll.provenance import provenance
 from abmll.run import open_session
 
@@ -134,22 +132,6 @@ def shake(adapters) -> None:
         rounding = 2 * torch.rand(parameter.shape, generator=generator) - 1
         parameter.mul_(1 + 2.0**-16 * rounding.to(parameter.device))
     adapters.reset_phi()
-
-
-@contextmanager
-def large_blocks() -> Iterator[None]:
-    """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
-    if not interpreted():
-        yield
-        return
-    tile = {"ROWS": 256, "COLUMNS": 64}
-    blocks = {"project": {"ROWS": 256, "DEPTH": 64}, "elementwise": tile, "gradient": {**tile, "SUMMED": 4096}}
-    plans.forget()
-    made = {name: configurations.Launch(sizes, warps=4, stages=1) for name, sizes in blocks.items()}
-    changed = {name: (lambda *_, launch=launch: launch) for name, launch in made.items()}
-    with patch.multiple(configurations, **changed):
-        yield
-    plans.forget()
 
 
 def mean(values: list[float]) -> float:

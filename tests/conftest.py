@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import pytest
 
@@ -123,26 +121,11 @@ def build_tiny(dtype: torch.dtype = torch.float32, **sections: dict) -> Tiny:
     return Tiny(config, parts)
 
 
-@contextmanager
-def large_blocks() -> Iterator[None]:
-    """The interpreter's time goes by blocks, not by numbers. They change no noise, and of a sum only the order."""
-    from abmll.kernels.backends import interpreted
-    from abmll.kernels.fused import configurations, plans
+@pytest.fixture
+def large_blocks():
+    """For tests that run more than a kernel in Triton's interpreter."""
+    from abmll.kernels.fused.interpreter import large_blocks
 
-    if not interpreted():
-        yield
-        return
-    tile = {"ROWS": 256, "COLUMNS": 64}
-    kernels = {"project": {"ROWS": 256, "DEPTH": 64}, "elementwise": tile, "gradient": {**tile, "SUMMED": 4096}}
-    launches = {name: configurations.Launch(blocks, warps=4, stages=1) for name, blocks in kernels.items()}
-    with patch.multiple(configurations, **{name: lambda *_, own=own: own for name, own in launches.items()}):
-        plans.forget()
-        yield
-    plans.forget()
-
-
-@pytest.fixture(name="large_blocks")
-def large_blocks_fixture():
     with large_blocks():
         yield
 

@@ -106,7 +106,7 @@ def describe(card: AdapterCard, given: int) -> str:
             f"commonest {'label' if card.options else 'letter'}: {_percent(found['majority'])}"
         )
         rows["temperature"] = (
-            f"none between {RANGE[0]:g} and {RANGE[1]:g} fits what was held out: guesses would have done as well"
+            f"none from {RANGE[0]:g} to {RANGE[1]:g} fits what was held out, as where predictions are like guesses"
         )
         if found["temperature"] is not None:
             rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"

@@ -150,7 +150,7 @@ class TaskModel:
     def _temperature(self) -> float:
         temperature = self.card.temperature
         if temperature is None:
-            why = "cross-validation found no temperature: guesses would have done as well as its predictions"
+            why = "cross-validation found no temperature, as where predictions are like guesses"
             if "cross_validation" not in self.card.scores:
                 why = "its adapter was made without cross-validation"
             raise ValueError(f"task {self.name}: calibrated: {why}; leave it out, or adapt again with more examples")

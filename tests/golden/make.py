@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from threadpoolctl import threadpool_info
 
-from ..conftest import build_tiny, large_blocks  # first: it turns Triton's interpreter on
+from ..conftest import build_tiny  # first: it turns Triton's interpreter on
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("reference", "plain", "closed_form", "triton")
@@ -77,6 +77,7 @@ def _numbers(tiny: Any) -> Numbers:
 def _code_of(backend: str) -> Iterator[None]:
     """The way that a CPU takes is `closed_form`; of the others one is a GPU's, and one the contract itself."""
     from abmll.kernels import plain
+    from abmll.kernels.fused.interpreter import large_blocks
 
     with ExitStack() as stack:
         if backend == "reference":
