@@ -27,7 +27,7 @@ from abmll.kernels.fused.dry_run import BODIES
 
 COUNTED = (1024, 4096, 4096)  # T, K, N: Llama3-8B's Q
 RANK, LAYER = 8, 3
-SETTINGS = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
+SETTINGS = PosteriorSettings(2.0, 2.0, -20.0, 1.0, 0.01)
 # Names of operators that are no views and run no kernel of their own.
 WITHOUT_A_KERNEL = (
     *("empty", "new_empty", "empty_like", "empty_strided"),

@@ -175,7 +175,8 @@ def make_inputs(configuration: Configuration, regime: Regime, device: torch.devi
         return GaussianFactors(*pairs)
 
     theta = near(None, a_size, regime.b)
-    settings = PosteriorSettings(ALPHA / rank, regime.log_variance_offset, regime.prior_shape, regime.prior_rate)
+    scaling = ALPHA / rank
+    settings = PosteriorSettings(scaling, scaling, regime.log_variance_offset, regime.prior_shape, regime.prior_rate)
     return Inputs(
         x=_leaf(draw(*lead, tokens, shape.inputs).to(dtype)),
         weight=(shape.inputs**-0.5 * draw(shape.outputs, shape.inputs)).to(dtype),

@@ -12,6 +12,8 @@ a matrix whose means and log-variances are products left @ right,
     activation   [T, N]    left = s x A^T    right = B^T
     weight       [N, K]    left = s B        right = A
 
+with the scaling s of its own that means and log-variances have each.
+
 Theta's factors get no gradient here: `plain` leaves a call that wants it to autograd. Derivatives are made once.
 """
 
@@ -177,6 +179,12 @@ def weight_projection(
     return Projection(*_Weight.apply(x, y0, noise, settings, _training(x, y0, *factors), *factors))
 
 
+def _scaled(left: Tensor, rank: int, settings: PosteriorSettings) -> Tensor:
+    """left [R, n r] of means and log-variances in turn, each times its scaling."""
+    scalings = left.new_tensor([settings.scaling, settings.log_variance_scaling]).unsqueeze(-1)
+    return (left.unflatten(-1, (-1, 2, rank)) * scalings).flatten(-3)
+
+
 def _stacked(factors: GaussianFactors) -> tuple[Tensor, Tensor]:
     """a [2r, K] and b^T [2r, N] of mean and log-variance, one above the other."""
     mean, log_variance = factors
@@ -188,8 +196,9 @@ class _Activation(Function):
     def forward(ctx, x, y0, mask, noise, settings, training, a, b, a_theta=None, b_theta=None):
         wide = compute_dtype(x)
         inputs, noise = x.to(wide), noise.to(wide)
-        phi = Products(settings.scaling * (inputs @ a.mT), b)
-        theta = None if a_theta is None else Products(settings.scaling * (inputs @ a_theta.mT), b_theta)
+        rank = len(a) // 2
+        phi = Products(_scaled(inputs @ a.mT, rank, settings), b)
+        theta = None if a_theta is None else Products(_scaled(inputs @ a_theta.mT, rank, settings), b_theta)
         y = torch.empty_like(y0, memory_format=torch.contiguous_format)
 
         def deliver(rows: slice, change: Tensor) -> None:
@@ -213,7 +222,7 @@ class _Activation(Function):
             sample = None if dy is None else adjoint(Products(left, b), dy, half_noise)
             found = _sum(sample, divergence, by_kl)
             if found is not None:
-                by_low_rank = ctx.settings.scaling * found.left
+                by_low_rank = _scaled(found.left, len(a) // 2, ctx.settings)
                 da, db = by_low_rank[:, : len(a)].mT @ x.to(left.dtype), found.right
                 if ctx.needs_input_grad[0]:
                     both = torch.cat([a, a_theta]) if by_low_rank.shape[1] > len(a) else a
@@ -230,7 +239,8 @@ def _prior_by_inputs(
     """Gradient of weight * (-log prior) in the activation posterior's inputs. Autograd's: the trainer never asks."""
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
-        statistics = _statistics(Products(settings.scaling * (leaf @ a.mT), b), slice(None), settings)
+        products = Products(_scaled(leaf @ a.mT, len(a) // 2, settings), b)
+        statistics = _statistics(products, slice(None), settings)
         prior = negative_log_prior(*statistics, settings)
         prior = prior if mask is None else prior * mask.unsqueeze(-1)
         return torch.autograd.grad(prior.sum(), leaf, weight)[0]
@@ -241,8 +251,9 @@ class _Weight(Function):
     def forward(ctx, x, y0, noise, settings, training, a, b, a_theta=None, b_theta=None):
         wide, narrow = compute_dtype(x), _product_dtype(x)
         noise = noise.to(wide)
-        phi = Products(settings.scaling * b.mT, a)
-        theta = None if a_theta is None else Products(settings.scaling * b_theta.mT, a_theta)
+        rank = len(a) // 2
+        phi = Products(_scaled(b.mT, rank, settings), a)
+        theta = None if a_theta is None else Products(_scaled(b_theta.mT, rank, settings), a_theta)
         change = noise.new_empty(noise.shape, dtype=narrow)
 
         def deliver(rows: slice, drawn: Tensor) -> None:
@@ -271,7 +282,7 @@ class _Weight(Function):
                 sample = adjoint(Products(left, right), _wide_product(dy.mT, x), half_noise)
             found = _sum(sample, divergence, by_kl)
             if found is not None:
-                da, db = found.right, ctx.settings.scaling * found.left.mT
+                da, db = found.right, _scaled(found.left, len(right) // 2, ctx.settings).mT
         return dx, dy, None, None, None, da, db, None, None
 
 

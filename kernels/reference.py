@@ -69,9 +69,12 @@ class FrozenLinear(NamedTuple):
 
 
 class PosteriorSettings(NamedTuple):
-    """scaling = alpha / rank; log_variance_offset = c; shape and rate of the Gamma prior on the precision."""
+    """alpha / rank of the mean's and of the log-variance's pairs; log_variance_offset = c; shape and rate of the Gamma
+    prior on the precision.
+    """
 
     scaling: float
+    log_variance_scaling: float
     log_variance_offset: float
     prior_shape: float
     prior_rate: float
@@ -167,13 +170,15 @@ def mean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mean: LowRank, s
 
 def activation_statistics(x: Tensor, factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of every token's activation, [..., T, N] each."""
-    log_variance = low_rank_product(x, factors.log_variance, settings.scaling) + settings.log_variance_offset
+    log_variance = low_rank_product(x, factors.log_variance, settings.log_variance_scaling)
+    log_variance = log_variance + settings.log_variance_offset
     return low_rank_product(x, factors.mean, settings.scaling), log_variance
 
 
 def weight_statistics(factors: GaussianFactors, settings: PosteriorSettings) -> tuple[Tensor, Tensor]:
     """Mean (of the change to W0) and log-variance of every weight, [..., N, K] each."""
-    log_variance = low_rank_matrix(factors.log_variance, settings.scaling) + settings.log_variance_offset
+    log_variance = low_rank_matrix(factors.log_variance, settings.log_variance_scaling)
+    log_variance = log_variance + settings.log_variance_offset
     return low_rank_matrix(factors.mean, settings.scaling), log_variance
 
 
@@ -302,7 +307,7 @@ def activation_theta_gradient(
     groups = phi.grouped()
     gradient = GaussianFactors(
         _factor_gradient(inputs, theta.mean, by_mean, settings.scaling, groups),
-        _factor_gradient(inputs, theta.log_variance, by_log_variance, settings.scaling, groups),
+        _factor_gradient(inputs, theta.log_variance, by_log_variance, settings.log_variance_scaling, groups),
     )
     return ThetaGradient(gradient, _total(kl, phi), _total(prior, phi))
 
@@ -321,10 +326,13 @@ def weight_theta_gradient(
         mean_phi, log_variance_phi, mean, log_variance, settings, kl_weight, prior_weight, 1.0
     )
 
-    def factors(pair: LowRank, gradient: Tensor) -> LowRank:
-        return LowRank(settings.scaling * pair.b.mT @ gradient, settings.scaling * gradient @ pair.a.mT)
+    def factors(pair: LowRank, gradient: Tensor, scaling: float) -> LowRank:
+        return LowRank(scaling * pair.b.mT @ gradient, scaling * gradient @ pair.a.mT)
 
-    gradient = GaussianFactors(factors(theta.mean, by_mean), factors(theta.log_variance, by_log_variance))
+    gradient = GaussianFactors(
+        factors(theta.mean, by_mean, settings.scaling),
+        factors(theta.log_variance, by_log_variance, settings.log_variance_scaling),
+    )
     return ThetaGradient(gradient, _total(kl, phi), _total(prior, phi))
 
 

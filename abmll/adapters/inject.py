@@ -115,6 +115,7 @@ def inject_adapters(
     context = AdapterContext()
     settings = PosteriorSettings(
         scaling=adapters.alpha / adapters.rank,
+        log_variance_scaling=(adapters.log_variance_alpha or adapters.alpha) / adapters.rank,
         log_variance_offset=adapters.log_variance_offset,
         prior_shape=method.prior_shape,
         prior_rate=method.prior_rate,

@@ -49,6 +49,9 @@ class AdapterConfig(Section):
     posterior: Literal["activation", "weight"] = Field(
         "activation", description="What is drawn: each token's activations, or one weight matrix a forward pass."
     )
+    log_variance_alpha: float | None = Field(
+        None, gt=0, description="alpha of the log-variance's pairs; null: alpha. Less slows it down (`docs/method.md`)."
+    )
     log_variance_offset: float = Field(-20.0, ge=-80, le=80, description="c, added to every log-variance.")
     backend: Literal["auto", "triton", "torch"] = Field(
         "auto", description="Fused kernels or plain PyTorch; auto: the kernels on a GPU that can run them."

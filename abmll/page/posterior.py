@@ -78,7 +78,8 @@ def deviations(run: RunFacts) -> dict[str, LogDeviation]:
     names = [name for name in run.summary.get("layers", ordered(there)) if name in there]
     if kind == "blob":
         return {name: blob_deviation(theta[name + mark]) for name in names}
-    scaling = float(run.setting("adapters.alpha", 16.0)) / float(run.setting("adapters.rank", 8))
+    alpha = run.setting("adapters.log_variance_alpha", None) or run.setting("adapters.alpha", 16.0)
+    scaling = float(alpha) / float(run.setting("adapters.rank", 8))
     offset = float(run.setting("adapters.log_variance_offset", -20.0))
     of = weight_deviation if kind == "weight" else activation_deviation
     factors = {name: (theta[f"{name}.log_variance.a"], theta[f"{name}.log_variance.b"]) for name in names}

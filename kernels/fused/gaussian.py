@@ -4,7 +4,7 @@ Both posteriors are one:
     activation      Z = z [tokens, outputs],  row factors A x (the rank-sized projections),  column factors B
     weight          Z = change to W0 [outputs, inputs],  row factors B,  column factors A^T
 With row factors P_j [rows, r] and column factors Q_j [columns, r] of pair j,
-    mean = s P_0 Q_0^T    log-variance = s P_1 Q_1^T + c    (phi; theta: pairs 2 and 3)
+    mean = s P_0 Q_0^T    log-variance = s' P_1 Q_1^T + c    (phi; theta: pairs 2 and 3)
 exist in registers only. Formulas: `reference`.
 
 A program owns a block of rows, whose factors it splits once, and walks a chunk of columns. What several programs have a
@@ -108,7 +108,7 @@ def sample_kernel(
     y_ptr, p_0, p_1, p_2, p_3, q_0, q_1, q_2, q_3, p_ptr, mask_ptr, names_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr,
     bounds_ptr, size, N, first_row, y_stride, p_stride, p_theta_stride, p_pair, parts, part_stride,
     q_group, q_stride, q_rank, chunk_tiles,
-    layer, scaling, offset, deviation, prior_shape, prior_rate,
+    layer, scaling, low_scaling, offset, deviation, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
     ADD: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -135,7 +135,7 @@ def sample_kernel(
     p_mean = _rows_tile(p_0, rows, M, p_stride, parts, part_stride, RANK, R)
     p_low = _rows_tile(p_1, rows, M, p_stride, parts, part_stride, RANK, R)
     mean_high, mean_rest = split_rows(scaling * p_mean)
-    low_high, low_rest = split_rows(scaling * p_low * TO_BITS)
+    low_high, low_rest = split_rows(low_scaling * p_low * TO_BITS)
     inverse_deviation = 1.0 / deviation
     WIDTH: tl.constexpr = PAIRS * RANK
     p_ptr += before * WIDTH
@@ -153,7 +153,7 @@ def sample_kernel(
             store_factor_tile(p_ptr + 3 * RANK, p_low, rows, M, WIDTH, 1, RANK, R)
     if SUMS:
         prior_mean_high, prior_mean_rest = split_rows(scaling * p_mean)
-        prior_low_high, prior_low_rest = split_rows(scaling * p_low * TO_BITS)
+        prior_low_high, prior_low_rest = split_rows(low_scaling * p_low * TO_BITS)
         kl_rows = tl.zeros((ROWS,), tl.float32)
         prior_rows = tl.zeros((ROWS,), tl.float32)
 
@@ -253,7 +253,7 @@ def adjoint_kernel(
     parts_ptr, dp_ptr, dq_ptr, sums_ptr, kl_ptr, prior_ptr, tickets_ptr, bounds_ptr,
     size, all_rows, N, first_row, dz_stride, z_stride, p_stride, p_theta_stride, p_pair, q_group, q_stride, q_rank,
     dkl_stride, dprior_stride, slot_rows, chunk_tiles, dp_pair, dp_stride,
-    layer, scaling, offset, deviation, prior_shape, prior_rate,
+    layer, scaling, low_scaling, offset, deviation, prior_shape, prior_rate,
     RANK: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_DZ: tl.constexpr, SAMPLE: tl.constexpr, DIVERGENCE: tl.constexpr, KL: tl.constexpr,
     PRIOR: tl.constexpr, DP_PHI: tl.constexpr, DP_THETA: tl.constexpr, DQ_PHI: tl.constexpr, DQ_THETA: tl.constexpr,
@@ -318,7 +318,7 @@ def adjoint_kernel(
         p = scaling * factor_tile(p_0, rows, row_end, p_stride, 1, RANK, R)
         mean_high, mean_rest = split_rows(p)
         p_mean = _operand(p, EXACT)
-        p = scaling * factor_tile(p_1, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
+        p = low_scaling * factor_tile(p_1, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
         low_high, low_rest = split_rows(p)
         p_low = _operand(p, EXACT)
         WIDE: tl.constexpr = R if EXACT else 2 * R
@@ -329,7 +329,7 @@ def adjoint_kernel(
             p = scaling * factor_tile(p_2, rows, row_end, p_stride, 1, RANK, R)
             prior_mean_high, prior_mean_rest = split_rows(p)
             p_prior_mean = _operand(p, EXACT)
-            p = scaling * factor_tile(p_3, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
+            p = low_scaling * factor_tile(p_3, rows, row_end, p_stride, 1, RANK, R) * TO_BITS
             prior_low_high, prior_low_rest = split_rows(p)
             p_prior_low = _operand(p, EXACT)
             counted = _counted(mask_ptr, rows, row_end, HAS_MASK)
@@ -426,14 +426,14 @@ def adjoint_kernel(
                 dp_mean = fold(dp_mean, R)
                 dp_low = fold(dp_low, R)
             store_factor_tile(own_parts, scaling * dp_mean, rows, row_end, DP_WIDTH, 1, RANK, R)
-            store_factor_tile(own_parts + RANK, 0.5 * scaling * dp_low, rows, row_end, DP_WIDTH, 1, RANK, R)
+            store_factor_tile(own_parts + RANK, 0.5 * low_scaling * dp_low, rows, row_end, DP_WIDTH, 1, RANK, R)
         if DP_THETA:
             if not EXACT and not NEAR:
                 dp_prior_mean = fold(dp_prior_mean, R)
                 dp_prior_low = fold(dp_prior_low, R)
             theta_parts = own_parts + THETA_FIRST * RANK
             store_factor_tile(theta_parts, -scaling * dp_prior_mean, rows, row_end, DP_WIDTH, 1, RANK, R)
-            store_factor_tile(theta_parts + RANK, -0.5 * scaling * dp_prior_low, rows, row_end, DP_WIDTH, 1, RANK, R)
+            store_factor_tile(theta_parts + RANK, -0.5 * low_scaling * dp_prior_low, rows, row_end, DP_WIDTH, 1, RANK, R)
         if DQ_PHI or DQ_THETA:
             tl.debug_barrier()  # the next rows add to what other threads of this program may have stored
 

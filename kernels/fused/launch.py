@@ -79,8 +79,8 @@ class Scalars(NamedTuple):
     @property
     def numbers(self) -> tuple[float, ...]:
         """The settings, the offset c as exp(c / 2): added to a log-variance it would cost half of fp32's digits."""
-        scaling, offset, prior_shape, prior_rate = self.settings
-        return scaling, offset, math.exp(0.5 * offset), prior_shape, prior_rate
+        scaling, low_scaling, offset, prior_shape, prior_rate = self.settings
+        return scaling, low_scaling, offset, math.exp(0.5 * offset), prior_shape, prior_rate
 
 
 class Sums(NamedTuple):

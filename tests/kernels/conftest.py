@@ -31,7 +31,9 @@ from abmll.kernels.backends import interpreted
 from abmll.kernels.fused import plans
 from abmll.kernels.noise import LANES, WORD, philox
 
-SETTINGS = PosteriorSettings(scaling=2.0, log_variance_offset=-1.0, prior_shape=1.5, prior_rate=0.3)
+SETTINGS = PosteriorSettings(
+    scaling=2.0, log_variance_scaling=1.5, log_variance_offset=-1.0, prior_shape=1.5, prior_rate=0.3
+)
 KEY = NoiseKey(seed=2**63 + 11, step=2**31 + 5)  # neither fits a signed number
 LAYER = 5
 

@@ -88,7 +88,7 @@ def test_any_shape(harness, tokens, inputs, outputs, rank, groups, dtype, mask, 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_near_initialisation(harness, dtype):
     """The paper's c = -20, B near zero and phi next to theta, where a KL in the wrong arithmetic is all rounding."""
-    harness = replace(harness, settings=PosteriorSettings(2.0, -20.0, 1.0, 0.01))
+    harness = replace(harness, settings=PosteriorSettings(2.0, 2.0, -20.0, 1.0, 0.01))
     inputs = harness.inputs(tokens=19, inputs=40, outputs=20, rank=8, dtype=dtype)
     theta = GaussianFactors(*(LowRank(pair.a, 1e-3 * pair.b) for pair in inputs.theta))
     steps = zip(inputs.phi, theta, strict=True)

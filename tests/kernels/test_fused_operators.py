@@ -194,7 +194,7 @@ class Network(nn.Module):
         pairs = [LowRank(*factors[at : at + 2]) for at in range(0, 8, 2)]
         found = posterior_projection(
             self.posterior, x, FrozenLinear(base.weight, base.bias), GaussianFactors(*pairs[:2]),
-            GaussianFactors(*pairs[2:]), PosteriorSettings(2.0, -2.0, 1.5, 0.3), NoiseKey(5, 6), index, mask,
+            GaussianFactors(*pairs[2:]), PosteriorSettings(2.0, 1.0, -2.0, 1.5, 0.3), NoiseKey(5, 6), index, mask,
             backend=self.backend,
         )  # fmt: skip
         return found.y, found.kl

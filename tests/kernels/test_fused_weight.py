@@ -22,7 +22,9 @@ from abmll.kernels.reference import low_rank_matrix
 from .conftest import Harness, draw_inputs
 
 BACKENDS = ("triton", "torch")
-PAPER = PosteriorSettings(scaling=2.0, log_variance_offset=-20.0, prior_shape=1.0, prior_rate=0.01)
+PAPER = PosteriorSettings(
+    scaling=2.0, log_variance_scaling=2.0, log_variance_offset=-20.0, prior_shape=1.0, prior_rate=0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_mean_and_variance_of_y_over_many_draws(device):
     """E y is the mean's output and var y_n = sum_k x_k^2 exp(l_nk), over 4,000 draws side by side."""
     draws = 4000
     inputs = draw_inputs(2, 6, 5, rank=2, dtype=torch.float32).map(lambda t: t.to(device))
-    settings = PosteriorSettings(2.0, -1.0, 1.0, 0.01)
+    settings = PosteriorSettings(2.0, 2.0, -1.0, 1.0, 0.01)
     x = inputs.x.expand(draws, -1, -1)
     arguments = (inputs.phi.expand(draws), inputs.theta, settings, NoiseKey(8, 2), 3)
     arguments = (x, FrozenLinear(inputs.weight), *arguments)
@@ -151,7 +153,7 @@ def test_mean_and_variance_of_y_over_many_draws(device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kl_is_the_mean_log_ratio_of_sampled_weights(backend, device):
     inputs = draw_inputs(2, 6, 5, rank=2, dtype=torch.float32, size=0.2).map(lambda t: t.to(device))
-    settings = PosteriorSettings(2.0, -1.0, 1.0, 0.01)
+    settings = PosteriorSettings(2.0, 2.0, -1.0, 1.0, 0.01)
     arguments = (inputs.phi, inputs.theta, settings, NoiseKey(8, 2), 3)
     kl = posterior_projection("weight", inputs.x, FrozenLinear(inputs.weight), *arguments, backend=backend).kl
     normal = [

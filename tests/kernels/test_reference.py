@@ -32,7 +32,8 @@ def noise_for(posterior, inputs, seed=3):
 
 def statistics(posterior, x, factors, settings):
     """Means and log-variances from the definition: B A as one matrix, applied to x for activations."""
-    mean, log_variance = (settings.scaling * pair.b @ pair.a for pair in factors)
+    scalings = (settings.scaling, settings.log_variance_scaling)
+    mean, log_variance = (scaling * pair.b @ pair.a for scaling, pair in zip(scalings, factors, strict=True))
     if posterior == "activation":
         mean, log_variance = x @ mean.mT, x @ log_variance.mT
     return mean, log_variance + settings.log_variance_offset
@@ -84,7 +85,7 @@ def test_kl_equals_torch_distributions_and_a_monte_carlo_estimate():
 
 @pytest.mark.parametrize(("shape", "rate"), [(1.0, 0.01), (2.5, 0.7)])
 def test_prior_is_normal_times_gamma_up_to_a_constant(shape, rate):
-    settings = PosteriorSettings(1.0, 0.0, shape, rate)
+    settings = PosteriorSettings(1.0, 1.0, 0.0, shape, rate)
     generator = torch.Generator().manual_seed(1)
     mean, log_variance = torch.randn(2, 20, generator=generator, dtype=torch.float64)
     gamma = Gamma(*torch.tensor([shape, rate], dtype=torch.float64))
@@ -197,7 +198,7 @@ def relative_error(found, exact):
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_bf16_does_not_lose_a_tiny_change(posterior, make_inputs):
-    settings = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
+    settings = PosteriorSettings(2.0, 2.0, -20.0, 1.0, 0.01)
     inputs = cancelling(make_inputs)
     exact = in_float64(inputs, make_inputs)
     noise = noise_for(posterior, inputs).float()
@@ -218,7 +219,7 @@ def test_bf16_does_not_lose_a_tiny_change(posterior, make_inputs):
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_bf16_keeps_tiny_steps_of_the_log_variance_in_the_gradients(posterior, make_inputs):
     """At c = -20 the spacing of bf16 is 0.125: arithmetic in it would see no difference of the log-variances."""
-    settings = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
+    settings = PosteriorSettings(2.0, 2.0, -20.0, 1.0, 0.01)
     inputs = cancelling(make_inputs, b_size=1e-3)
     exact = in_float64(inputs, make_inputs)
     found, expected = (theta_gradient(posterior, one, settings, None, 1.0, 1e-9) for one in (inputs, exact))
@@ -243,7 +244,7 @@ def test_at_initialisation_the_mean_is_the_base_layer(dtype, make_inputs):
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_at_initialisation_the_kl_is_zero_and_the_prior_as_the_offset_says(posterior, make_inputs):
-    settings = PosteriorSettings(2.0, -20.0, 1.0, 0.01)
+    settings = PosteriorSettings(2.0, 2.0, -20.0, 1.0, 0.01)
     inputs = make_inputs(dtype=torch.float32)
     inputs.phi = inputs.theta = zero_b(inputs.phi)
     _, kl, *_ = sampled(posterior, inputs, settings, noise_for(posterior, inputs).float())

@@ -18,7 +18,7 @@ from abmll.kernels import (
 )
 from abmll.kernels.reference import activation_statistics, kl_divergence, weight_statistics
 
-SETTINGS = PosteriorSettings(2.0, -3.0, 1.0, 0.01)
+SETTINGS = PosteriorSettings(2.0, 1.0, -3.0, 1.0, 0.01)
 KEY, LAYER, T, N, K, RANK = NoiseKey(5, 9), 3, 7, 6, 8, 2
 STATISTICS = {
     "activation": lambda x, factors: activation_statistics(x, factors, SETTINGS),

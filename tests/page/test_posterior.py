@@ -13,7 +13,7 @@ from abmll.kernels.reference import activation_statistics, weight_statistics
 from abmll.page.facts import read_run
 from abmll.page.posterior import by_module, deviations, ordered, posterior_kind
 
-SETTINGS = PosteriorSettings(scaling=8.0, log_variance_offset=-8.0, prior_shape=1.0, prior_rate=0.01)  # 16 / rank 2
+SETTINGS = PosteriorSettings(scaling=8.0, log_variance_scaling=8.0, log_variance_offset=-8.0, prior_shape=1.0, prior_rate=0.01)  # 16 / rank 2
 
 
 def factors(layer: str) -> GaussianFactors:
