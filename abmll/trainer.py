@@ -253,7 +253,8 @@ class Trainer:
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
             raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; lower method.inner_lr, "
-                "method.outer_lr or method.beta, or raise trainer.max_nonfinite; the last checkpoint is unharmed"
+                "method.outer_lr, method.beta or (abmll) adapters.log_variance_alpha, or raise trainer.max_nonfinite; "
+                "the last checkpoint is unharmed"
             )
 
     def _report(self, table: Tensor, seconds: float) -> StepReport:

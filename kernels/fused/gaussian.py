@@ -432,8 +432,10 @@ def adjoint_kernel(
                 dp_prior_mean = fold(dp_prior_mean, R)
                 dp_prior_low = fold(dp_prior_low, R)
             theta_parts = own_parts + THETA_FIRST * RANK
-            store_factor_tile(theta_parts, -scaling * dp_prior_mean, rows, row_end, DP_WIDTH, 1, RANK, R)
-            store_factor_tile(theta_parts + RANK, -0.5 * low_scaling * dp_prior_low, rows, row_end, DP_WIDTH, 1, RANK, R)
+            dp_prior_mean *= -scaling
+            dp_prior_low *= -0.5 * low_scaling
+            store_factor_tile(theta_parts, dp_prior_mean, rows, row_end, DP_WIDTH, 1, RANK, R)
+            store_factor_tile(theta_parts + RANK, dp_prior_low, rows, row_end, DP_WIDTH, 1, RANK, R)
         if DQ_PHI or DQ_THETA:
             tl.debug_barrier()  # the next rows add to what other threads of this program may have stored
 

@@ -45,7 +45,7 @@ from abmll.kernels.fused.resource_page import markdown
 # Bytes a thread. More than this is registers spilled to memory, not a few scalars.
 STACK_LIMIT = 64
 CASES = (*(f"bfloat16:{rank}" for rank in (8, 16, 32, 64)), "float16:8", "float32:8")
-SETTINGS = [2.0, -20.0, 1.0, 0.01]
+SETTINGS = [2.0, 2.0, -20.0, 1.0, 0.01]
 NAMED = (SETTINGS, NoiseKey(0, 0).rows(1, "cpu"), 5)  # a layer that is neither 1 nor a multiple of 16
 UNEQUAL = (48, 32)  # rows of two groups
 # Of these every use is listed, of the others what training launches.

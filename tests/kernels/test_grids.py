@@ -13,7 +13,7 @@ from abmll.kernels.fused import configurations, launch
 from abmll.kernels.fused.dry_run import BODIES
 
 LLAMA = {"Q": (4096, 4096), "KV": (1024, 4096), "up": (14336, 4096), "down": (4096, 14336)}
-SETTINGS = (2.0, -20.0, 1.0, 0.01)
+SETTINGS = (2.0, 2.0, -20.0, 1.0, 0.01)
 
 
 @pytest.fixture

@@ -94,6 +94,20 @@ def test_prior_is_normal_times_gamma_up_to_a_constant(shape, rate):
     torch.testing.assert_close(difference, difference[:1].expand(20))
 
 
+def test_theta_s_log_variance_is_only_pushed_up_while_phi_s_follows_it():
+    """docs/method.md: what moves theta's log-variance. Of shape 1; autograd's derivative against the formula there."""
+    settings, tasks = PosteriorSettings(1.0, 1.0, 0.0, 1.0, 0.01), 23
+    generator = torch.Generator().manual_seed(2)
+    mean_phi, mean, low_phi, low = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    low.requires_grad_()
+    prior = ref.negative_log_prior(mean, low, settings).sum() / tasks
+    (found,) = torch.autograd.grad(ref.kl_divergence(mean_phi, low_phi, mean, low).sum() + prior, low)
+    gap, precision = (low_phi - low).detach(), (-low).exp().detach()
+    never_positive = -(0.5 * (mean_phi - mean).square() + settings.prior_rate / tasks) * precision
+    torch.testing.assert_close(found, 0.5 * (1 - gap.exp()) + never_positive)
+    assert (never_positive < 0).all()
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
 def test_masked_tokens_contribute_nothing(kl_weight, make_inputs, settings):
     inputs = make_inputs(tokens=4)

@@ -14,7 +14,7 @@ weight = pytest.importorskip("abmll.kernels.fused.weight", reason="without trito
 
 TOKENS, RANK = 320, 8  # no other tensor here is as large as a band
 LAYERS = {"one band": (1024, 4096), "bands of rows": (14336, 4096), "a wide layer": (4096, 14336)}
-SETTINGS = (2.0, -20.0, 1.0, 0.01)
+SETTINGS = (2.0, 2.0, -20.0, 1.0, 0.01)
 
 
 @pytest.fixture(params=LAYERS)

@@ -34,9 +34,10 @@ class ByHand:
 
     def statistics(self, side, module, x):
         adapters = self.config.adapters
+        alphas = {"mean": adapters.alpha, "log_variance": adapters.log_variance_alpha or adapters.alpha}
         mean, log_variance = (
-            adapters.alpha / adapters.rank * side[f"{module}.{kind}.b"] @ side[f"{module}.{kind}.a"]
-            for kind in ("mean", "log_variance")
+            alpha / adapters.rank * side[f"{module}.{kind}.b"] @ side[f"{module}.{kind}.a"]
+            for kind, alpha in alphas.items()
         )
         if adapters.posterior == "activation":
             mean, log_variance = x @ mean.T, x @ log_variance.T
@@ -132,18 +133,18 @@ def run_update(tiny, index=0, progress=0.0):
 
 
 @pytest.mark.parametrize(
-    ("posterior", "meta_gradient", "outer_batch", "kl_estimate"),
+    ("posterior", "meta_gradient", "outer_batch", "kl_estimate", "log_variance_alpha"),
     [
-        ("activation", "kl", "reuse", "closed_form"),
-        ("activation", "kl", "query", "closed_form"),
-        ("weight", "kl", "reuse", "closed_form"),
-        ("activation", "first_order", "query", "closed_form"),
-        ("weight", "first_order", "reuse", "closed_form"),
-        ("activation", "kl", "query", "sample"),
-        ("weight", "kl", "reuse", "sample"),
+        ("activation", "kl", "reuse", "closed_form", None),
+        ("activation", "kl", "query", "closed_form", 5.0),
+        ("weight", "kl", "reuse", "closed_form", None),
+        ("activation", "first_order", "query", "closed_form", 5.0),
+        ("weight", "first_order", "reuse", "closed_form", 5.0),
+        ("activation", "kl", "query", "sample", 5.0),
+        ("weight", "kl", "reuse", "sample", 5.0),
     ],
 )
-def test_abmll(posterior, meta_gradient, outer_batch, kl_estimate, build_tiny):
+def test_abmll(posterior, meta_gradient, outer_batch, kl_estimate, log_variance_alpha, build_tiny):
     method = {
         "kl_estimate": kl_estimate,
         "meta_gradient": meta_gradient,
@@ -151,7 +152,8 @@ def test_abmll(posterior, meta_gradient, outer_batch, kl_estimate, build_tiny):
         "weight_decay": 0.1,
         "adam_betas": (0.8, 0.95),
     }
-    tiny = build_tiny(torch.float64, adapters={"posterior": posterior}, method=method)
+    adapters = {"posterior": posterior, "log_variance_alpha": log_variance_alpha}
+    tiny = build_tiny(torch.float64, adapters=adapters, method=method)
     tiny.scatter()
     tiny.adapters.reset_phi()
     hand, start = ByHand(tiny), {name: value.clone() for name, value in tiny.adapters.theta.items()}

@@ -13,7 +13,10 @@ from abmll.kernels.reference import activation_statistics, weight_statistics
 from abmll.page.facts import read_run
 from abmll.page.posterior import by_module, deviations, ordered, posterior_kind
 
-SETTINGS = PosteriorSettings(scaling=8.0, log_variance_scaling=8.0, log_variance_offset=-8.0, prior_shape=1.0, prior_rate=0.01)  # 16 / rank 2
+# 16 / rank 2
+SETTINGS = PosteriorSettings(
+    scaling=8.0, log_variance_scaling=8.0, log_variance_offset=-8.0, prior_shape=1.0, prior_rate=0.01
+)
 
 
 def factors(layer: str) -> GaussianFactors:
@@ -41,6 +44,12 @@ def test_activations_are_those_of_the_reference_on_standard_normal_inputs(tmp_pa
         log = 0.5 * activation_statistics(x, factors(layer), SETTINGS)[1]
         assert own.mean == -4.0 == pytest.approx(float(log.mean()), abs=0.1 * own.spread)
         assert own.spread == pytest.approx(float(log.std()), rel=0.01)
+
+
+def test_the_log_variances_own_alpha_counts(tmp_path):
+    own = write_run(tmp_path / "own", adapters={"posterior": "weight", "alpha": 3.0, "log_variance_alpha": 16.0})
+    both = write_run(tmp_path / "both", adapters={"posterior": "weight"})
+    assert deviations(read_run(own, "run")) == deviations(read_run(both, "run"))
 
 
 def test_at_the_start_every_deviation_is_that_of_c(tmp_path):

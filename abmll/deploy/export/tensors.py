@@ -3,8 +3,8 @@
 Every tensor is named LAYER.PAIR.FACTOR, LAYER being the linear layer's name in the base model. Pairs:
 `mean` with `a` [r, inputs] and `b` [outputs, r]: the change s b a to the layer's weight, s = alpha / r;
 `log_variance` (abmll) with `a` and `b` alike: the log-variance s b a + log_variance_offset, of each weight, or with the
-activation posterior (s b a x + log_variance_offset) of each output; `deviations.root` (blob) [r, inputs]: its square is
-the standard deviation of the mean's `a`.
+activation posterior (s b a x + log_variance_offset) of each output, with log_variance_alpha in alpha's place where that
+is set; `deviations.root` (blob) [r, inputs]: its square is the standard deviation of the mean's `a`.
 """
 
 from __future__ import annotations
