@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates
-from abmll.config.layers import read_layers
+from abmll.config.files import read_layers
 from abmll.config.settings import check_settings, is_folder_name
 from abmll.config.task_lists import resolve_task_lists
 

@@ -1,7 +1,7 @@
 """A run's configuration: YAML and overrides in, typed sections out."""
 
 from .errors import ConfigError, Refused
-from .layers import resolve_path
+from .files import resolve_path
 from .load import config_from, load_config, save_config, with_absolute_paths
 from .schema import Config
 from .settings import override_texts, read_settings

@@ -14,7 +14,7 @@ from abmll.files import write_whole
 
 from . import yaml_text
 from .errors import ConfigError, did_you_mean, show
-from .layers import Layer, file_of, is_section, merged, read_layers, resolve_path
+from .files import Layer, file_of, is_section, merged, read_layers, resolve_path
 from .messages import Key, describe, dotted, key_of
 from .schema import Config
 

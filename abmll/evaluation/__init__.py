@@ -2,7 +2,7 @@
 
 `predictor` adapts and predicts, `evaluator` draws and scores with it. Each option is a file of its own: `active` and
 `labels` choose what adaptation sees, `tfb` draws weights, `prune` takes activations away, `temperature` cools or warms
-what is predicted, `crossfit` leaves out of adaptation what temperature is fitted to.
+what is predicted, `held_out` leaves out of adaptation what temperature is fitted to.
 """
 
 from abmll.evaluation.evaluator import Evaluator

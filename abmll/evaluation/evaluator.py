@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from abmll.config.schema import EvalConfig
 from abmll.dealing import deal
 from abmll.evaluation.active import choose
-from abmll.evaluation.crossfit import leave_one_batch_out
+from abmll.evaluation.held_out import leave_one_batch_out
 from abmll.evaluation.labels import shuffle_labels
 from abmll.evaluation.predictor import Predictor
 from abmll.evaluation.scores import Evaluation, Split

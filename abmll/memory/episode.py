@@ -22,7 +22,7 @@ from abmll.evaluation.predictor import Predictor
 from abmll.kernels import NoiseKey, rows_of_keys
 from abmll.learner import Learner, StepTerms
 from abmll.memory import attention
-from abmll.memory.engine import CountedEngine
+from abmll.memory.counted_engine import CountedEngine
 from abmll.memory.fake import as_on_gpu, counted
 from abmll.memory.sharding import imagined_ranks, shard_counted
 from abmll.memory.storages import (

@@ -6,7 +6,7 @@ import torch
 from evaluations import adapt_by_hand, evaluate, evaluator, predictions, scattered
 from scipy.optimize import minimize_scalar
 
-from abmll.evaluation.crossfit import leave_one_batch_out
+from abmll.evaluation.held_out import leave_one_batch_out
 from abmll.methods import METHODS
 from abmll.tasks.episodes import in_batches, support_examples
 from abmll.tasks.task import PromptedExample

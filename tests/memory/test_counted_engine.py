@@ -12,7 +12,7 @@ from setups import deepspeed
 from abmll.config.schema import LoggingConfig
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.engine import ThetaEngine
-from abmll.memory.engine import CountedEngine
+from abmll.memory.counted_engine import CountedEngine
 from abmll.memory.storages import OUTER, WARM_UP, StorageCounter
 
 SIZES = ((40, 25), (25, 30), (8, 125))  # 2,750 numbers; the bucket holds 1,000
