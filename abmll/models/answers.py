@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abmll.kernels import Groups
@@ -25,24 +26,27 @@ LOGIT_SCALES = (
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as a model's layers see it: its inputs, the rows of each group, and which rows count (None: all do)."""
+    """A batch as a model's layers see it: its inputs, the rows of each group, which rows count (None: all do), and the
+    tokens that answer (None: any may).
+    """
 
     inputs: dict[str, Any]
     answer_position: Tensor  # [S], in all rows one after another
     groups: Groups
     token_mask: Tensor | None
+    letter_ids: Tensor | None = None  # [C]
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: Batch) -> Rows:
         """Packed, or padded to the longest prompt where the model's attention takes no packed prompts."""
         if is_packed(model):
             inputs = packed_inputs(batch.input_ids, batch.position_ids, batch.prompts)
-            return cls(inputs, batch.answer_position, batch.groups, None)
+            return cls(inputs, batch.answer_position, batch.groups, None, batch.letter_ids[0])
         input_ids, mask = padded_inputs(batch.input_ids, batch.prompts)
         count, longest = input_ids.shape
         last = torch.arange(count, device=mask.device) * longest + batch.prompts.bounds.diff() - 1
         groups = Groups.of(rows_of_groups(model, batch), mask.device)
-        return cls({"input_ids": input_ids}, last, groups, mask)
+        return cls({"input_ids": input_ids}, last, groups, mask, batch.letter_ids[0])
 
 
 def rows_of_groups(model: PreTrainedModel, batch: Batch) -> tuple[int, ...]:
@@ -56,12 +60,32 @@ def answer_logits(model: PreTrainedModel, rows: Rows) -> Tensor:
     """Logits over the vocabulary of the token after each prompt: [S, V] fp32.
 
     No attention mask is passed, which lets transformers build none and take the fast causal path. The output embeddings
-    see [S, H] and not [T, H]: with a large vocabulary the latter would be the largest tensor of the run.
+    see [S, H] and not [T, H]: with a large vocabulary the latter would be the largest tensor of the run. The letters'
+    logits of a 16-bit model are summed and kept in fp32: bf16 has steps of 0.25 at 33, where many tasks' best two
+    options would be equal, and the first of them the prediction.
     """
     hidden = model.get_decoder()(**rows.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    logits = model.get_output_embeddings()(hidden[rows.answer_position]).float()
+    head = model.get_output_embeddings()
+    with nullcontext() if rows.letter_ids is None else _exact(head, rows.letter_ids):
+        logits = head(hidden[rows.answer_position]).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _exact(head: nn.Module, tokens: Tensor):
+    """While this is open a dense 16-bit head's logits are fp32, and those of `tokens` [C] have fp32's accuracy.
+
+    Done in a hook, before those that take a weight spread over ranks apart again.
+    """
+
+    def replace(head: nn.Linear, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        if type(head).forward is not nn.Linear.forward or logits.dtype not in (torch.bfloat16, torch.float16):
+            return logits
+        exact = inputs[0].float() @ head.weight[tokens].float().mT
+        exact = exact if head.bias is None else exact + head.bias[tokens].float()
+        return logits.float().index_copy_(1, tokens, exact)
+
+    return head.register_forward_hook(replace, prepend=True)
 
 
 @torch.no_grad()

@@ -35,21 +35,18 @@ def collate(examples: Sequence[PromptedExample], letter_ids: Sequence[int]) -> B
 
 
 def side_by_side(batches: Sequence[Batch]) -> Batch:
-    """The batches as groups of one, in their order, on their device; examples with fewer letters are filled up."""
+    """The batches as groups of one, in their order, on their device; all get the letters of the one with the most."""
     if len(batches) == 1:
         return batches[0]
     device, first_tokens = batches[0].input_ids.device, [0]
     for batch in batches[:-1]:
         first_tokens.append(first_tokens[-1] + batch.num_tokens)
-    most = max(batch.letter_ids.shape[1] for batch in batches)
+    letters = max((batch.letter_ids[0] for batch in batches), key=len)
 
     def joined(name: str) -> torch.Tensor:
         return torch.cat([getattr(batch, name) for batch in batches])
 
-    def filled(name: str) -> torch.Tensor:
-        tensors = [getattr(batch, name) for batch in batches]
-        return torch.cat([pad(tensor, (0, most - tensor.shape[1])) for tensor in tensors])
-
+    masks = [pad(batch.option_mask, (0, len(letters) - batch.option_mask.shape[1])) for batch in batches]
     return Batch(
         input_ids=joined("input_ids"),
         position_ids=joined("position_ids"),
@@ -58,8 +55,8 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
         ),
         target=joined("target"),
         label=joined("label"),
-        letter_ids=filled("letter_ids"),
-        option_mask=filled("option_mask"),
+        letter_ids=letters.repeat(sum(len(batch.target) for batch in batches), 1),
+        option_mask=torch.cat(masks),
         prompts=Groups.of([size for batch in batches for size in batch.prompts.sizes], device),
         groups=Groups.of([size for batch in batches for size in batch.groups.sizes], device),
         group_prompts=tuple(count for batch in batches for count in batch.group_prompts),

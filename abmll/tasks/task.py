@@ -61,8 +61,9 @@ class Batch:
 
     input_ids, position_ids [T] int64, a position counted from its prompt's start; answer_position [S] int64, where in
     [T] each prompt ends, whose logits predict the letter; target [S] int64, the letter's token id; label [S] int64, its
-    index; letter_ids [S, C] int64, token ids of the first C letters; option_mask [S, C] bool, true at the example's
-    options. `prompts`: the tokens of each prompt; `groups`: those of each group; `group_prompts`: its prompts.
+    index; letter_ids [S, C] int64, in every row token ids of the first C letters; option_mask [S, C] bool, true at the
+    example's options. `prompts`: the tokens of each prompt; `groups`: those of each group; `group_prompts`: its
+    prompts.
     """
 
     input_ids: torch.Tensor

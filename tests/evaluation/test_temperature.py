@@ -7,7 +7,7 @@ import torch
 from evaluations import CLOSE, evaluate, evaluator, predictions, scattered
 
 from abmll.config.schema import TFBConfig
-from abmll.evaluation.temperature import RANGE, fit_temperature
+from abmll.evaluation.temperature import PRIOR_STD, RANGE, fit_temperature
 from abmll.metrics import Predictions
 from abmll.tasks.episodes import support_examples
 
@@ -45,46 +45,65 @@ def test_an_option_never_reaches_zero():
     assert tempered.nll.item() == pytest.approx(-math.log(torch.finfo(torch.float32).tiny))
 
 
-def test_the_fit_finds_the_share_of_right_answers():
-    """Ten examples at 90 %, seven of them right: T takes 90 % to (7 * 11 / 12 + 3 / 12) / 10 = 2 / 3."""
-    label = [0] * 7 + [1] * 3
-    surer = fit_temperature(predicted([[0.9, 0.1]] * 10, label, [0.8] * 10))
-    assert surer == pytest.approx(math.log(9) / math.log(2), rel=1e-3)
-    humbler = fit_temperature(predicted([[0.6, 0.4]] * 10, label, [0.8] * 10))
-    assert humbler == pytest.approx(math.log(1.5) / math.log(2), rel=1e-3)
-
-
 def test_many_examples_are_what_they_are():
-    """Of a thousand 70 % are right, and the targets hardly differ from them."""
-    label = [0] * 700 + [1] * 300
-    found = fit_temperature(predicted([[0.9, 0.1]] * 1000, label, [0.8] * 1000))
-    assert found == pytest.approx(math.log(9) / math.log(7 / 3), rel=5e-3)
+    """Of ten thousand 70 % are right: T takes 90 % and 60 % there, hardly held back by the prior."""
+    label = [0] * 7000 + [1] * 3000
+    for confidence in (0.9, 0.6):
+        found = fit_temperature(predicted([[confidence, 1 - confidence]] * 10_000, label, [0.8] * 10_000))
+        expected = math.log(confidence / (1 - confidence)) / math.log(7 / 3)
+        assert found == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("n", [1, 10])
-def test_a_few_right_answers_are_no_certainty(n):
-    """All of n are right, at 90 %: T takes that to (n + 1) / (n + 2), or n + 1 : 1."""
-    found = fit_temperature(predicted([[0.9, 0.1]] * n, [0] * n, [1.0] * n))
-    assert found == pytest.approx(math.log(9) / math.log(n + 1), rel=1e-3)
+def slope(found, options, label):
+    """The derivative by log T of the negative log posterior, zero at its least: by hand for two options each.
+
+    With z = log(p / (1 - p)) of the right option its NLL is log(1 + exp(-z / T)).
+    """
+    odds = [math.log(p[right] / p[1 - right]) / found for p, right in zip(options, label, strict=True)]
+    return sum(z / (1 + math.exp(z)) for z in odds) + math.log(found) / PRIOR_STD**2
+
+
+@pytest.mark.parametrize("right", range(11))
+@pytest.mark.parametrize("confidence", [0.5001, 0.6, 0.9, 0.999])
+def test_a_few_examples_move_it_where_the_posterior_is_densest(right, confidence):
+    options, label = [[confidence, 1 - confidence]] * 10, [0] * right + [1] * (10 - right)
+    found = fit_temperature(predicted(options, label, [0.8] * 10))
+    assert RANGE[0] < found < RANGE[1]
+    # the search ends within 1e-5 of log T, and the second derivative is below 10 * (5 + 25) + 4 there
+    assert abs(slope(found, options, label)) < 5e-3
+
+
+def test_a_few_right_answers_are_no_certainty_and_guesses_stay_guesses():
+    assert 0.4 < fit_temperature(predicted([[0.9, 0.1]] * 10, [0] * 10, [1.0] * 10)) < 0.8
+    assert fit_temperature(predicted([[0.5001, 0.4999]] * 10, [0] * 10, [1.0] * 10)) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_a_perfectly_calibrated_model_is_left_nearly_alone():
+    """Ten examples each of 200 tasks: the median T is near 1."""
+    random = torch.Generator().manual_seed(0)
+    p = torch.rand(200, 10, generator=random, dtype=torch.float64) * 0.9 + 0.05
+    label = (torch.rand(p.shape, generator=random, dtype=torch.float64) > p).long()
+    tasks = zip(torch.stack([p, 1 - p], dim=2).tolist(), label.tolist(), strict=True)
+    fits = [fit_temperature(predicted(options, own, [1.0] * 10)) for options, own in tasks]
+    assert torch.tensor(fits).median() == pytest.approx(1.0, abs=0.1)
 
 
 def test_each_example_has_its_own_options():
-    """One right of three and one right of two: the targets are 3 : 1 and 3 : 1 : 1, of n = 2."""
+    """One right of three and one right of two: an option of probability zero has no part."""
     found = fit_temperature(predicted([[0.8, 0.2, 0.0], [0.8, 0.1, 0.1]], [0, 0], [1.0, 1.0]))
     two, three = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.8, 0.2], [0.8, 0.1, 0.1]))
-    targets = torch.tensor([3 / 4, 1 / 4]), torch.tensor([3 / 5, 1 / 5, 1 / 5])
 
     def loss(temperature):
-        pairs = zip(targets, (two, three), strict=True)
-        return -sum(float((target * (logits / temperature).log_softmax(0)).sum()) for target, logits in pairs)
+        nll = -sum(float((logits / temperature).log_softmax(0)[0]) for logits in (two, three))
+        return nll + 0.5 * (math.log(temperature) / PRIOR_STD) ** 2
 
     assert loss(found) < min(loss(0.99 * found), loss(1.01 * found))
 
 
-def test_the_fit_ends_where_no_temperature_is_best():
-    wrong = fit_temperature(predicted([[0.9, 0.1]], [1], [1.0]))
+def test_the_fit_ends_where_so_many_are_wrong_that_no_prior_holds():
+    wrong = fit_temperature(predicted([[0.9, 0.1]] * 1000, [1] * 1000, [1.0] * 1000))
     assert 19.9 < wrong < RANGE[1]
-    hardly = fit_temperature(predicted([[0.5001, 0.4999]] * 10, [0] * 10, [1.0] * 10))
+    hardly = fit_temperature(predicted([[0.51, 0.49]] * 10_000, [0] * 10_000, [1.0] * 10_000))
     assert RANGE[0] < hardly < 0.051
     assert math.isnan(fit_temperature(predicted([[math.nan, math.nan]], [0], [1.0])))
 

@@ -98,6 +98,31 @@ def test_output_embeddings_see_only_the_answers(make_batch):
     assert shapes == [(2, model.config.hidden_size)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_letters_are_not_rounded_to_16_bits(dtype, make_batch):
+    """So that of two options one is the likelier. The others are as the head gives them; so are its derivatives."""
+    model, batch, seen = build("qwen2", dtype), make_batch([7, 23, 16]), []
+    model.model.embed_tokens.weight.requires_grad_(True)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found, letters = logits_of(model, batch), batch.letter_ids[0]
+    hidden, weight = seen[0], model.lm_head.weight
+    right = hidden.double() @ weight[letters].double().mT
+    assert found.dtype == torch.float32 and found.abs().max() > 0.5
+    # H products, exact in fp32, and their sum's roundings
+    bound = (
+        weight.shape[1] * torch.finfo(torch.float32).eps * (hidden.double().abs() @ weight[letters].double().abs().mT)
+    )
+    assert ((found[:, letters] - right).abs() <= bound).all()
+    assert (found[:, letters].to(dtype).float() != found[:, letters]).any()
+    rounded = model.lm_head(hidden).float()
+    others = torch.ones(found.shape[1], dtype=torch.bool).index_fill_(0, letters, False)
+    assert torch.equal(found[:, others], rounded[:, others])
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(found, hidden, upstream)
+    expected = upstream.double() @ weight.double()
+    assert (gradient - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_checkpointing_gives_the_same_gradients(name, packed, make_batch):
