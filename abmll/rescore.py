@@ -9,6 +9,8 @@ from typing import Any
 
 from abmll.build import build, rebuild_for_scoring
 from abmll.config import ConfigError, Refused, load_config, override_texts, read_settings
+from abmll.config.errors import show
+from abmll.config.schema import AdapterConfig, Config, MethodConfig
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
@@ -42,6 +44,10 @@ class FinishedRun:
         self.config = load_config(self.config_path, overrides, scoring=True)
         try:
             self.theta, self.facts = load_summary(self.folder / "final")
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        refuse_other(self.config, _trained_with(self.facts["config"]), "theta was trained with {}; leave it as it was")
+        try:
             self.parts = build(self.config, self.config_path, ranks.device, scoring=True)
             self.ranks = in_step(ranks, self.config.model, self.parts.learner)
             self.parts.learner.adapters.load_theta(self.theta)
@@ -54,12 +60,8 @@ class FinishedRun:
         All ranks call this. ConfigError for overrides of the model or the adapters, which are loaded.
         """
         config = load_config(self.config_path, [*self.overrides, *overrides], scoring=True)
-        told, loaded = (flat(one.model_dump()) for one in (config, self.config))
-        for key in told:
-            if told[key] != loaded[key] and key.startswith(LOADED):
-                raise ConfigError(
-                    [f"override: {key}: what was loaded depends on it; set it for all, or score another run"]
-                )
+        loaded = flat(self.config.model_dump(mode="json"))
+        refuse_other(config, loaded, "what was loaded depends on it; set it for all, or score another run")
         try:
             parts = self.parts if config == self.config else rebuild_for_scoring(self.parts, config, self.config_path)
             plan = plan_on(self.ranks, config, {})  # no engine runs here
@@ -77,6 +79,25 @@ class FinishedRun:
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         return evaluations, parts.tasks.notes
+
+
+def refuse_other(config: Config, other: Mapping[str, Any], why: str) -> None:
+    """ConfigError for every key of LOADED that the other has with another value, for which {} in `why` stands."""
+    told = flat(config.model_dump(mode="json"))
+    differing = [key for key in told if key.startswith(LOADED) and key in other and told[key] != other[key]]
+    if differing:
+        raise ConfigError([f"override: {key}: {why.format(show(other[key]))}" for key in differing])
+
+
+def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary's configuration by key, as far as it decides what theta means. A key that the run's version did not
+    have yet is at its default.
+    """
+    adapters = AdapterConfig().model_dump(mode="json") | config["adapters"]
+    method = MethodConfig().model_dump(mode="json") | config["method"]
+    known = flat({"adapters": adapters, "method": method})
+    del known["adapters.backend"]
+    return known
 
 
 def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:

@@ -140,6 +140,13 @@ class Session:
         if position.best is not None:
             theta, _ = load_summary(self._best(position.best["step"]))
             self.parts.learner.adapters.load_theta(theta)
+            tasks = self.parts.tasks
+            if {task.name for task in tasks.validation} & {task.name for task in tasks.test}:
+                self.progress.say(
+                    f"note: theta is that of step {position.best['step']}, the best by labels of test tasks (their "
+                    "validation rows), which methods without training cannot choose by; for scores to be compared name "
+                    "other tasks in tasks.validation, or set eval.every=null"
+                )
         facts = self._facts(position)
         if self.ranks.is_main:  # before the scoring too: what was learned should not wait for it
             save_summary(self.folder / "final", self.parts.learner.adapters.theta, facts)

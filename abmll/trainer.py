@@ -252,9 +252,9 @@ class Trainer:
         position = self.position
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
             raise TrainingDiverged(
-                f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; lower method.inner_lr, "
-                "method.outer_lr, method.beta or (abmll) adapters.log_variance_alpha, or raise trainer.max_nonfinite; "
-                "the last checkpoint is unharmed"
+                f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; start another run (output=FOLDER) "
+                "with a lower method.inner_lr, method.outer_lr, method.beta or (abmll) adapters.log_variance_alpha, "
+                "or raise trainer.max_nonfinite and go on with --resume auto: the last checkpoint is unharmed"
             )
 
     def _report(self, table: Tensor, seconds: float) -> StepReport:
@@ -292,8 +292,8 @@ class Trainer:
         """TrainingDiverged instead where theta is not finite: the last good checkpoints must not make room for it."""
         if not torch.stack([value.isfinite().all() for value in self.learner.adapters.theta.values()]).all():
             raise TrainingDiverged(
-                f"theta holds NaN or Inf after outer step {self.position.step}; lower method.outer_lr, and go on with "
-                "--resume auto from the last checkpoint, which is unharmed"
+                f"theta holds NaN or Inf after outer step {self.position.step}; start another run (output=FOLDER) "
+                "with a lower method.outer_lr; the last checkpoint of this one is unharmed"
             )
         self.progress.sync()
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}

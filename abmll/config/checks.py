@@ -9,6 +9,7 @@ from typing import Any
 from .errors import duplicates, show
 
 SAMPLED = ("abmll", "blob")  # methods that have a posterior
+OUTER = ("abmll", "fomaml", "maml")  # methods whose step of theta reads a batch of its own
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,21 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
     )
 
     rule(
-        config.method.outer_batch == "query"
+        config.method.outer_batch == "query" and config.method.name not in OUTER,
+        "method.outer_batch",
+        f"method.name={config.method.name} has no outer batch; set method.outer_batch=reuse",
+        "method.name",
+    )
+    rule(
+        config.method.name == "abmll"
+        and config.method.outer_batch == "query"
         and config.method.meta_gradient == "kl"
         and config.method.kl_estimate == "closed_form"
         and config.adapters.posterior == "weight",
         "method.outer_batch",
         "theta's gradient reads no batch in the weight posterior; set method.outer_batch=reuse, or "
         "method.meta_gradient=first_order",
+        "method.name",
         "method.meta_gradient",
         "method.kl_estimate",
         "adapters.posterior",

@@ -6,7 +6,11 @@ from abmll.methods.lora import LoRA
 
 
 class Blob(LoRA):
-    """Steps of theta on NLL + beta KL to a fixed prior; as published beta is batch size / number of examples."""
+    """Steps of theta on NLL + beta KL to a fixed prior, by one AdamW. With the NLL summed over a batch, the evidence
+    lower bound has beta = batch size / number of examples.
+
+    The authors' code differs: its KL is stepped by an SGD of its own, weighed differently from minibatch to minibatch.
+    """
 
     name = "blob"
     layers = "blob"

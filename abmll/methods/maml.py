@@ -14,7 +14,10 @@ from abmll.tasks.task import Batch
 
 
 class FOMAML(Method):
-    """K steps of phi on the NLL; theta gets the outer batch's gradient at the adapted phi."""
+    """K steps of phi on the NLL; theta gets the outer batch's gradient at the adapted phi.
+
+    As published the outer batch is a fresh one (`outer_batch: query`). `reuse` takes the last inner batch again.
+    """
 
     name = "fomaml"
 

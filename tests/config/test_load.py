@@ -185,11 +185,19 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["eval.temperature=held_out", "eval.active.by=entropy"], "eval.temperature"),
         (["eval.temperature=held_out", "eval.tfb.samples=8", "method.name=lora"], "eval.temperature"),
         (["eval.temperature=held_out", "tasks.demonstrations=2", "tasks.demonstrate=always"], "eval.temperature"),
+        (["method.outer_batch=query", "method.name=reptile"], "method.outer_batch"),
+        (["method.outer_batch=query", "adapters.posterior=weight"], "method.outer_batch"),
     ],
 )
 def test_rules_between_keys(write, overrides, key):
     (line,) = problems(write(GOOD), overrides)
     assert f": {key}: " in line
+
+
+def test_a_method_of_its_own_outer_batch_does_not_ask_for_the_posterior(write):
+    """The rule about the weight posterior is of abmll's gradient."""
+    overrides = ["method.outer_batch=query", "adapters.posterior=weight", "method.name=fomaml"]
+    assert load_config(write(GOOD), overrides).method.outer_batch == "query"
 
 
 def test_scoring_needs_no_training_tasks(write):

@@ -68,9 +68,15 @@ def test_predictions_are_pruned_and_adaptation_is_not(where, build_tiny):
 
 
 def test_a_fraction_of_zero_hooks_nothing(build_tiny, monkeypatch):
-    tiny = build_tiny()
-    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", None)
+    tiny, hooked, register = build_tiny(), [], torch.nn.Module.register_forward_hook
+
+    def spy(module, *arguments, **named):
+        hooked.append(module)
+        return register(module, *arguments, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", spy)
     evaluator(tiny).evaluate(tiny.method, tiny.parts.tasks.test[:1], "test")
+    assert {id(module) for module in hooked} <= {id(tiny.model.get_output_embeddings())}  # for the letters' logits
 
 
 def test_a_model_without_layers_that_are_known_is_told(build_tiny, monkeypatch):

@@ -94,8 +94,8 @@ def test_prior_is_normal_times_gamma_up_to_a_constant(shape, rate):
     torch.testing.assert_close(difference, difference[:1].expand(20))
 
 
-def test_theta_s_log_variance_is_only_pushed_up_while_phi_s_follows_it():
-    """docs/method.md: what moves theta's log-variance. Of shape 1; autograd's derivative against the formula there."""
+def test_theta_s_log_variance_moves_as_is_documented():
+    """docs/method.md, of prior shape 1: autograd's derivative is the formula there, whose later parts only push up."""
     settings, tasks = PosteriorSettings(1.0, 1.0, 0.0, 1.0, 0.01), 23
     generator = torch.Generator().manual_seed(2)
     mean_phi, mean, low_phi, low = torch.randn(4, 50, generator=generator, dtype=torch.float64)

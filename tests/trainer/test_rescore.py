@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from abmll.config import ConfigError, Refused
-from abmll.rescore import evaluate
+from abmll.config.schema import AdapterConfig, MethodConfig
+from abmll.rescore import _trained_with, evaluate
 from abmll.score_files import load_scores
 
 
@@ -18,6 +19,23 @@ def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
     facts = json.loads((finished.folder / "final/summary.json").read_text())
     assert f"after step {facts['step']}" in printed
     assert (finished.folder / "scores.md").read_text() in printed
+
+
+def test_what_theta_was_trained_with_is_not_changed(finished):
+    """A theta of the same shape would load, and mean something else."""
+    for override, trained in (("adapters.log_variance_alpha=1.6", "None"), ("adapters.alpha=4", "16.0")):
+        key = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"{key}: theta was trained with {trained}; leave it as it was"):
+            evaluate(str(finished.folder), [override], None)
+    evaluate(str(finished.folder), ["adapters.backend=torch", "eval.max_examples=1"], None)
+
+
+def test_a_key_that_a_runs_version_did_not_have_was_at_its_default():
+    adapters, method = AdapterConfig(rank=3).model_dump(mode="json"), MethodConfig().model_dump(mode="json")
+    whole = _trained_with({"adapters": adapters, "method": method})
+    del adapters["log_variance_alpha"]
+    assert _trained_with({"adapters": adapters, "method": method}) == whole
+    assert whole["adapters.rank"] == 3 and whole["adapters.log_variance_alpha"] is None
 
 
 def test_other_settings_are_honoured(finished, tmp_path):
@@ -127,5 +145,5 @@ def test_a_folder_without_a_finished_run_is_refused(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished.folder / "config.yaml").read_text())
     with pytest.raises(Refused, match=r"summary .*final.*; name a folder written by a run"):
         evaluate(str(tmp_path), [], None)
-    with pytest.raises(Refused, match="do not fit this model"):
+    with pytest.raises(ConfigError, match=r"adapters\.rank: theta was trained with 2; leave it as it was"):
         evaluate(str(finished.folder), ["adapters.rank=3"], None)
