@@ -19,8 +19,8 @@ from abmll.page.facts import RunFacts
 EXPLAINED = {
     "activation": "The activation posterior's standard deviation depends on the token: exp(l(x) / 2) with l(x) = "
     "s B A x + c. Shown is what it is for inputs x of independent standard normal numbers, over all output units: the "
-    "centre is exp(c / 2) whatever was learned (what real inputs have in common may move it far), and the band reaches one standard deviation of its logarithm, "
-    "s |BA| / (2 √N), to either side.",
+    "centre is exp(c / 2) whatever was learned (what real inputs have in common may move it far), and the band reaches "
+    "one standard deviation of its logarithm, s |BA| / (2 √N), to either side.",
     "weight": "The standard deviation of a layer's weights, exp((s B A + c) / 2): the geometric mean over the weights, "
     "and a band of one standard deviation of its logarithm to either side.",
     "blob": "BLoB's standard deviation of the factor A: the geometric mean over its elements, and a band of one "
