@@ -70,7 +70,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     panels = [
         ("accuracy", f"validation accuracy %,\ntrailing mean of {WINDOW} validations", 100.0),
         ("ece", f"validation ECE,\ntrailing mean of {WINDOW} validations", 1.0),
-        ("nll", "training NLL after the inner steps,\ntrailing mean over a tenth of the run", 1.0),
+        ("nll", "training NLL of a batch after the inner steps,\ntrailing mean over a tenth of the run", 1.0),
     ]
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:
@@ -133,7 +133,7 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
         axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
         axis.plot(confidence, accuracy, marker="o", markersize=4, color="C0", clip_on=False)
         error = np.nansum(share * np.abs(accuracy - confidence))
-        axis.set_title(f"{label}\nECE, all pooled: {error:.3f}", fontsize=8)
+        axis.set_title(f"{label}\nECE, tasks and seeds pooled: {error:.3f}", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.tick_params(labelbottom=True)  # the panel below may not be there
     figure.supxlabel("confidence", fontsize=9)

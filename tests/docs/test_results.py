@@ -1,0 +1,61 @@
+"""The tables of results in README and docs/comparisons.md are those of the committed rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = {
+    "README.md": ("accuracy", "ece", "nll_options"),
+    "docs/comparisons.md": ("accuracy", "ece", "nll_options", "brier"),
+}
+COMPARISONS = {
+    "Qwen2.5-Coder-0.5B-Instruct": "cls23-qwen0.5b",
+    "SmolLM2-135M-Instruct": "cls23-smollm2",
+    "... on cls-45": "cls45-smollm2",
+    "gemma-3-270m": "cls23-gemma270m",
+}
+RIVALS = {
+    "lora (pooled tasks)": "lora",
+    "reptile": "reptile",
+    "fomaml (query batch)": "fomaml",
+    "structured LoRA": "structured_lora",
+    "pretrained": "pretrained",
+}
+
+
+def shown(row: dict[str, str], metric: str) -> str:
+    """A difference and its interval as the tables have them, bold where it differs from zero after the correction."""
+    numbers = [float(row[name]) for name in ("difference", "difference_low", "difference_high")]
+    if metric == "accuracy":
+        value, low, high = (f"{100 * number:+.1f}" for number in numbers)
+    else:
+        value, low, high = (f"{number:+.3f}".replace("0.", ".", 1) for number in numbers)
+    text = f"{value} [{low}, {high}]"
+    return f"**{text}**" if float(row["p_holm"]) < 0.05 else text
+
+
+def expected(page: str) -> list[list[str]]:
+    lines = []
+    for name, folder in COMPARISONS.items():
+        path = ROOT / "benchmarks/results/compare" / folder / "tables/against_each.csv"
+        with path.open(newline="") as file:
+            found = {(row["rival"], row["metric"]): row for row in csv.DictReader(file) if row["label"] == "abmll"}
+        for title, rival in RIVALS.items():
+            if (rival, "accuracy") in found:
+                seeds = found[rival, "accuracy"]["seeds"]
+                lines.append([name, title, seeds, *(shown(found[rival, metric], metric) for metric in METRICS[page])])
+                name = ""
+    return lines
+
+
+@pytest.mark.parametrize("page", METRICS)
+def test_the_table_is_that_of_the_committed_rows(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| model | minus | seeds |")) + 2
+    end = next(number for number, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    assert written == expected(page)
