@@ -89,6 +89,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
                     **estimates(own, (*MAIN, *UNCERTAINTY, *PAPERS), with_seeds=True),
                     POOLED_ECE.name: pooled_ece(own),
                     "constant": float((by_task == 1).mean()),
+                    "commonest": float(own.groupby("task")["majority"].mean().mean()),
                     "beatable_tasks": len(wanted),
                     **estimates(own[own["task"].isin(wanted)], (ACCURACY,), prefix="beatable_"),
                 }
@@ -161,8 +162,9 @@ def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     rows = []
     for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
         rivals = part[part["method"].isin(baselines)]
-        best = rivals if rivals.empty else best_of(rivals, ACCURACY)[1]
         for label, own in part.groupby("label", sort=False):
+            shared = _scored_on(rivals, own)
+            best = shared if shared.empty else best_of(shared, ACCURACY)[1]
             accuracy, difference = task_values(own, ACCURACY), _differences(own, best, ACCURACY)
             commonest = own.groupby("task")["commonest_prediction"].min()
             facts = own.groupby("task", sort=False)[["n", "majority"]].first()
@@ -288,9 +290,14 @@ def named(name: str, found: Estimate) -> dict[str, float]:
 
 
 def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
-    """The label of the best mean and its rows; one that diverged is the best only if all did."""
+    """The label of the best mean and its rows; one that diverged is the best only if all did.
+
+    Means are over the tasks and seeds that all of them were scored on, if there are any: seeds are not equally easy.
+    """
+    everywhere = rivals.groupby(PAIR)["label"].transform("nunique") == rivals["label"].nunique()
+    compared = rivals[everywhere] if everywhere.any() else rivals
     means = {
-        label: metric.better * task_values(own, metric).mean(skipna=False) for label, own in rivals.groupby("label")
+        label: metric.better * task_values(own, metric).mean(skipna=False) for label, own in compared.groupby("label")
     }
     best = max(means, key=lambda label: -math.inf if math.isnan(means[label]) else means[label])
     return best, rivals[rivals["label"] == best]

@@ -146,7 +146,8 @@ def _table(
 
 _SUMMARY = (
     f"Means over a task's examples, then over seeds, then over tasks. {INTERVALS} SD: of the accuracy, over seeds. "
-    "Constant: tasks with one and the same prediction for all examples, in every seed. Beatable: tasks on which some "
+    "Constant: tasks with one and the same prediction for all examples, in every seed. Commonest: what would be right "
+    "if each task's commonest answer were given to all its examples. Beatable: tasks on which some "
     "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
     "bins by task, and pooled: of all tasks' examples as one set, the mean over seeds (without an interval, "
     "which a resample's own noise would bias). NLL among the options. Rows of other seeds had other support sets."
@@ -172,6 +173,7 @@ def _means(row: pd.Series) -> dict[str, str]:
         **{metric.heading: interval(row, metric) for metric in MAIN},
         POOLED_ECE.heading: number(row[POOLED_ECE.name], POOLED_ECE),
         "constant %": f"{100 * row['constant']:.0f}",
+        "commonest %": f"{100 * row['commonest']:.1f}",
     }
 
 

@@ -112,6 +112,23 @@ def test_difference_to_the_best_baseline():
     np.testing.assert_allclose(found["p_holm"], holm(found["p"].to_numpy()))
 
 
+def test_the_best_baseline_is_that_on_the_seeds_of_all():
+    """Seed 0 is the easier one; a baseline that was run on it alone is not better for that."""
+    easy = rows("reptile", [[value - 0.05 for value in seeds] for seeds in BASE])
+    easy = easy[easy["seed"] == 0]
+    scores = pd.concat([rows("lora", [[high + 0.1, low - 0.3] for high, low in BASE]), easy, rows("abmll", OURS)])
+    means = scores.groupby("label")["accuracy"].mean()
+    assert means["reptile"] > means["lora"]
+    found = against_baseline(scores, ("lora", "reptile")).set_index("metric")
+    assert found.loc["accuracy", "baseline"] == "lora" and found.loc["accuracy", "seeds"] == 2
+
+
+def test_the_commonest_answer_stands_beside_the_means():
+    scores = rows("abmll", OURS)
+    scores["majority"] = scores["task"].map({f"task-{n}": share for n, share in enumerate((0.5, 0.6, 0.9, 1.0))})
+    assert summary(scores).loc[0, "commonest"] == pytest.approx(0.75)
+
+
 def test_like_is_compared_with_like():
     """Pruned against the best pruned baseline, plain against all corrections; none where no baseline was."""
     low = [[0.1, 0.1]] * 4

@@ -161,14 +161,16 @@ def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
 
 
 def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path):
-    """At a temperature that is told: a tiny model learns nothing that one could be fitted to, which is told too."""
+    """At a temperature that is told; where cross-validation found none that is told too."""
     card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": 2.5}}})
     told = TaskModel(adapted.base, adapted.phi, card)
     status, out, err = call("predict", "--adapter", told.save(tmp_path / "told"), "--input", texts, "--calibrated")
     assert status == 0, err
     expected = [one.confidence for one in told.predict(TEXTS, calibrated=True)]
     assert [json.loads(line)["confidence"] for line in out.splitlines()] == pytest.approx(expected)
-    status, _, err = call("predict", "--adapter", adapted.save(tmp_path / "as made"), "--input", texts, "--calibrated")
+    card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": None}}})
+    none = TaskModel(adapted.base, adapted.phi, card)
+    status, _, err = call("predict", "--adapter", none.save(tmp_path / "none"), "--input", texts, "--calibrated")
     assert status == 2 and "cross-validation found no temperature" in err
 
 
