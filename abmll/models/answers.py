@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from abmll.kernels import Groups
@@ -72,7 +73,7 @@ def answer_logits(model: PreTrainedModel, rows: Rows) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _exact(head: nn.Module, tokens: Tensor):
+def _exact(head: nn.Module, tokens: Tensor) -> RemovableHandle:
     """While this is open a dense 16-bit head's logits are fp32, and those of `tokens` [C] have fp32's accuracy.
 
     Done in a hook, before those that take a weight spread over ranks apart again.
