@@ -15,7 +15,7 @@ import pandas as pd
 
 from abmll.compare.calibration import pooled_ece
 from abmll.compare.results import DEFAULT, PLAIN, STANDARD, Results, parse_name
-from abmll.compare.statistics import Estimate, estimate, holm, permutation_p, record
+from abmll.compare.statistics import Estimate, estimate, holm, outcomes, permutation_p, record
 
 
 class Metric(NamedTuple):
@@ -123,9 +123,10 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
 def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a pair of labels and a metric, after adaptation: difference and test on the tasks and seeds of both.
 
-    Under the standard condition each label is held against every label of a baseline, and under each condition against
-    its own run's first score there: what samples or a temperature change in the plain one, or entropy in a random
-    choice. Baselines are not held against one another. Holm's family is one rival's rows.
+    Under the standard condition each label is held against every label of a baseline. Under each condition it is held
+    against its own run's first score there (what samples or a temperature change in the plain one, or entropy in a
+    random choice), and a setting against its method's default by the same score. Baselines are not held against one
+    another. Holm's family is one rival's rows.
     """
     rows = []
     for place, part in groups(adapted(scores)):
@@ -150,6 +151,8 @@ def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFra
 def _held_against(mine: pd.Series, theirs: pd.Series, baselines: Sequence[str], theirs_is_first: bool) -> bool:
     if mine["run_label"] == theirs["run_label"]:
         return theirs_is_first
+    if mine["method"] == theirs["method"]:
+        return bool(theirs["setting"] == DEFAULT and mine["score"] == theirs["score"])
     return mine["method"] not in baselines and theirs["method"] in baselines
 
 
@@ -165,14 +168,14 @@ def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
         for label, own in part.groupby("label", sort=False):
             shared = _scored_on(rivals, own)
             best = shared if shared.empty else best_of(shared, ACCURACY)[1]
-            accuracy, difference = task_values(own, ACCURACY), _differences(own, best, ACCURACY)
+            accuracy, outcome = task_values(own, ACCURACY), _outcomes(own, best, ACCURACY)
             commonest = own.groupby("task")["commonest_prediction"].min()
             facts = own.groupby("task", sort=False)[["n", "majority"]].first()
             for task, (n, majority) in facts.iterrows():
                 row = {**place, "task": task, "n": int(n), "majority": majority, "label": label}
-                compared = task in difference and own["method"].iloc[0] not in baselines
-                outcome = float(np.sign(round(difference[task], 12))) if compared else math.nan
-                rows.append({**row, "accuracy": accuracy[task], "constant": commonest[task] == 1, "outcome": outcome})
+                compared = task in outcome and own["method"].iloc[0] not in baselines
+                found = {"constant": commonest[task] == 1, "outcome": outcome[task] if compared else math.nan}
+                rows.append({**row, "accuracy": accuracy[task], **found})
     return pd.DataFrame(rows)
 
 
@@ -281,7 +284,8 @@ def estimates(
         name = f"{prefix}{metric.name}"
         found |= named(name, estimate(values) if len(values) else Estimate(math.nan, math.nan, math.nan))
         if with_seeds:
-            found[f"{name}_seed_sd"] = float(own.groupby("seed")[metric.name].mean().std())
+            by_seed = own.groupby("seed")[metric.name].agg(lambda values, skip=metric.partial: values.mean(skipna=skip))
+            found[f"{name}_seed_sd"] = float(by_seed.std(skipna=False))
     return found
 
 
@@ -308,18 +312,25 @@ def _scored_on(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     return rows[pd.MultiIndex.from_frame(rows[PAIR]).isin(pd.MultiIndex.from_frame(others[PAIR]))]
 
 
-def _differences(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Series:
-    """One label minus another by task, over the tasks and seeds of both."""
-    return task_values(_scored_on(mine, theirs), metric) - task_values(_scored_on(theirs, mine), metric)
+def _of_both(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> tuple[pd.Series, pd.Series]:
+    """Two labels' values by task, over the tasks and seeds of both."""
+    return task_values(_scored_on(mine, theirs), metric), task_values(_scored_on(theirs, mine), metric)
+
+
+def _outcomes(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Series:
+    """By task whether one label is better than another (1), worse (-1) or neither (0)."""
+    own, others = _of_both(mine, theirs, metric)
+    return pd.Series(outcomes(metric.better * own.to_numpy(), metric.better * others.to_numpy()), own.index)
 
 
 def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> dict[str, Any]:
-    """`_differences` as one estimate, with its test. At least one task and seed must be in both."""
-    values = _differences(mine, theirs, metric).to_numpy()
+    """One label minus another by task as one estimate, with its test. At least one task and seed must be in both."""
+    own, others = _of_both(mine, theirs, metric)
+    values = (own - others).to_numpy()
     return {
         **named("difference", estimate(values)),
         "p": permutation_p(values),
-        **record(metric.better * values)._asdict(),
+        **record(_outcomes(mine, theirs, metric).to_numpy())._asdict(),
         "tasks": len(values),
         "seeds": _scored_on(mine, theirs)["seed"].nunique(),
     }

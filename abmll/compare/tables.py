@@ -32,9 +32,10 @@ from abmll.compare.estimates import (
     under_conditions,
 )
 from abmll.compare.results import PLAIN, Results
+from abmll.compare.statistics import FEWEST
 from abmll.files import write_whole
 
-INTERVALS = "In brackets: 95 % bootstrap interval, tasks resampled, seeds averaged before."
+INTERVALS = f"In brackets: 95 % interval over tasks, seeds averaged before; none below {FEWEST} tasks."
 
 
 @dataclass(frozen=True)
@@ -237,20 +238,23 @@ def _against(part: pd.DataFrame) -> list[dict[str, str]]:
 
 
 _EACH = (
-    "After adaptation, each label minus another: every baseline under the standard condition, and its own run's first "
-    "score under the same condition, which is the plain one under the standard condition. Holm over one rival's rows. "
-    "Otherwise as against the best baseline. " + INTERVALS
+    "After adaptation, each label minus another: every baseline under the standard condition, its own run's first "
+    "score under the same condition (the plain one under the standard condition), and of a setting the method's "
+    "default by the same score. p, and behind it what Holm leaves over one rival's rows. Otherwise as against the best "
+    "baseline. " + INTERVALS
 )
 
 
 def _each(part: pd.DataFrame) -> list[dict[str, str]]:
-    """A line a pair: each metric's difference, and the p that Holm leaves."""
+    """A line a pair: each metric's difference, its p, and the p that Holm leaves."""
     rows = []
     for (rival, label), own in part.groupby(["rival", "label"], sort=False):
         cells = {"method": label, "minus": rival}
         for metric in PAIRED:
             row = own[own["metric"] == metric.name].iloc[0]
-            cells[metric.heading] = f"{interval(row, metric, 'difference', sign=True)}, p {_p(row['p_holm'])}"
+            cells[metric.heading] = (
+                f"{interval(row, metric, 'difference', sign=True)}, p {_p(row['p'])} ({_p(row['p_holm'])})"
+            )
         cells["seeds"] = str(own["seeds"].iloc[0])
         rows.append(cells)
     return rows

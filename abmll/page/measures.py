@@ -93,7 +93,7 @@ def task_scores(scored: Scored, task: str) -> TaskScores | None:
 
 
 def over_tasks(scored: Scored, metric: str) -> Estimate:
-    """Mean over tasks with its bootstrap interval: see `abmll.compare.statistics`."""
+    """Mean over tasks with its interval: see `abmll.compare.statistics`."""
     return estimate(np.array([scores[metric] for scores in scored.evaluation.tasks[scored.steps].values()]))
 
 

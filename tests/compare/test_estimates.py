@@ -60,12 +60,12 @@ OURS = [[0.6, 0.6], [0.6, 0.6], [0.5, 0.1], [0.8, 0.8]]  # by task .6 .6 .3 .8
 
 
 def test_mean_over_seeds_then_tasks_with_the_tasks_interval():
-    (row,) = summary(rows("abmll", OURS)).to_dict("records")
-    assert (row["seeds"], row["tasks"]) == (2, 4)
-    by_hand = np.array([0.6, 0.6, 0.3, 0.8])
+    (row,) = summary(rows("abmll", [*OURS, [0.2, 0.4], [0.9, 0.9], [0.1, 0.1]])).to_dict("records")
+    assert (row["seeds"], row["tasks"]) == (2, 7)
+    by_hand = np.array([0.6, 0.6, 0.3, 0.8, 0.3, 0.9, 0.1])
     assert row["accuracy"] == pytest.approx(by_hand.mean())
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(estimate(by_hand)[1:])
-    seeds = np.array([(0.6 + 0.6 + 0.5 + 0.8) / 4, (0.6 + 0.6 + 0.1 + 0.8) / 4])
+    seeds = np.array([(0.6 + 0.6 + 0.5 + 0.8 + 0.2 + 1.0) / 7, (0.6 + 0.6 + 0.1 + 0.8 + 0.4 + 1.0) / 7])
     assert row["accuracy_seed_sd"] == pytest.approx(seeds.std(ddof=1))
 
 
@@ -187,6 +187,10 @@ def test_a_method_that_diverged_is_nobodys_best_and_has_no_mean():
     against = against_baseline(scores, ("lora", "reptile"))
     assert set(against["baseline"]) == {"lora"}
     assert against[["difference", "p", "p_holm"]].isna().all(axis=None)
+    row = against[against["metric"] == "accuracy"].iloc[0]
+    assert row["losses"] >= 1 and row[["wins", "ties", "losses"]].sum() == 4  # the task that diverged is one of them
+    assert by_task(scores, ("lora",)).set_index(["label", "task"]).loc[("abmll", "task-0"), "outcome"] == -1
+    assert math.isnan(found.loc["abmll", "accuracy_seed_sd"])
 
 
 def test_tasks_without_errors_are_left_out_of_an_auroc():
@@ -254,6 +258,14 @@ def test_the_plain_score_stands_at_its_own_number_of_steps(tmp_path):
     found = sweeps(load_results(tmp_path))
     assert found["steps"].groupby("line")["value"].apply(list).to_dict() == {"lora": [1, 5], "reptile": [1]}
     assert found["depth"]["value"].tolist() == [2]
+
+
+def test_a_setting_is_held_against_its_methods_default_by_the_same_score(full):
+    found = against_each(full.scores, full.baselines)
+    pairs = set(zip(found["label"], found["rival"], strict=True))
+    assert ("abmll, beta-1e-10", "abmll") in pairs and ("abmll, beta-1e-14", "abmll") in pairs
+    assert not {("abmll", "abmll, beta-1e-10"), ("abmll, beta-1e-10", "abmll, beta-1e-14")} & pairs
+    assert not {(label, rival) for label, rival in pairs if "beta" in label and rival == "abmll, samples-8"}
 
 
 def test_each_label_is_held_against_every_baseline_and_its_own_plain_score(full):

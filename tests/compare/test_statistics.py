@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from abmll.compare.statistics import estimate, holm, permutation_p, record
+from abmll.compare.statistics import FEWEST, estimate, holm, outcomes, permutation_p, record, subset_means
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -30,7 +30,7 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_interval_of_the_mean_by_the_normal_distribution():
-    """Of many tasks the bootstrap's interval is the normal one: 1.96 standard errors to each side."""
+    """Of many tasks the interval is the normal one: 1.96 standard errors to each side."""
     values = np.random.default_rng(0).normal(size=2_000)
     found, error = estimate(values), values.std(ddof=1) / math.sqrt(len(values))
     assert found.mean == pytest.approx(values.mean())
@@ -38,17 +38,55 @@ def test_interval_of_the_mean_by_the_normal_distribution():
 
 
 def test_interval_of_few_and_of_equal_tasks():
-    assert estimate(np.array([0.3, 0.3, 0.3])) == (pytest.approx(0.3),) * 3
-    one = estimate(np.array([0.3]))
-    assert one.mean == 0.3 and math.isnan(one.low) and math.isnan(one.high)
+    """Of six values the interval is all that they span, which misses by 2 of 64; of five it would miss by 2 of 32."""
+    assert FEWEST == 6
+    assert estimate(np.array([0.5, 0.1, 0.3, 0.2, 0.9, 0.4])) == (pytest.approx(0.4), 0.1, 0.9)
+    assert estimate(np.full(6, 0.3)) == (pytest.approx(0.3),) * 3
+    for few in ([0.3], [0.3] * 5):
+        found = estimate(np.array(few))
+        assert found.mean == pytest.approx(0.3) and math.isnan(found.low) and math.isnan(found.high)
     assert all(map(math.isnan, estimate(np.array([0.3, math.nan]))))
     with pytest.raises(ValueError, match="0 tasks"):
         estimate(np.array([]))
 
 
+def test_subset_means_by_hand():
+    assert sorted(subset_means(np.array([1.0, 2.0, 6.0]))) == [1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 6.0]
+    assert len(subset_means(np.arange(16.0))) == 2**16 - 1
+    many = subset_means(np.arange(500.0))
+    assert len(np.unique(many)) > 9_000 and many.mean() == pytest.approx(249.5, abs=1)  # 10 standard errors: 0.65
+
+
 def test_same_scores_make_the_same_interval():
-    values = np.array([0.1, 0.4, 0.35, 0.8])
+    values = np.random.default_rng(0).normal(size=40)  # more than all subsets are taken of
     assert estimate(values) == estimate(values)
+
+
+@pytest.mark.parametrize("count", [6, 9, 13])
+def test_zero_lies_outside_of_the_interval_where_the_permutation_test_rejects_it(count):
+    """Both are the same subsets' means; half of the differences are zero, as of methods that agree on a task."""
+    random = np.random.default_rng(count)
+    rejected = 0
+    for _ in range(60):
+        values = random.normal(0.4, 1, size=count) * (random.random(count) < 0.5)
+        found = estimate(values)
+        outside = found.low > 0 or found.high < 0
+        assert outside == (permutation_p(values) <= 0.05)
+        rejected += outside
+    shifted = estimate(values + 7)
+    assert shifted.low == pytest.approx(found.low + 7) and shifted.high == pytest.approx(found.high + 7)
+    assert count == 6 or rejected  # of six values none may be zero, if p is to be 2 of 64
+
+
+@pytest.mark.parametrize("count", [6, 15])
+def test_interval_of_few_tasks_misses_as_seldom_as_it_says(count):
+    """Of symmetric values with many zeros, where a bootstrap's interval misses in a sixth of the cases."""
+    random = np.random.default_rng(count)
+    sets = 400
+    values = random.normal(0, 1, size=(sets, count)) * (random.random((sets, count)) < 0.5)
+    found = [estimate(own) for own in values]
+    misses = sum(not interval.low <= 0 <= interval.high for interval in found)
+    assert misses <= stats.binom.ppf(0.999, sets, 0.05)
 
 
 @pytest.mark.parametrize("n", [2, 5, 8])
@@ -73,8 +111,12 @@ def test_holm_by_hand():
     # in order .01, .02, .03, .04: times 4, 3, 2, 1 are .04, .06, .06, .04, and the last is held up by those before it
     np.testing.assert_allclose(holm(np.array([0.04, 0.01, 0.03, 0.02])), [0.06, 0.04, 0.06, 0.06])
     np.testing.assert_allclose(holm(np.array([0.9, 0.6])), [1.0, 1.0])
-    np.testing.assert_allclose(holm(np.array([math.nan, 0.02, 0.5])), [math.nan, 0.04, 0.5])
+    np.testing.assert_allclose(holm(np.array([math.nan, 0.02, 0.4])), [math.nan, 0.06, 0.8])  # three were asked for
 
 
 def test_record():
-    assert record(np.array([0.1, 0.0, -0.2, 1e-15, 0.3])) == (2, 2, 1)
+    mine = np.array([0.6, 0.5, 0.3, 0.5 + 1e-15, 0.8, math.nan, 0.1, math.nan])
+    theirs = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.0, math.nan, math.nan])
+    found = outcomes(mine, theirs)
+    assert found.tolist() == [1, 0, -1, 0, 1, -1, 1, 0]  # what diverged loses to any number
+    assert record(found) == (3, 3, 2)

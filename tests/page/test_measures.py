@@ -46,9 +46,18 @@ def test_a_task_has_accuracy_and_nll_with_intervals(tmp_path):
     assert found.accuracy[1:] == pytest.approx(by_hand(3, 4))
     nll = [-math.log(p) for p in (0.9, 0.8, 0.7, 0.4)]
     assert found.nll.mean == pytest.approx(sum(nll) / 4)
-    assert min(nll) < found.nll.low < found.nll.mean < found.nll.high < max(nll)
+    assert math.isnan(found.nll.low)  # of four examples there is none
     assert task_scores(scored, "third task") is None
     assert over_tasks(scored, "accuracy").mean == 0.625  # of 0.75 and 0.5, whatever their sizes
+
+
+def test_a_tasks_nll_has_an_interval_over_its_examples(tmp_path):
+    shares = (0.9, 0.8, 0.7, 0.6, 0.55, 0.4, 0.3)
+    folder = write_run(tmp_path / "run", evaluations=[evaluation(tasks={"one": tuple((p, 0) for p in shares)})])
+    found = task_scores(all_scored([read_run(folder, "run")])[0], "one").nll
+    nll = [-math.log(p) for p in shares]
+    assert found.mean == pytest.approx(sum(nll) / 7)
+    assert min(nll) < found.low < found.mean < found.high < max(nll)
 
 
 def test_without_predictions_only_wilsons_interval_is_known(tmp_path):
