@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abmll.build import build, rebuild_for_scoring
-from abmll.config import ConfigError, Refused, load_config, override_texts, read_settings
-from abmll.config.errors import show
-from abmll.config.schema import AdapterConfig, Config, MethodConfig
+from abmll.config import Refused, load_config, override_texts, read_settings
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
@@ -23,9 +21,7 @@ from abmll.printed import score_table
 from abmll.run import plan_on
 from abmll.score_files import save_scores, scored_under
 from abmll.summary import load_summary
-
-# sections and keys that the loaded model, its adapters and theta were made with
-LOADED = ("model.", "adapters.", "method.name", "method.blob_")
+from abmll.trained_with import refuse_other, refuse_other_training
 
 
 class FinishedRun:
@@ -46,7 +42,7 @@ class FinishedRun:
             self.theta, self.facts = load_summary(self.folder / "final")
         except ValueError as error:
             raise Refused(str(error)) from error
-        refuse_other(self.config, _trained_with(self.facts["config"]), "theta was trained with {}; leave it as it was")
+        refuse_other_training(self.config, self.facts)
         try:
             self.parts = build(self.config, self.config_path, ranks.device, scoring=True)
             self.ranks = in_step(ranks, self.config.model, self.parts.learner)
@@ -79,25 +75,6 @@ class FinishedRun:
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         return evaluations, parts.tasks.notes
-
-
-def refuse_other(config: Config, other: Mapping[str, Any], why: str) -> None:
-    """ConfigError for every key of LOADED that the other has with another value, for which {} in `why` stands."""
-    told = flat(config.model_dump(mode="json"))
-    differing = [key for key in told if key.startswith(LOADED) and key in other and told[key] != other[key]]
-    if differing:
-        raise ConfigError([f"override: {key}: {why.format(show(other[key]))}" for key in differing])
-
-
-def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's configuration by key, as far as it decides what theta means. A key that the run's version did not
-    have yet is at its default.
-    """
-    adapters = AdapterConfig().model_dump(mode="json") | config["adapters"]
-    method = MethodConfig().model_dump(mode="json") | config["method"]
-    known = flat({"adapters": adapters, "method": method})
-    del known["adapters.backend"]
-    return known
 
 
 def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:

@@ -23,6 +23,7 @@ from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
 from abmll.tasks.labelled import readable
 from abmll.tasks.task import Example
+from abmll.trained_with import refuse_other_training
 
 FOLDS = 4
 
@@ -41,13 +42,15 @@ class MetaModel:
         """From a run's folder, or its summary alone (RUN/final). `overrides`: `section.key=value`, such as a model's
         new place or another learning rate.
 
-        Refused or ConfigError (ValueErrors both) where there is no whole summary, or its model cannot be had.
+        Refused or ConfigError (ValueErrors both) where there is no whole summary, its model cannot be had, or an
+        override makes theta another one's (`abmll.trained_with`).
         """
         folder = Path(run)
         summary = folder / FINAL if (folder / FINAL).is_dir() else folder
         try:
             theta, facts = load_summary(summary)
             config = config_from(facts["config"], summary, overrides, scoring=True)
+            refuse_other_training(config, facts)
             base = AdaptedBase(config, device)
             base.adapters.load_theta(theta)
         except ConfigError:

@@ -8,7 +8,7 @@ from deployed import EXAMPLES, OPTIONS, adapt_by_hand, prompts
 from evaluations import ROUNDING
 
 from abmll import Example, MetaModel
-from abmll.config import Refused
+from abmll.config import ConfigError, Refused
 from abmll.deploy.adaptation import make_support, steps_for
 from abmll.deploy.cross_validation import make_folds, summarise
 from abmll.evaluation.temperature import fit_temperature
@@ -62,6 +62,13 @@ def test_the_loss_is_an_examples_before_each_step(meta, adapted):
         logits, _ = base.learner.forward(batch, NoiseKey(fold_seed(base.config.seed, "adaptation", "moods"), 0))
     right = logits.log_softmax(dim=1).gather(1, batch.target[:, None])
     assert len(loss) == 3 and loss[0] == pytest.approx(-float(right.mean()), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("override", ["adapters.log_variance_offset=-3", "adapters.alpha=4", "method.name=reptile"])
+def test_an_override_does_not_make_theta_another_ones(run, override):
+    """The numbers would fit, and mean something else."""
+    with pytest.raises(ConfigError, match=rf"{override.partition('=')[0]}: theta was trained with .*; leave it as it"):
+        MetaModel.load(run, [override], device="cpu")
 
 
 def test_a_diverging_adaptation_is_refused(run):

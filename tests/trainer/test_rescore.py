@@ -8,8 +8,9 @@ import pytest
 
 from abmll.config import ConfigError, Refused
 from abmll.config.schema import AdapterConfig, MethodConfig
-from abmll.rescore import _trained_with, evaluate
+from abmll.rescore import evaluate
 from abmll.score_files import load_scores
+from abmll.trained_with import trained_with
 
 
 def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
@@ -32,9 +33,9 @@ def test_what_theta_was_trained_with_is_not_changed(finished):
 
 def test_a_key_that_a_runs_version_did_not_have_was_at_its_default():
     adapters, method = AdapterConfig(rank=3).model_dump(mode="json"), MethodConfig().model_dump(mode="json")
-    whole = _trained_with({"adapters": adapters, "method": method})
+    whole = trained_with({"adapters": adapters, "method": method})
     del adapters["log_variance_alpha"]
-    assert _trained_with({"adapters": adapters, "method": method}) == whole
+    assert trained_with({"adapters": adapters, "method": method}) == whole
     assert whole["adapters.rank"] == 3 and whole["adapters.log_variance_alpha"] is None
 
 

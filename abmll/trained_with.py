@@ -1,0 +1,40 @@
+"""What theta was trained with decides what it means: a configuration that says otherwise is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abmll.config import ConfigError
+from abmll.config.errors import show
+from abmll.config.schema import AdapterConfig, Config, MethodConfig
+from abmll.config.settings import flat
+
+# sections and keys that the loaded model, its adapters and theta were made with
+LOADED = ("model.", "adapters.", "method.name", "method.blob_")
+
+
+def refuse_other_training(config: Config, facts: Mapping[str, Any]) -> None:
+    """ConfigError for every key that says of theta what the summary's `facts` do not. A theta of the same shape would
+    load, and be another one's.
+    """
+    refuse_other(config, trained_with(facts["config"]), "theta was trained with {}; leave it as it was")
+
+
+def refuse_other(config: Config, other: Mapping[str, Any], why: str) -> None:
+    """ConfigError for every key of LOADED that the other has with another value, for which {} in `why` stands."""
+    told = flat(config.model_dump(mode="json"))
+    differing = [key for key in told if key.startswith(LOADED) and key in other and told[key] != other[key]]
+    if differing:
+        raise ConfigError([f"override: {key}: {why.format(show(other[key]))}" for key in differing])
+
+
+def trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary's configuration by key, as far as it decides what theta means. A key that the run's version did not
+    have yet is at its default.
+    """
+    adapters = AdapterConfig().model_dump(mode="json") | config["adapters"]
+    method = MethodConfig().model_dump(mode="json") | config["method"]
+    known = flat({"adapters": adapters, "method": method})
+    del known["adapters.backend"]
+    return known
