@@ -98,19 +98,20 @@ class Session:
         return next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
 
     def validate(self, position: Position) -> None:
-        """Score the validation split; keep theta if it is the best so far."""
+        """Score the validation split; keep theta if it is the best so far by `eval.select_by`."""
         found = self.evaluator.evaluate(self.parts.method, self.parts.tasks.validation, "validation")
         select_by = self.config.eval.select_by
-        value = found.overall[found.steps[-1]][select_by]
+        told = select_by or "accuracy"
+        value = found.overall[found.steps[-1]][told]
         record = {f"validation_{k}_steps": found.overall[k] for k in found.steps}
         self.progress.write({"step": position.step, **record})
         events = {f"validation/{k}_steps/{name}": v for k in found.steps for name, v in found.overall[k].items()}
         self.engine.write_events(events, position.step)
         best = position.best
-        better = best is None or (value > best["value"] if select_by in HIGHER_IS_BETTER else value < best["value"])
-        better = better and not math.isnan(value)  # an adaptation that diverged is nobody's best
+        better = best is None or (value > best["value"] if told in HIGHER_IS_BETTER else value < best["value"])
+        better = better and select_by is not None and not math.isnan(value)  # one that diverged is nobody's best
         self.progress.say(
-            f"validation after step {position.step}: {select_by} {value:.4f}" + (" (best so far)" if better else "")
+            f"validation after step {position.step}: {told} {value:.4f}" + (" (best so far)" if better else "")
         )
         if better:
             position.best = {"step": position.step, "value": value}
@@ -145,7 +146,7 @@ class Session:
                 self.progress.say(
                     f"note: theta is that of step {position.best['step']}, the best by labels of test tasks (their "
                     "validation rows), which methods without training cannot choose by; for scores to be compared name "
-                    "other tasks in tasks.validation, or set eval.every=null"
+                    "other tasks in tasks.validation, or set eval.select_by=null"
                 )
         facts = self._facts(position)
         if self.ranks.is_main:  # before the scoring too: what was learned should not wait for it

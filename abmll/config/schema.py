@@ -255,8 +255,10 @@ class EvalConfig(Section):
     support_labels: Literal["given", "shuffled"] = Field("given", description="Shuffled: within the support set.")
     active: ActiveConfig | None = Field(None, description="Choose the support set; null: drawn at random.")
     pretrained: bool = Field(True, description="Also score the pretrained model, at 0 and K steps.")
-    select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] = Field(
-        "accuracy", description="The validation score by which the best theta is kept."
+    select_by: Literal["accuracy", "accuracy_vocabulary", "nll", "ece", "macro_f1"] | None = Field(
+        "accuracy",
+        description="The validation score by which the best theta is kept; null: the last theta is, and validations "
+        "show its way.",
     )
 
 

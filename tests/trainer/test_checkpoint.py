@@ -384,8 +384,20 @@ def tracked(run, monkeypatch):
     return train
 
 
-def test_the_best_step_is_kept_and_scored(run, tracked):
+def test_without_a_score_to_select_by_the_last_theta_is_kept(run, capsys):
+    """Validations are made and written all the same."""
+    run.train("eval.every=2", "eval.select_by=null")
+    final = json.loads((run.folder / "final/summary.json").read_text())
+    assert final["best"] is None and final["step"] == final["trained_steps"] == 6
+    assert not (run.folder / "best").exists()
+    assert sum("validation_2_steps" in line for line in run.metrics) == 3
+    told = capsys.readouterr().out
+    assert "validation after step 6: accuracy" in told and "best" not in told
+
+
+def test_the_best_step_is_kept_and_scored(run, tracked, capsys):
     assert tracked([0.25, 0.75, 0.5]) == ["step-00000004"]
+    assert "theta is that of step 4, the best by labels of test tasks" in capsys.readouterr().out
     final = json.loads((run.folder / "final/summary.json").read_text())
     assert final["best"] == {"step": 4, "value": 0.75}
     best = (run.folder / "best/step-00000004/theta.safetensors").read_bytes()
