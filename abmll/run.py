@@ -15,7 +15,8 @@ from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
-from abmll.config.settings import flat
+from abmll.config.errors import show
+from abmll.config.settings import flat, in_effect
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
@@ -109,7 +110,7 @@ class Session:
         self.engine.write_events(events, position.step)
         best = position.best
         better = best is None or (value > best["value"] if told in HIGHER_IS_BETTER else value < best["value"])
-        better = better and select_by is not None and not math.isnan(value)  # one that diverged is nobody's best
+        better &= select_by is not None and not math.isnan(value)  # an adaptation that diverged is nobody's best
         self.progress.say(
             f"validation after step {position.step}: {told} {value:.4f}" + (" (best so far)" if better else "")
         )
@@ -335,7 +336,7 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
-    saved, now = flat(checkpoint.state["config"]), flat(config.model_dump(mode="json"))
+    saved, now = in_effect(flat(checkpoint.state["config"])), in_effect(flat(config.model_dump(mode="json")))
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
@@ -344,7 +345,7 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> 
         fixed += ("ranks",)
         saved["ranks"], now["ranks"] = checkpoint.state["world_size"], world_size
     different = [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        f"{key}: {show(saved.get(key))} in the checkpoint, {show(now.get(key))} now"
         for key in dict.fromkeys((*now, *saved))
         if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in fixed)
         and key not in MAY_CHANGE

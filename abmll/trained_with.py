@@ -10,7 +10,8 @@ from abmll.config.errors import show
 from abmll.config.schema import AdapterConfig, Config, MethodConfig
 from abmll.config.settings import flat
 
-# sections and keys that the loaded model, its adapters and theta were made with
+# sections and keys that a loaded model, its adapters and theta were made with; of theta alone `trained_with` knows
+# nothing of the model, which may have a new place
 LOADED = ("model.", "adapters.", "method.name", "method.blob_")
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from abmll.compare.calibration import pooled_ece
 from abmll.compare.results import DEFAULT, PLAIN, STANDARD, Results, parse_name
-from abmll.compare.statistics import Estimate, estimate, holm, outcomes, permutation_p, record
+from abmll.compare.statistics import Estimate, differences, estimate, holm, outcomes, permutation_p, record
 
 
 class Metric(NamedTuple):
@@ -125,8 +125,8 @@ def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFra
 
     Under the standard condition each label is held against every label of a baseline. Under each condition it is held
     against its own run's first score there (what samples or a temperature change in the plain one, or entropy in a
-    random choice), and a setting against its method's default by the same score. Baselines are not held against one
-    another. Holm's family is one rival's rows.
+    random choice), and a setting against its method's default by the same score. Baselines of different methods are not
+    held against one another. Holm's family is one rival's rows, its own settings' too.
     """
     rows = []
     for place, part in groups(adapted(scores)):
@@ -285,7 +285,7 @@ def estimates(
         found |= named(name, estimate(values) if len(values) else Estimate(math.nan, math.nan, math.nan))
         if with_seeds:
             by_seed = own.groupby("seed")[metric.name].agg(lambda values, skip=metric.partial: values.mean(skipna=skip))
-            found[f"{name}_seed_sd"] = float(by_seed.std(skipna=False))
+            found[f"{name}_seed_sd"] = float(by_seed.std(skipna=metric.partial))
     return found
 
 
@@ -313,8 +313,9 @@ def _scored_on(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_both(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> tuple[pd.Series, pd.Series]:
-    """Two labels' values by task, over the tasks and seeds of both."""
-    return task_values(_scored_on(mine, theirs), metric), task_values(_scored_on(theirs, mine), metric)
+    """Two labels' values by task, over the tasks and seeds of both that have one."""
+    own, others = task_values(_scored_on(mine, theirs), metric), task_values(_scored_on(theirs, mine), metric)
+    return own.align(others, join="inner")
 
 
 def _outcomes(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Series:
@@ -326,7 +327,7 @@ def _outcomes(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Se
 def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> dict[str, Any]:
     """One label minus another by task as one estimate, with its test. At least one task and seed must be in both."""
     own, others = _of_both(mine, theirs, metric)
-    values = (own - others).to_numpy()
+    values = differences(own.to_numpy(), others.to_numpy())
     return {
         **named("difference", estimate(values)),
         "p": permutation_p(values),

@@ -24,7 +24,8 @@ import torch
 
 from abmll.compare.grid import Job
 from abmll.config import ConfigError, Refused, load_config, with_absolute_paths
-from abmll.config.settings import flat
+from abmll.config.errors import show
+from abmll.config.settings import flat, in_effect
 from abmll.config.yaml_text import dump
 from abmll.files import write_whole
 from abmll.ports import free_port
@@ -97,9 +98,13 @@ class Runner:
             there = load_config(path)
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
-        if there != wanted:
-            old, new = flat(there.model_dump()), flat(wanted.model_dump())
-            different = [f"{key}: {old[key]!r} there, {new[key]!r} now" for key in new if old[key] != new[key]]
+        old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))
+        if old != new:
+            different = [
+                f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
+                for key in dict.fromkeys((*new, *old))
+                if old.get(key) != new.get(key)
+            ]
             raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; remove it, or set another output")
 
     def finished(self, job: Job) -> bool:

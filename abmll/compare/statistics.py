@@ -8,9 +8,9 @@ Seeds are averaged before. Three of them are too few to tell a variance from, an
 so that they are no further clusters. An interval therefore speaks about other tasks of the same kind and these very
 seeds; the tables put the standard deviation over seeds beside it.
 
-Intervals come from the means of the tasks' subsets and not from a bootstrap: with six or fifteen tasks, many of whose
-differences are zero, a bootstrap's interval misses too often (`benchmarks/interval_coverage.py`), and can leave out a
-zero that the permutation test does not.
+Intervals come from the means of the tasks' subsets, as the permutation test does, so that both say the same. A
+bootstrap's interval can leave out a zero that the test does not reject, and with six or fifteen tasks, many of whose
+differences are zero, it misses too often (`benchmarks/interval_coverage.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-EXACT = 16  # up to so many tasks all sign flips and all subsets are taken, beyond that random ones
-SIGN_FLIPS, SUBSETS = 2**EXACT, 9_999
-SUBSET_VALUES = 2**22  # held at a time
+EXACT = 16  # up to so many values all subsets are taken, beyond that random ones
+FEWEST_SUBSETS, SUBSET_VALUES = 9_999, 2**22  # as many as have so many values, of thousands of values fewer
+ROUNDING = 1e-12  # of the values: less is a sum's rounding
 FEWEST = math.ceil(-math.log2((1 - CONFIDENCE) / 2))  # values with an interval; 5 have a confidence of 94 % at most
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval, in the values' own unit; NaN bounds where one value tells nothing of the spread."""
+    """A mean and its interval, in the values' own unit; NaN bounds where the values are too few for one."""
 
     mean: float
     low: float
@@ -55,12 +55,14 @@ def wilson(share: float, n: int) -> Estimate:
 def estimate(tasks: np.ndarray) -> Estimate:
     """Mean of one value a task [n] and its 95 % interval; for two methods give their differences by task.
 
-    The 2^n - 1 means of the values' non-empty subsets cut the line into 2^n parts. Where values are drawn from any
-    distributions that are symmetric around one centre, each part is as likely to hold it (Hartigan, "Using subsample
-    values as typical values", 1969). So the interval leaves out 2.5 % of the parts at each end. It is what
+    The 2^n - 1 means of the values' non-empty subsets cut the line into 2^n parts. Where the values are independent,
+    and each from a continuous distribution that is symmetric around one centre, every part is as likely to hold it
+    (Hartigan, "Using subsample values as typical values", 1969). So the interval leaves out 2.5 % of the parts at each
+    end. Equal values make it wider than it must be; of skewed ones it is an approximation, as others are. It is what
     `permutation_p` does not reject: p <= .05 where zero lies outside, and nowhere else.
 
-    NaN where a value is NaN, and for the bounds of fewer than FEWEST values. ValueError if there are no tasks.
+    Values are finite or NaN. NaN where one is NaN, and for the bounds of fewer than FEWEST. ValueError if there are no
+    tasks.
     """
     if not len(tasks):
         raise ValueError("estimate: 0 tasks: the methods that are compared have none in common; score them on the same")
@@ -75,38 +77,37 @@ def estimate(tasks: np.ndarray) -> Estimate:
 
 
 def subset_means(values: np.ndarray) -> np.ndarray:
-    """The means of all non-empty subsets of values [n]; of SUBSETS random ones beyond EXACT values."""
-    count, parts = len(values), []
-    generator = np.random.default_rng(0)  # the same tables from the same scores
-    total = 2**count - 1 if count <= EXACT else SUBSETS
-    rows = max(1, SUBSET_VALUES // count)
-    for start in range(1, total + 1, rows):
-        numbers = np.arange(start, min(start + rows, total + 1))
-        if count <= EXACT:
-            chosen = (numbers[:, None] >> np.arange(count) & 1).astype(bool)
-        else:
-            chosen = generator.random((len(numbers), count)) < 0.5  # of 17 or more values hardly ever none
-            chosen[~chosen.any(axis=1)] = True
-        parts.append(chosen @ values / chosen.sum(axis=1))
-    return np.concatenate(parts)
+    """The means of all non-empty subsets of values [n]; beyond EXACT values of random ones, the same at each call."""
+    count = len(values)
+    if count <= EXACT:
+        chosen = (np.arange(1, 2**count)[:, None] >> np.arange(count) & 1).astype(bool)
+        means = chosen @ values / chosen.sum(axis=1)
+    else:
+        generator = np.random.default_rng(0)
+        means = np.empty(max(FEWEST_SUBSETS, min(2**EXACT - 1, SUBSET_VALUES // count)))
+        rows = max(1, SUBSET_VALUES // count)
+        for start in range(0, len(means), rows):
+            part = means[start : start + rows]
+            chosen = generator.random((len(part), count)) < 0.5
+            chosen[~chosen.any(axis=1)] = True  # hardly ever
+            part[:] = chosen @ values / chosen.sum(axis=1)
+    means[np.abs(means) <= ROUNDING * np.abs(values).max()] = 0.0
+    return means
 
 
 def permutation_p(differences: np.ndarray) -> float:
     """Two-sided p of the paired permutation test: were the methods alike, every task's difference [n] could as well
-    have the other sign. Exact up to EXACT tasks, and never below 2^(1-n). NaN where a difference is NaN."""
+    have the other sign. Never below 2^(1-n). NaN where a difference is NaN.
+
+    Flipping the signs of a subset leaves a sum that is at least as large where the subset's own is not positive. So of
+    the subsets, the empty one counted too, those with a mean on zero's other side are counted, and doubled for both
+    tails. Exact up to EXACT tasks.
+    """
     if np.isnan(differences).any():
         return math.nan
-    if len(differences) == 1:  # both signs are equally extreme; scipy asks for two values
-        return 1.0
-    found = stats.permutation_test(
-        (differences,),
-        lambda values, axis: np.mean(values, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=SIGN_FLIPS,
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
+    means = subset_means(differences)
+    beyond = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0)) + 1
+    return min(1.0, 2 * beyond / (len(means) + 1))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -122,11 +123,17 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
+def differences(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Of two methods' values [n] by task, without the rounding of equal ones; NaN where either diverged."""
+    found = mine - theirs
+    found[np.isclose(mine, theirs, rtol=0, atol=ROUNDING)] = 0.0
+    return found
+
+
 def outcomes(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """1, 0 or -1 by task, of two methods' values [n], more being better. NaN, which diverged, loses to a number."""
-    broken = np.isnan(theirs).astype(int) - np.isnan(mine)
-    compared = np.where(np.isclose(mine, theirs, rtol=0, atol=1e-12), 0, np.sign(mine - theirs))
-    return np.where(np.isnan(mine) | np.isnan(theirs), broken, compared).astype(int)
+    signs, broken = np.sign(differences(mine, theirs)), np.isnan(theirs).astype(int) - np.isnan(mine)
+    return np.where(np.isnan(signs), broken, signs).astype(int)
 
 
 def record(found: np.ndarray) -> Record:

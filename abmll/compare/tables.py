@@ -35,7 +35,10 @@ from abmll.compare.results import PLAIN, Results
 from abmll.compare.statistics import FEWEST
 from abmll.files import write_whole
 
-INTERVALS = f"In brackets: 95 % interval over tasks, seeds averaged before; none below {FEWEST} tasks."
+INTERVALS = (
+    "In brackets: 95 % interval over tasks, seeds averaged before: what the permutation test does not reject; none "
+    f"below {FEWEST} tasks."
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Refused(ValueError):
 
 def show(value: object, limit: int = 60) -> str:
     """A value as messages print it: on one line and not too long."""
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = "null" if value is None else repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

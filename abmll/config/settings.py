@@ -33,6 +33,12 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's `flat` values without those that nothing reads: two runs that differ in them are the same."""
+    unread = ("eval.select_by", "eval.validation_examples") if values.get("eval.every") is None else ()
+    return {key: value for key, value in values.items() if key not in unread}
+
+
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
     """{name: {section.key: value}} from a file. ConfigError with a line for everything that is something else."""
     return check_settings(yaml_text.read_mapping(path), str(path))

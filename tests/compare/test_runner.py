@@ -134,6 +134,9 @@ def test_a_folder_of_another_run_is_refused(bench):
     wanted = load_config(CONFIG, [*job.overrides, f"output={place}", "logging.progress_bar=false"])
     save_config(with_absolute_paths(wanted, CONFIG), place / "config.yaml")
     bench.runner().check(job)
+    unread = wanted.eval.model_copy(update={"select_by": "nll"})  # eval.every is null: no theta is chosen
+    save_config(with_absolute_paths(wanted.model_copy(update={"eval": unread}), CONFIG), place / "config.yaml")
+    bench.runner().check(job)
     other = wanted.model_copy(update={"seed": 9})
     save_config(with_absolute_paths(other, CONFIG), place / "config.yaml")
     with pytest.raises(Refused, match="holds another run: seed: 9 there, 0 now; remove it"):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from abmll.compare.statistics import FEWEST, estimate, holm, outcomes, permutation_p, record, subset_means
+from abmll.compare.statistics import FEWEST, differences, estimate, holm, outcomes, permutation_p, record, subset_means
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -54,7 +55,9 @@ def test_subset_means_by_hand():
     assert sorted(subset_means(np.array([1.0, 2.0, 6.0]))) == [1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 6.0]
     assert len(subset_means(np.arange(16.0))) == 2**16 - 1
     many = subset_means(np.arange(500.0))
-    assert len(np.unique(many)) > 9_000 and many.mean() == pytest.approx(249.5, abs=1)  # 10 standard errors: 0.65
+    # half of the values are in: a mean's variance is about that of one of them, 500^2 / 12, over 500
+    assert len(many) == 9_999 and abs(many.mean() - 249.5) < 5 * math.sqrt(500 / 12 / 9_999)
+    assert len(subset_means(np.arange(17.0))) == 2**16 - 1
 
 
 def test_same_scores_make_the_same_interval():
@@ -62,20 +65,37 @@ def test_same_scores_make_the_same_interval():
     assert estimate(values) == estimate(values)
 
 
-@pytest.mark.parametrize("count", [6, 9, 13])
+@pytest.mark.parametrize("count", [6, 9, 16, 17, 30])
 def test_zero_lies_outside_of_the_interval_where_the_permutation_test_rejects_it(count):
-    """Both are the same subsets' means; half of the differences are zero, as of methods that agree on a task."""
+    """Of accuracies, whose differences are hundredths with a rounding and often zero, and of normal values."""
     random = np.random.default_rng(count)
     rejected = 0
-    for _ in range(60):
-        values = random.normal(0.4, 1, size=count) * (random.random(count) < 0.5)
-        found = estimate(values)
-        outside = found.low > 0 or found.high < 0
-        assert outside == (permutation_p(values) <= 0.05)
-        rejected += outside
+    for _ in range(40):
+        hundredths = random.integers(-4, 9, size=count) * (random.random(count) < 0.8)
+        before = random.integers(0, 80, size=count)
+        for values in ((before + hundredths) / 100 - before / 100, random.normal(0.4, 1, size=count)):
+            found = estimate(values)
+            outside = found.low > 0 or found.high < 0
+            assert outside == (permutation_p(values) <= 0.05)
+            rejected += outside
     shifted = estimate(values + 7)
     assert shifted.low == pytest.approx(found.low + 7) and shifted.high == pytest.approx(found.high + 7)
-    assert count == 6 or rejected  # of six values none may be zero, if p is to be 2 of 64
+    assert 0 < rejected < 80
+
+
+@pytest.mark.parametrize("count", [5, 8, 11])
+def test_p_of_accuracies_is_that_of_exact_fractions(count):
+    """Subsets whose hundredths add up to zero do so in floating point only but for a rounding."""
+    random = np.random.default_rng(count)
+    for _ in range(8):
+        before, after = random.integers(0, 9, size=(2, count))
+        exact = [Fraction(int(a) - int(b), 100) for a, b in zip(after, before, strict=True)]
+        sums = [
+            sum(sign * value for sign, value in zip(signs, exact, strict=True))
+            for signs in product((1, -1), repeat=count)
+        ]
+        want = sum(abs(value) >= abs(sum(exact)) for value in sums) / 2**count
+        assert permutation_p(after / 100 - before / 100) == want
 
 
 @pytest.mark.parametrize("count", [6, 15])
@@ -115,6 +135,7 @@ def test_holm_by_hand():
 
 
 def test_record():
+    assert differences(np.array([0.1 + 0.2, 0.5]), np.array([0.3, 0.4])).tolist() == [0, pytest.approx(0.1)]
     mine = np.array([0.6, 0.5, 0.3, 0.5 + 1e-15, 0.8, math.nan, 0.1, math.nan])
     theirs = np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.0, math.nan, math.nan])
     found = outcomes(mine, theirs)

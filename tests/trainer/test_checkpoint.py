@@ -277,6 +277,14 @@ def test_a_changed_run_is_refused_with_its_keys_and_without_a_trace(half_done):
     assert (half_done.folder / "config.yaml").read_bytes() == before
 
 
+def test_what_nothing_reads_may_change(tmp_path):
+    run = Run(tmp_path / "run").train("trainer.episodes=2", "eval.every=null", "eval.select_by=nll")
+    checkpoint = newest_whole(run.folder / "checkpoints")
+    as_checkpointed(load_config(run.config, ["eval.every=null", "eval.select_by=null"]), checkpoint, 1)
+    with pytest.raises(ValueError, match=r"eval\.every: null in the checkpoint, 2 now"):
+        as_checkpointed(load_config(run.config, ["eval.every=2", "eval.select_by=null"]), checkpoint, 1)
+
+
 @pytest.fixture
 def two_a_step(tmp_path):
     """The configuration of two tasks an outer step, and a checkpoint of that run."""

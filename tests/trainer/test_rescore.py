@@ -24,7 +24,7 @@ def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
 
 def test_what_theta_was_trained_with_is_not_changed(finished):
     """A theta of the same shape would load, and mean something else."""
-    for override, trained in (("adapters.log_variance_alpha=1.6", "None"), ("adapters.alpha=4", "16.0")):
+    for override, trained in (("adapters.log_variance_alpha=1.6", "null"), ("adapters.alpha=4", "16.0")):
         key = override.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"{key}: theta was trained with {trained}; leave it as it was"):
             evaluate(str(finished.folder), [override], None)
