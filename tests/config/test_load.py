@@ -210,7 +210,7 @@ def test_scoring_needs_no_training_tasks(write):
 
 
 def test_rules_between_keys_hold_without_the_loader():
-    with pytest.raises(ValueError, match=r"tasks\.folder: None: .*; tasks\.lists: None: "):
+    with pytest.raises(ValueError, match=r"tasks\.folder: null: .*; tasks\.lists: null: "):
         Config(model={"name": "random:tiny"})
 
 
