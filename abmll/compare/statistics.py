@@ -66,7 +66,7 @@ def estimate(tasks: np.ndarray) -> Estimate:
     """
     if not len(tasks):
         raise ValueError("estimate: 0 tasks: the methods that are compared have none in common; score them on the same")
-    mean = float(np.mean(tasks))
+    mean = float(_without_rounding(np.mean(tasks), tasks))
     if math.isnan(mean) or len(tasks) < FEWEST:
         return Estimate(mean, math.nan, math.nan)
     if np.ptp(tasks) == 0:  # their subsets' means differ in the last digit
@@ -91,8 +91,12 @@ def subset_means(values: np.ndarray) -> np.ndarray:
             chosen = generator.random((len(part), count)) < 0.5
             chosen[~chosen.any(axis=1)] = True  # hardly ever
             part[:] = chosen @ values / chosen.sum(axis=1)
-    means[np.abs(means) <= ROUNDING * np.abs(values).max()] = 0.0
-    return means
+    return _without_rounding(means, values)
+
+
+def _without_rounding(means: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means of some of the values, zero where only a sum's rounding is left."""
+    return np.where(np.abs(means) <= ROUNDING * np.abs(values).max(), 0.0, means)
 
 
 def permutation_p(differences: np.ndarray) -> float:

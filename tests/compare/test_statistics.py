@@ -43,6 +43,7 @@ def test_interval_of_few_and_of_equal_tasks():
     assert FEWEST == 6
     assert estimate(np.array([0.5, 0.1, 0.3, 0.2, 0.9, 0.4])) == (pytest.approx(0.4), 0.1, 0.9)
     assert estimate(np.full(6, 0.3)) == (pytest.approx(0.3),) * 3
+    assert estimate(np.array([0.1, 0.2, -0.3, 0, 0, 0])).mean == 0  # and no 9e-18, which may print as -0.0
     for few in ([0.3], [0.3] * 5):
         found = estimate(np.array(few))
         assert found.mean == pytest.approx(0.3) and math.isnan(found.low) and math.isnan(found.high)
