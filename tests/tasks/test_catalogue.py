@@ -214,7 +214,7 @@ def test_defaults_complete_entries_and_own_files_add_to_the_catalogue(entries):
         ("tasks: {a: 3}", "tasks.a: 3: must be a mapping"),
         ("tasks: [a]", "defaults and tasks must be mappings"),
         ("task: {}", "task: unknown key; did you mean tasks?"),
-        ("tasks: {a: {path: p, input: i, label: l, options: o, test_split: null}}", "tasks.a.holdout: None: goes with"),
+        ("tasks: {a: {path: p, input: i, label: l, options: o, test_split: null}}", "tasks.a.holdout: null: goes with"),
         ("tasks: {a: {path: p, input: i, label: l, options: [x, y], labels: [1]}}", "tasks.a.labels: [1]: 2 options"),
         ("tasks: {a: {path: p, input: i, label: l, options: o, options_pattern: '('}}", "tasks.a.options_pattern: '('"),
         ("tasks: {a: {path: p, input: i, label: l, options: o, option_names: [x]}}", "tasks.a.option_names: ['x']"),
