@@ -123,23 +123,22 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
 def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a pair of labels and a metric, after adaptation: difference and test on the tasks and seeds of both.
 
-    Under the standard condition each label is held against every label of a baseline. Under each condition it is held
-    against its own run's first score there (what samples or a temperature change in the plain one, or entropy in a
-    random choice), and a setting against its method's default by the same score. Baselines of different methods are not
-    held against one another. Holm's family is one rival's rows, its own settings' too.
+    Under one condition each label is held against every label of a baseline, against its own run's first score there
+    (what samples or a temperature change in the plain one, or entropy in a random choice), and a setting against its
+    method's default by the same score. Baselines of different methods are not held against one another. Holm's family
+    is one rival's rows, its own settings' too.
     """
     rows = []
     for place, part in groups(adapted(scores)):
-        for condition, own in part.groupby("condition", sort=False):
+        for _, own in part.groupby("condition", sort=False):
             first = set(own.groupby("run_label")["label"].first())
-            against = [*baselines] if condition == STANDARD else []
             labels = dict(list(own.groupby("label", sort=False)))
             for rival, theirs in labels.items():
                 family = [
                     {**place, "rival": rival, "label": label, "metric": metric.name, **_paired(mine, theirs, metric)}
                     for label, mine in labels.items()
                     if label != rival
-                    and _held_against(mine.iloc[0], theirs.iloc[0], against, rival in first)
+                    and _held_against(mine.iloc[0], theirs.iloc[0], baselines, rival in first)
                     and len(_scored_on(theirs, mine))
                     for metric in PAIRED
                 ]

@@ -241,10 +241,9 @@ def _against(part: pd.DataFrame) -> list[dict[str, str]]:
 
 
 _EACH = (
-    "After adaptation, each label minus another: every baseline under the standard condition, its own run's first "
-    "score under the same condition (the plain one under the standard condition), and of a setting the method's "
-    "default by the same score. p, and behind it what Holm leaves over one rival's rows. Otherwise as against the best "
-    "baseline. " + INTERVALS
+    "After adaptation, each label minus another under the same condition: every baseline, its own run's first score "
+    "(the plain one under the standard condition), and of a setting the method's default by the same score. p, and "
+    "behind it what Holm leaves over one rival's rows. Otherwise as against the best baseline. " + INTERVALS
 )
 
 

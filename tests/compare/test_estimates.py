@@ -162,6 +162,10 @@ def test_ways_to_do_the_same_compete():
     assert each.to_dict() == {
         ("lora, active-4-entropy", "lora, active-4-random"): pytest.approx(0.125),
         ("abmll, active-4-variance", "abmll, active-4-random"): pytest.approx(0.125),
+        ("abmll, active-4-random", "lora, active-4-random"): 0,
+        ("abmll, active-4-variance", "lora, active-4-random"): pytest.approx(0.125),
+        ("abmll, active-4-random", "lora, active-4-entropy"): pytest.approx(-0.125),
+        ("abmll, active-4-variance", "lora, active-4-entropy"): 0,
     }
 
 
@@ -266,6 +270,14 @@ def test_a_setting_is_held_against_its_methods_default_by_the_same_score(full):
     assert ("abmll, beta-1e-10", "abmll") in pairs and ("abmll, beta-1e-14", "abmll") in pairs
     assert not {("abmll", "abmll, beta-1e-10"), ("abmll, beta-1e-10", "abmll, beta-1e-14")} & pairs
     assert not {(label, rival) for label, rival in pairs if "beta" in label and rival == "abmll, samples-8"}
+
+
+def test_under_a_condition_baselines_are_those_of_the_same_condition(full):
+    found = against_each(full.scores, full.baselines)
+    pairs = set(zip(found["label"], found["rival"], strict=True))
+    assert ("abmll, pruning-0.1", "lora, pruning-0.1") in pairs
+    assert not {("abmll, pruning-0.1", "lora"), ("abmll, pruning-0.1", "lora, pruning-0.2")} & pairs
+    assert not {("abmll", "lora, pruning-0.1"), ("lora, pruning-0.1", "abmll, pruning-0.1")} & pairs
 
 
 def test_each_label_is_held_against_every_baseline_and_its_own_plain_score(full):
