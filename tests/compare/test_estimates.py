@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -22,6 +23,7 @@ from abmll.compare.estimates import (
 )
 from abmll.compare.results import condition, load_results
 from abmll.compare.statistics import estimate, holm, permutation_p
+from abmll.config.schema import MethodConfig
 
 METRICS = [metric.name for metric in (*MAIN, *UNCERTAINTY)] + ["accuracy_vocabulary", "ece_paper", *GAPS]
 
@@ -221,10 +223,11 @@ def test_no_baseline_no_comparison():
 def test_sweeps(full):
     found = sweeps(full)
     assert list(found) == ["beta", "pruning", "samples"]
-    assert found["beta"]["line"].tolist() == ["abmll"] * 3 and found["beta"]["value"].tolist() == [1e-14, 1e-12, 1e-10]
+    assert found["beta"]["line"].tolist() == ["abmll"] * 4
+    assert found["beta"]["value"].tolist() == [1e-14, 1e-12, 1e-10, MethodConfig().beta]  # the default run's last
     plain = summary(full.scores).set_index(["label", "steps"])["accuracy"]
     assert found["beta"]["accuracy"].tolist() == [
-        plain[f"abmll, beta-{beta}", 5] for beta in ("1e-14", "1e-12", "1e-10")
+        plain[label, 5] for label in ("abmll, beta-1e-14", "abmll, beta-1e-12", "abmll, beta-1e-10", "abmll")
     ]
     pruning = found["pruning"].set_index(["line", "value"])["accuracy"]
     assert pruning["lora"].index.tolist() == [0, 0.01, 0.1, 0.2, 0.3]
@@ -247,6 +250,13 @@ def test_a_sweep_of_a_setting_has_a_line_a_method_and_score_and_the_default_at_i
     found = sweeps(load_results(tmp_path))
     lines = found["c"].groupby("line")["value"].apply(list).to_dict()
     assert lines == {"abmll": [-20, -12, -6], "abmll, samples-8": [-20, -12, -6]}
+    pruned = [run | {"scores": {**run["scores"], "pruning-0.3": run["scores"]["plain"]}} for run in runs[:1]]
+    facts = tmp_path / runs[0]["folder"] / "final/summary.json"
+    old = json.loads(facts.read_text())
+    del old["config"]["eval"]["prune"]  # a run of before there was pruning: it has none
+    facts.write_text(json.dumps(old))
+    write_comparison(tmp_path, pruned)
+    assert sweeps(load_results(tmp_path))["pruning"]["value"].tolist() == [0, 0.3]
     samples = found["samples"].groupby("line")["value"].apply(list).to_dict()
     assert samples == {name: [0, 8] for name in ("abmll", "abmll, c--12", "abmll, c--6")}
 
