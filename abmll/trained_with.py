@@ -1,4 +1,4 @@
-"""What theta was trained with decides what it means: a configuration that says otherwise is refused."""
+"""What a summary's configuration says of theta, by the keys of this version: what says otherwise is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from abmll.config import ConfigError
 from abmll.config.errors import show
-from abmll.config.schema import AdapterConfig, Config, MethodConfig
+from abmll.config.schema import AdapterConfig, Config, EvalConfig, MethodConfig
 from abmll.config.settings import flat
 
 # sections and keys that a loaded model, its adapters and theta were made with; of theta alone `trained_with` knows
@@ -31,11 +31,17 @@ def refuse_other(config: Config, other: Mapping[str, Any], why: str) -> None:
 
 
 def trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's configuration by key, as far as it decides what theta means. A key that the run's version did not
-    have yet is at its default.
-    """
-    adapters = AdapterConfig().model_dump(mode="json") | config["adapters"]
-    method = MethodConfig().model_dump(mode="json") | config["method"]
-    known = flat({"adapters": adapters, "method": method})
+    """A summary's configuration by key, as far as it decides what theta means."""
+    whole = completed(config)
+    known = flat({section: whole[section] for section in ("adapters", "method")})
     del known["adapters.backend"]
     return known
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary's configuration; of adapters, method and eval the keys that the run's version did not have yet are at
+    their defaults.
+    """
+    sections = {"adapters": AdapterConfig(), "method": MethodConfig(), "eval": EvalConfig()}
+    known = {name: own.model_dump(mode="json") | config.get(name, {}) for name, own in sections.items()}
+    return {**config, **known}

@@ -167,7 +167,9 @@ def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
         for label, own in part.groupby("label", sort=False):
             shared = _scored_on(rivals, own)
             best = shared if shared.empty else best_of(shared, ACCURACY)[1]
-            accuracy, outcome = task_values(own, ACCURACY), _outcomes(own, best, ACCURACY)
+            mine, theirs = _of_both(own, best, ACCURACY)
+            outcome = pd.Series(outcomes(mine.to_numpy(), theirs.to_numpy()), mine.index)
+            accuracy = task_values(own, ACCURACY)
             commonest = own.groupby("task")["commonest_prediction"].min()
             facts = own.groupby("task", sort=False)[["n", "majority"]].first()
             for task, (n, majority) in facts.iterrows():
@@ -312,25 +314,19 @@ def _scored_on(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_both(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> tuple[pd.Series, pd.Series]:
-    """Two labels' values by task, over the tasks and seeds of both that have one."""
+    """Two labels' values by task, over the tasks and seeds of both that have one; partial metrics lack some."""
     own, others = task_values(_scored_on(mine, theirs), metric), task_values(_scored_on(theirs, mine), metric)
     return own.align(others, join="inner")
 
 
-def _outcomes(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> pd.Series:
-    """By task whether one label is better than another (1), worse (-1) or neither (0)."""
-    own, others = _of_both(mine, theirs, metric)
-    return pd.Series(outcomes(metric.better * own.to_numpy(), metric.better * others.to_numpy()), own.index)
-
-
 def _paired(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> dict[str, Any]:
     """One label minus another by task as one estimate, with its test. At least one task and seed must be in both."""
-    own, others = _of_both(mine, theirs, metric)
-    values = differences(own.to_numpy(), others.to_numpy())
+    own, others = (found.to_numpy() for found in _of_both(mine, theirs, metric))
+    values = differences(own, others)
     return {
         **named("difference", estimate(values)),
         "p": permutation_p(values),
-        **record(_outcomes(mine, theirs, metric).to_numpy())._asdict(),
+        **record(outcomes(metric.better * own, metric.better * others))._asdict(),
         "tasks": len(values),
         "seeds": _scored_on(mine, theirs)["seed"].nunique(),
     }

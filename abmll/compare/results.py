@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from abmll.compare.calibration import gaps
-from abmll.config.schema import AdapterConfig, EvalConfig, MethodConfig
+from abmll.config.schema import MethodConfig
 from abmll.files import whole_lines
 from abmll.methods import METHODS
 from abmll.metrics import score
 from abmll.score_files import PREDICTIONS, as_predictions
 from abmll.summary import finished_facts
+from abmll.trained_with import completed
 from abmll.uncertainty import uncertainty
 
 INDEX = "comparison.json"
@@ -79,7 +80,7 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
             predictions.append(own.assign(run=number, score=name))
         lines = _lines(place / "metrics.jsonl")
         runs[number] = {key: run[key] for key in RUN}
-        configs[number] = _completed(facts["config"])
+        configs[number] = completed(facts["config"])
         costs.append({"run": number, **_costs(lines, facts)})
         curves += [{"run": number, **point} for point in _curve(lines)]
     if not predictions:
@@ -98,12 +99,6 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
         configs=configs,
         skipped=tuple(skipped),
     )
-
-
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """With the keys that the run's version did not have yet, at their defaults."""
-    sections = {"adapters": AdapterConfig(), "method": MethodConfig(), "eval": EvalConfig()}
-    return config | {name: own.model_dump(mode="json") | config.get(name, {}) for name, own in sections.items()}
 
 
 def parse_name(name: str) -> tuple[str, float]:

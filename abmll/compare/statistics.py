@@ -22,8 +22,9 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-EXACT = 16  # up to so many values all subsets are taken, beyond that random ones
-FEWEST_SUBSETS, SUBSET_VALUES = 9_999, 2**22  # as many as have so many values, of thousands of values fewer
+EXACT = 16  # up to so many values all subsets are taken, beyond that random ones, 2^16 - 1 at most
+SUBSET_VALUES = 2**22  # held at a time; of more than 64 values there are SUBSET_VALUES / n subsets
+FEWEST_SUBSETS = 9_999  # of however many values
 ROUNDING = 1e-12  # of the values: less is a sum's rounding
 FEWEST = math.ceil(-math.log2((1 - CONFIDENCE) / 2))  # values with an interval; 5 have a confidence of 94 % at most
 

@@ -87,6 +87,7 @@ def test_one_run(tmp_path):
     text = text_of(html)
     assert "abmll, 2 steps 2 62.5 62.5" in text  # the means' row: tasks, accuracies
     assert "first task 4 75.0 30.1 – 95.4" in text  # Wilson's interval of 3 of 4
+    assert "Fewer than six have none." in text and "bootstrap" not in text
     for shown in ("q_proj", "random:tiny", "activation posterior, beta 0.0001", "0:00:02", "method.inner_steps"):
         assert shown in text
     assert not re.search(r">\s*(nan|None|inf)\b", html)
