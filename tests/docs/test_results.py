@@ -1,13 +1,15 @@
-"""The tables of results in README and docs/comparisons.md are those of the committed rows."""
+"""The results that README and docs/comparisons.md tell are those of the committed rows."""
 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPARED = ROOT / "benchmarks/results/compare"
 METRICS = {
     "README.md": ("accuracy", "ece", "nll_options"),
     "docs/comparisons.md": ("accuracy", "ece", "nll_options", "brier"),
@@ -41,7 +43,7 @@ def shown(row: dict[str, str], metric: str) -> str:
 def expected(page: str) -> list[list[str]]:
     lines = []
     for name, folder in COMPARISONS.items():
-        path = ROOT / "benchmarks/results/compare" / folder / "tables/against_each.csv"
+        path = COMPARED / folder / "tables/against_each.csv"
         with path.open(newline="") as file:
             found = {(row["rival"], row["metric"]): row for row in csv.DictReader(file) if row["label"] == "abmll"}
         for title, rival in RIVALS.items():
@@ -59,3 +61,29 @@ def test_the_table_is_that_of_the_committed_rows(page):
     end = next(number for number, line in enumerate(lines[start:], start) if not line.startswith("|"))
     written = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
     assert written == expected(page)
+
+
+NUMBER = r"[+-]?\d*\.\d+"
+SECTIONS = {"README.md": "## Does it help?", "docs/comparisons.md": "## What was found"}
+
+
+def differences() -> set[tuple[float, ...]]:
+    """Every difference in the committed tables with its interval, as far as a text shows it."""
+    found = set()
+    for path in COMPARED.glob("*/tables/against_*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = [row[name] for name in ("difference", "difference_low", "difference_high")]
+                factor, digits = (100, 1) if row["metric"] in ("accuracy", "macro_f1") else (1, 3)
+                if all(numbers):
+                    found.add(tuple(float(f"{factor * float(number):.{digits}f}") for number in numbers))
+    return found
+
+
+@pytest.mark.parametrize("page", SECTIONS)
+def test_every_interval_of_the_text_is_one_of_the_tables(page):
+    text = (ROOT / page).read_text(encoding="utf-8").split(SECTIONS[page])[1].split("\n## ")[0]
+    told = re.findall(rf"({NUMBER})(?:\s%)?\s\[({NUMBER}),\s({NUMBER})\]", text)
+    known = differences()
+    strange = [numbers for numbers in told if tuple(map(float, numbers)) not in known]
+    assert not strange and len(told) == len(re.findall(r"\[[+-]?\d*\.\d+,", text)) > 20
