@@ -1,4 +1,4 @@
-"""Calibration over bins of confidence: reliability, and the ECE of all tasks' examples as one set."""
+"""Calibration over bins of confidence: reliability, what chance adds to an ECE, and the ECE of all tasks' examples."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ def gaps(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
         return dict.fromkeys(GAPS, math.nan)
     share, mean, accuracy = reliability_bins(confidence, correct)
     return dict(zip(GAPS, np.nan_to_num(len(confidence) * share * (mean - accuracy)), strict=True))
+
+
+def chance_ece(confidence: np.ndarray) -> float:
+    """Expected ECE of answers that are right as often as these confidences [n] say; NaN where one is.
+
+    What is left of an ECE in a perfectly calibrated model, by the chance of n examples alone (Bröcker and Smith, 2007,
+    resample it). Exact: the count of right answers in a bin is Poisson-binomial, and the ECE is the sum of its mean
+    absolute deviations over n. Few examples a bin and confidences in the middle make it large.
+    """
+    if np.isnan(confidence).any():
+        return math.nan
+    number = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    total = 0.0
+    for bin_number in np.unique(number):
+        own = confidence[number == bin_number].astype(np.float64)
+        counts = np.ones(1)  # the probability of each count of right answers, an answer after the other
+        for right in own:
+            counts = np.append(counts * (1 - right), 0.0) + np.append(0.0, counts * right)
+        total += float(counts @ np.abs(np.arange(len(counts)) - own.sum()))
+    return total / len(confidence)
 
 
 def pooled_ece(own: pd.DataFrame) -> float:

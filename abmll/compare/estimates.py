@@ -29,16 +29,20 @@ class Metric(NamedTuple):
 
 
 ACCURACY = Metric("accuracy", "accuracy %", 100, 1)
+ECE = Metric("ece", "ECE")
 MAIN = (
     ACCURACY,
     Metric("macro_f1", "macro-F1 %", 100, 1),
-    Metric("ece", "ECE"),
+    ECE,
+    Metric("ece_excess", "excess ECE"),
     Metric("nll_options", "NLL of options"),
     Metric("brier", "Brier"),
     Metric("aurc", "AURC"),
 )
 POOLED_ECE = Metric("pooled_ece", "pooled ECE")
-PAIRED = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece", "nll_options", "brier"))
+# a task's ECE is for the most part chance where examples are few, and the more of it the surer a method is
+TESTED = tuple(metric for metric in MAIN if metric != ECE)
+PAIRED = tuple(metric for metric in TESTED if metric.name in ("accuracy", "ece_excess", "nll_options", "brier"))
 UNCERTAINTY = (
     Metric("accuracy_at_80", "accuracy % at 80 % coverage", 100, 1),
     Metric("accuracy_at_50", "at 50 %", 100, 1),
@@ -111,7 +115,7 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
             family = []
             for label, mine in own.groupby("label", sort=False):
                 shared = _scored_on(rivals, mine)
-                for metric in MAIN if len(shared) else ():
+                for metric in TESTED if len(shared) else ():
                     baseline, theirs = best_of(shared, metric)
                     row = {"condition": condition, "label": label, "metric": metric.name, "baseline": baseline}
                     family.append({**place, **row, **_paired(mine, theirs, metric)})

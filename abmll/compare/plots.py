@@ -25,7 +25,7 @@ from abmll.uncertainty import selective_risk
 WINDOW = 3  # validations in a point of the paper's Figure 2: the mean of the three most recent ones
 COVERAGES = np.linspace(0.05, 1, 20)
 PARTS = 5  # of a task's examples, sorted by variance
-SWEPT = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece", "nll_options", "aurc"))
+SWEPT = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece_excess", "nll_options", "aurc"))
 DASHES = ("-", "--", ":", "-.")
 Styles = dict[str, dict[str, Any]]  # matplotlib's, by label
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from abmll.compare.calibration import gaps
+from abmll.compare.calibration import chance_ece, gaps
 from abmll.config.schema import MethodConfig
 from abmll.files import whole_lines
 from abmll.methods import METHODS
@@ -39,7 +39,8 @@ class Results:
     runs: task_set, model, method, setting, seed, and run_label (the method, and its setting unless default).
     predictions: one row a scored test example, columns as in predictions.parquet, with run and score.
     scores: one row a run, score, steps and task: the columns of `runs`, label (run_label, and the score unless plain),
-    the sweep, value and condition of the score's name, every metric of `Scores` and `Uncertainty`, and `GAPS`.
+    the sweep, value and condition of the score's name, every metric of `Scores` and `Uncertainty`, the ECE in excess of
+    what chance makes of it (ece_excess), and `GAPS`.
     costs: one row a run. curves: one row an outer step or validation. configs: by run, the configuration that it was
     trained and scored with. skipped: what is not there, and why.
     """
@@ -131,6 +132,7 @@ def _scores(examples: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         confidence, choice = predictions.options.max(dim=1)
         of_bins = gaps(confidence.numpy(), (choice == predictions.label).numpy())
         metrics = {**asdict(score(predictions)), **asdict(uncertainty(predictions)), **of_bins}
+        metrics["ece_excess"] = metrics["ece"] - chance_ece(confidence.numpy())
         rows.append({**place, "steps": steps, "task": task, **metrics})
     scores = runs.join(pd.DataFrame(rows).set_index("run"), how="inner").reset_index()
     scores["label"] = _extended(scores["run_label"], scores["score"], PLAIN)

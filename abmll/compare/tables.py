@@ -153,8 +153,9 @@ _SUMMARY = (
     "Constant: tasks with one and the same prediction for all examples, in every seed. Commonest: what would be right "
     "if each task's commonest answer were given to all its examples. Beatable: tasks on which some "
     "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
-    "bins by task, and pooled: of all tasks' examples as one set, the mean over seeds (without an interval, "
-    "which a resample's own noise would bias). NLL among the options. Rows of other seeds had other support sets."
+    "bins by task; the excess over what a calibrated model with the same confidences would show there by chance; and "
+    "pooled: of all tasks' examples as one set, the mean over seeds (without an interval, which a resample's own noise "
+    "would bias). NLL among the options. Rows of other seeds had other support sets."
 )
 
 

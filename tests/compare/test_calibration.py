@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from made_up import examples_of
 
-from abmll.compare.calibration import gaps, pooled_ece, reliability_bins
+from abmll.compare.calibration import chance_ece, gaps, pooled_ece, reliability_bins
 from abmll.metrics import score
 from abmll.score_files import as_predictions
 
@@ -52,6 +53,23 @@ def test_pooled_ece_is_the_ece_of_all_examples():
         found.append({"task": number, "seed": 0, "n": 30, **gaps(confidence.numpy(), correct.numpy())})
     wanted = score(as_predictions(pd.concat(frames))).ece
     assert pooled_ece(pd.DataFrame(found)) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_what_chance_makes_of_an_ece():
+    """The mean ECE over all outcomes of four answers, each as likely as their confidences say."""
+    confidence = [0.5, 0.52, 0.9, 1.0]
+    wanted = 0.0
+    for correct in itertools.product([True, False], repeat=4):
+        chance = math.prod(p if right else 1 - p for p, right in zip(confidence, correct, strict=True))
+        wanted += chance * pooled_ece(rows(task=[list(zip(confidence, correct, strict=True))]))
+    assert chance_ece(np.array(confidence)) == pytest.approx(wanted, rel=1e-12) and wanted > 0.1
+    assert chance_ece(np.array([0.9])) == pytest.approx(2 * 0.9 * 0.1) and chance_ece(np.array([1.0, 1.0])) == 0
+    assert math.isnan(chance_ece(np.array([0.9, math.nan])))
+
+
+def test_chance_goes_as_the_root_of_the_number_of_answers():
+    """The mean absolute deviation of a binomial: sqrt(2 / pi) of its standard deviation, for many."""
+    assert chance_ece(np.full(4000, 0.64)) == pytest.approx(math.sqrt(2 / math.pi * 0.64 * 0.36 / 4000), rel=1e-3)
 
 
 def test_a_diverged_task_leaves_no_value():

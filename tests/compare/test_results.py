@@ -24,6 +24,8 @@ def test_scores_of_a_run(tmp_path):
     (row,) = found.scores.to_dict("records")
     assert (row["label"], row["method"], row["steps"], row["task"], row["n"]) == ("abmll", "abmll", 5, "task", 2)
     assert row["accuracy"] == 0.5 and row["ece"] == pytest.approx((0.2 + 0.6) / 2)
+    # calibrated answers of these confidences, alone in their bins: the mean of 2 p (1 - p)
+    assert row["ece_excess"] == pytest.approx(row["ece"] - (0.8 * 0.2 + 0.6 * 0.4))
     assert row["nll_options"] == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
     assert row["aurc"] == pytest.approx((0 + 1 / 2) / 2) and row["commonest_prediction"] == 1
     assert (row["auroc_confidence"], row["auroc_variance"], row["auroc_mutual_information"]) == (1, 0, 0)
