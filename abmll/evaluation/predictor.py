@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -71,11 +72,15 @@ class Predictor:
         return accumulator.predictions().take(order.argsort())
 
     def _keys(self, method: Method, stream: tuple[str, str, int]) -> Iterator[NoiseKey] | None:
-        """An endless row of noise names, or None for the posterior mean (all that a point estimate has)."""
+        """The noise's name for each batch, or None for the posterior mean (all that a point estimate has).
+
+        Drawn weights are one function: every batch has the same, so that the batches' size changes nothing. Drawn
+        activations are every token's own, other ones for every batch.
+        """
         if not (method.sampled and self.config.samples):
             return None
         seed = fold_seed(self.seed, *stream)
-        return (NoiseKey(seed, step) for step in range(2**32))
+        return repeat(NoiseKey(seed, 0)) if method.draws_weights else (NoiseKey(seed, step) for step in range(2**32))
 
     def probabilities(self, batch: Batch, keys: Iterator[NoiseKey] | None, slot: int | None = 0) -> Tensor:
         """Probabilities over the vocabulary by the phi in `slot`: of the mean [1, B, V], or of S posterior samples

@@ -94,6 +94,13 @@ class Method:
         return self.layers != "mean"
 
     @property
+    def draws_weights(self) -> bool:
+        """Whether a draw is a change to W0, the same for every token: then a draw's answers can agree with each other.
+        (BLoB's is not: flipout gives every token signs of its own.)
+        """
+        return self.layers == "gaussian" and self.posterior == "weight"
+
+    @property
     def updates_per_episode(self) -> int:
         """Steps of theta that one episode gives rise to; 0 trains nothing."""
         return 1

@@ -129,7 +129,9 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     seed, rows, geometric = fold_seed(tiny.config.seed, "prediction", task.name, 0), [], []
     order = by_length(task.test)
     for step, batch in enumerate(in_batches([task.test[place] for place in order], letters, 3)):
-        key, repeated = NoiseKey(seed, step), Rows.of(tiny.model, side_by_side([batch] * samples))
+        # drawn weights are the same for every batch, drawn activations are not
+        key = NoiseKey(seed, 0 if posterior == "weight" else step)
+        repeated = Rows.of(tiny.model, side_by_side([batch] * samples))
         names = key.rows(samples, "cpu")
         context = tiny.adapters.context.forward_pass(names, groups=repeated.groups, slot=0)
         with torch.no_grad(), context:
@@ -149,6 +151,17 @@ def test_sampled_predictions_average_softmaxes(samples, posterior, build_tiny):
     for steps in (0, 3):
         assert torch.equal(found[steps].options, again[steps].options)
         assert (found[steps].nll - mean[steps].nll).abs().max() > 1e-3  # not the mean's
+
+
+def test_drawn_weights_do_not_depend_on_the_batches(build_tiny):
+    """A sample is one function of the question, whichever questions it is asked beside."""
+    tiny = scattered(build_tiny(adapters={"posterior": "weight", "log_variance_offset": -4.0}))
+    alone, three = (predictions(tiny, samples=3, batch_size=size) for size in (1, 3))
+    mean = predictions(tiny)
+    for steps in (0, 3):
+        torch.testing.assert_close(alone[steps].options, three[steps].options, **CLOSE)
+        torch.testing.assert_close(alone[steps].variance, three[steps].variance, **CLOSE)
+        assert (alone[steps].options - mean[steps].options).abs().max() > 1e-3
 
 
 def test_point_estimates_have_no_samples(build_tiny):
