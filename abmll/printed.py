@@ -9,6 +9,7 @@ from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import summary
+from abmll.methods.advice import unlike_published
 from abmll.models.packing import is_packed
 from abmll.models.quantization import num_parameters
 from abmll.models.sharding import gathered_bytes
@@ -36,6 +37,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     passes = -(-each // beside) * parts.method.passes_per_episode
     base = num_parameters(parts.model) - adapters.num_parameters()
     form = config.model.dtype if config.model.quantization == "none" else config.model.quantization
+    sizes = {task.name: len(task.train) for task in tasks.train}
     rows = {
         "model": f"{config.model.name}, {base:,} frozen parameters in {form} on {ranks.device}",
         **_sharding(parts, config, ranks),
@@ -46,7 +48,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         + (f", beta {method.beta:g}" if parts.method.sampled else ""),
         **({"projections": "{}: {}".format(*_backend(parts, config))} if gaussian else {}),
         "tasks": f"{len(tasks.train)} to train on, {len(tasks.validation)} to validate on, {len(tasks.test)} unseen; "
-        f"{sum(len(task.train) for task in tasks.train):,} training and "
+        f"{sum(sizes.values()):,} training and "
         f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "
         f"{config.tasks.max_tokens} tokens, longer ones {_TOO_LONG[config.tasks.too_long]} (--validate counts them)",
         **_demonstrations(config),
@@ -57,7 +59,8 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         "tokens a step": f"at most {prompts * config.tasks.max_tokens:,} in {passes} forward passes on each rank",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
-    notes = "".join(f"\nnote: {note}" for note in tasks.notes)
+    notes = [*tasks.notes, *unlike_published(config, sizes, trainer.tasks_per_step)]
+    notes = "".join(f"\nnote: {note}" for note in notes)
     return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
 
 

@@ -65,12 +65,12 @@ def styles_of(labels: Iterable[str]) -> Styles:
 
 
 def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
-    """Validation accuracy and ECE after adaptation (as the paper's Figure 2), and the training NLL of the last inner
-    step, against episodes; mean over seeds, the band from the lowest to the highest."""
+    """Validation accuracy and ECE after adaptation (as the paper's Figure 2), and the training NLL of an episode's last
+    batch, against episodes; mean over seeds, the band from the lowest to the highest."""
     panels = [
         ("accuracy", f"validation accuracy %,\ntrailing mean of {WINDOW} validations", 100.0),
         ("ece", f"validation ECE,\ntrailing mean of {WINDOW} validations", 1.0),
-        ("nll", "training NLL of a batch after the inner steps,\ntrailing mean over a tenth of the run", 1.0),
+        ("nll", "training NLL of an episode's last batch, before its step,\ntrailing mean over a tenth of the run", 1.0),
     ]
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:

@@ -1,0 +1,48 @@
+"""Where a run's settings make a method another one than what was published under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from abmll.config import Config
+from abmll.config.messages import show
+from abmll.methods import METHODS
+
+
+def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: int) -> list[str]:
+    """A line for each such setting, with key, value and remedy. These are choices, not mistakes: a run goes on.
+
+    `sizes`: training examples by task. Keys are shared by all methods, so their defaults are those of ABMLL.
+    """
+    method, found, training_examples = config.method, [], sum(sizes.values())
+    if method.name == "blob":
+        bound = (config.tasks.batch_size if method.nll_reduction == "sum" else 1) / training_examples
+        if not bound / 2 < method.beta < 2 * bound:
+            found.append(
+                f"method.beta: {method.beta:g}: weighs BLoB's KL; in the evidence lower bound it has batch size over "
+                f"training examples; set method.beta={bound:.2g}"
+            )
+    if METHODS[method.name].pooled:
+        largest = max(sizes, key=sizes.__getitem__)
+        if (times := sizes[largest] * len(sizes) / training_examples) > 3:
+            found.append(
+                f"tasks.max_train_examples: {show(config.tasks.max_train_examples)}: pooled batches draw tasks by "
+                f"their size, {largest} {times:.1f} times as often as the average task, where episodes draw all alike; "
+                f"set tasks.max_train_examples={sorted(sizes.values())[len(sizes) // 2]}, the median"
+            )
+    if method.name in ("fomaml", "maml") and method.outer_batch == "reuse":
+        found.append(
+            "method.outer_batch: reuse: theta's gradient is taken on a batch that phi was trained on; MAML takes it on "
+            "one of its own; set method.outer_batch=query"
+        )
+    if method.name == "maml" and method.test_lr != method.inner_lr:
+        found.append(
+            f"method.test_lr: {method.test_lr:g}: MAML's theta was trained for steps of method.inner_lr: "
+            f"{method.inner_lr:g}; set method.test_lr={method.inner_lr:g}"
+        )
+    if method.name == "structured_lora" and tasks_per_step > 1:
+        found.append(
+            f"trainer.tasks_per_step: {tasks_per_step}: each of structured LoRA's steps then averages so many tasks, "
+            "which is pooled LoRA with batches of one task each; set trainer.tasks_per_step=1, on one rank"
+        )
+    return found
