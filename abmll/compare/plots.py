@@ -70,7 +70,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     panels = [
         ("accuracy", f"validation accuracy %,\ntrailing mean of {WINDOW} validations", 100.0),
         ("ece", f"validation ECE,\ntrailing mean of {WINDOW} validations", 1.0),
-        ("nll", "training NLL of an episode's last batch, before its step,\ntrailing mean over a tenth of the run", 1.0),
+        ("nll", "training NLL of an episode's last batch, before its step,\ntrailing mean of a tenth of the run", 1.0),
     ]
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:
