@@ -162,7 +162,7 @@ def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, floa
         "outer_steps": len(steps) * method.updates_per_episode,
         "tokens": round(sum(line["real_tokens_per_second"] * line["seconds"] for line in steps)),
         "peak_memory_bytes": max((line["peak_memory_bytes"] for line in steps), default=np.nan),
-        "parameters": facts["parameters"],
+        "parameters": facts["parameters"] if method.reads_model else 0,
     }
 
 

@@ -120,6 +120,23 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "eval.pretrained",
     )
 
+    rule(
+        config.method.name == "frequencies"
+        and (
+            config.eval.temperature != "none"
+            or config.eval.tfb.samples
+            or config.eval.prune.fraction
+            or (active and active.by != "random")
+        ),
+        "method.name",
+        "counts labels and reads no model, which eval.temperature, eval.tfb, eval.prune and eval.active.by need; leave "
+        "them at their defaults, or set another method",
+        "eval.temperature",
+        "eval.tfb.samples",
+        "eval.prune.fraction",
+        "eval.active.by",
+    )
+
     held_out, support = config.eval.temperature == "held_out", "set eval.temperature=support"
     rule(
         held_out and config.method.adaptation_steps == 1,

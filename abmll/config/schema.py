@@ -64,9 +64,9 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 class MethodConfig(Section):
     """What is learned and how (`docs/method.md`)."""
 
-    name: Literal["abmll", "reptile", "fomaml", "maml", "structured_lora", "lora", "blob", "pretrained"] = Field(
-        "abmll", description="The training algorithm (`docs/comparisons.md`)."
-    )
+    name: Literal[
+        "abmll", "reptile", "fomaml", "maml", "structured_lora", "lora", "blob", "pretrained", "frequencies"
+    ] = Field("abmll", description="The training algorithm (`docs/comparisons.md`).")
     inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
     inner_lr: float = Field(1e-5, gt=0, description="Learning rate of phi in training.")
     outer_lr: float = Field(5e-5, gt=0, description="Learning rate of theta; Reptile's step is reptile_step.")

@@ -20,7 +20,7 @@ from abmll.evaluation.tfb import RANGE, drawn_weights, largest_sigma
 from abmll.interrupt import Interrupted
 from abmll.kernels import fold_seed
 from abmll.learner import Learner
-from abmll.methods import Method
+from abmll.methods import Frequencies, Method
 from abmll.metrics import Predictions, concatenate, pool, score
 from abmll.resident import release_freed
 from abmll.tasks.episodes import scored_examples, support_examples
@@ -150,6 +150,8 @@ class Evaluator:
     ) -> Scored:
         """One task's examples by the phi in `slot`, or by draws around it; T from `held_out` where it is given."""
         tfb, support = self.config.tfb, list({id(example): example for example in support}.values())
+        if isinstance(method, Frequencies):
+            return Scored(method.predict(support if adapted else (), examples), {})
         if not tfb.samples:
             return self._score_by_slot(method, task, examples, support, adapted, slot, held_out)
         anchor, seed = ("support", task, adapted), fold_seed(self.seed, "tfb", task)

@@ -14,7 +14,9 @@ from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from abmll.deploy.meta_model import MetaModel
 from abmll.distributed import Ranks
+from abmll.learner import Learner
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
 
@@ -85,6 +87,17 @@ def test_every_method_moves_theta_and_scores(run, overrides):
     assert all(value.isfinite().all() for value in run.theta.values())
     (found,) = run.scores
     assert sorted(found["overall"]) == ["0", "2"] and found["overall"]["2"]["tasks"] == 2
+
+
+def test_frequencies_need_no_model_and_are_no_base(run, monkeypatch):
+    """Scored without a forward pass, and nothing that could be adapted."""
+    monkeypatch.setattr(Learner, "mean_probabilities", None)
+    run.train("method.name=frequencies")
+    (found,) = run.scores
+    assert found["method"] == "frequencies" and not run.folder.joinpath("metrics.jsonl").exists()
+    assert found["overall"]["2"]["nll"] == found["overall"]["2"]["nll_options"]
+    with pytest.raises(ValueError, match=r"method\.name: frequencies: has no model to adapt"):
+        MetaModel.load(run.folder)
 
 
 def test_pretrained_trains_nothing_and_scores(run):
