@@ -243,7 +243,7 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
     for method in tuning.grid:
         if method not in known | {"all"}:
             yield f"tune.grid: {method}: no such method here; known: all, {', '.join(sorted(known))}"
-    without = [method for method in comparison.methods if not lists_of(tuning, method)]
+    without = [m for m in comparison.methods if m not in tuning.grid and not lists_of(tuning, m)]  # {}: as it is
     if without:
         yield f"tune.grid: nothing to try for {', '.join(without)}; add them, or `all`"
     told: dict[str, None] = {}
