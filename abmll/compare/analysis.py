@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from abmll.compare.plots import all_plots
+from abmll.compare.plots import CAPTIONS, all_plots
 from abmll.compare.results import Results, load_results
 from abmll.compare.tables import Table, all_tables
 from abmll.files import write_whole
@@ -52,5 +52,7 @@ def report(results: Results, tables: list[Table], plots: list[Path]) -> str:
     ]
     links = [f"- [{table.name}](tables/{table.name}.md) ([numbers](tables/{table.name}.csv))" for table in tables]
     parts += ["## All tables", "\n".join(links), "## Plots"]
-    parts += [f"![{plot.stem}](plots/{plot.name})" for plot in plots]
+    for kind, caption in CAPTIONS.items():
+        if own := [plot for plot in plots if plot.name.startswith(f"{kind}_")]:
+            parts += [caption, *(f"![{plot.stem}](plots/{plot.name})" for plot in own)]
     return "\n\n".join(parts) + "\n"

@@ -105,7 +105,8 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
     """A row a label that is no baseline and a metric: its difference to the best baseline, after adaptation.
 
     The best by each metric on the tasks and seeds that both were scored on, under the same condition; no row where none
-    was. Holm's family is all that one task set, model and condition has: every label and metric.
+    was. A setting is held against the baselines' same setting, or their default where they have no such. Holm's
+    family is all that one task set, model and condition has: every label and metric.
     """
     rows = []
     for place, part in groups(adapted(scores)):
@@ -114,7 +115,7 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
             rivals = part[is_baseline & (part["condition"] == condition)]
             family = []
             for label, mine in own.groupby("label", sort=False):
-                shared = _scored_on(rivals, mine)
+                shared = _scored_on(_of_setting(rivals, mine["setting"].iloc[0]), mine)
                 for metric in TESTED if len(shared) else ():
                     baseline, theirs = best_of(shared, metric)
                     row = {"condition": condition, "label": label, "metric": metric.name, "baseline": baseline}
@@ -127,22 +128,23 @@ def against_baseline(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.Dat
 def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a pair of labels and a metric, after adaptation: difference and test on the tasks and seeds of both.
 
-    Under one condition each label is held against every label of a baseline, against its own run's first score there
-    (what samples or a temperature change in the plain one, or entropy in a random choice), and a setting against its
-    method's default by the same score. Baselines of different methods are not held against one another. Holm's family
-    is one rival's rows, its own settings' too.
+    Under one condition each label is held against every label of a baseline (of its own setting, or the default where
+    the baseline has no such), against its own run's first score there (what samples or a temperature change in the
+    plain one, or entropy in a random choice), and a setting against its method's default by the same score. Baselines
+    of different methods are not held against one another. Holm's family: one rival's rows, its settings' too.
     """
     rows = []
     for place, part in groups(adapted(scores)):
         for _, own in part.groupby("condition", sort=False):
             first = set(own.groupby("run_label")["label"].first())
             labels = dict(list(own.groupby("label", sort=False)))
+            settings = {setting: set(_of_setting(own, setting)["label"]) for setting in own["setting"].unique()}
             for rival, theirs in labels.items():
                 family = [
                     {**place, "rival": rival, "label": label, "metric": metric.name, **_paired(mine, theirs, metric)}
                     for label, mine in labels.items()
                     if label != rival
-                    and _held_against(mine.iloc[0], theirs.iloc[0], baselines, rival in first)
+                    and _held_against(mine.iloc[0], theirs.iloc[0], baselines, rival in first, settings)
                     and len(_scored_on(theirs, mine))
                     for metric in PAIRED
                 ]
@@ -151,12 +153,22 @@ def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def _held_against(mine: pd.Series, theirs: pd.Series, baselines: Sequence[str], theirs_is_first: bool) -> bool:
+def _of_setting(rivals: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """Each method's rows of this setting, or of its default where it has none: budgets are to be alike."""
+    same = rivals["setting"] == setting
+    known = same.groupby(rivals["method"]).transform("any")
+    return rivals[same | (~known & (rivals["setting"] == DEFAULT))]
+
+
+def _held_against(
+    mine: pd.Series, theirs: pd.Series, baselines: Sequence[str], theirs_is_first: bool, settings: dict[str, set[str]]
+) -> bool:
     if mine["run_label"] == theirs["run_label"]:
         return theirs_is_first
     if mine["method"] == theirs["method"]:
         return bool(theirs["setting"] == DEFAULT and mine["score"] == theirs["score"])
-    return mine["method"] not in baselines and theirs["method"] in baselines
+    alike = theirs["label"] in settings[mine["setting"]]
+    return bool(mine["method"] not in baselines and theirs["method"] in baselines and alike)
 
 
 def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:

@@ -28,12 +28,25 @@ PARTS = 5  # of a task's examples, sorted by variance
 SWEPT = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece_excess", "nll_options", "aurc"))
 DASHES = ("-", "--", ":", "-.")
 Styles = dict[str, dict[str, Any]]  # matplotlib's, by label
+# what a reader of the report needs to know, by the start of the file's name
+CAPTIONS = {
+    "learning_curves": "Learning curves against training episodes: mean over seeds, the band from the lowest to the "
+    "highest seed. Lines that coincide hide one another.",
+    "reliability": "Reliability: accuracy against confidence in 15 equal bins, all tasks' examples and seeds together; "
+    "grey: each bin's share of the examples. The pooled ECE is the tables', of each seed by itself and then the mean.",
+    "risk_coverage": "Risk against coverage: error rate of the surest share of each task's examples, mean over tasks "
+    "and seeds. A line that falls to the left tells wrong answers from right ones.",
+    "variance_error": "Error rate in fifths of each task's examples, sorted by posterior variance and by lack of "
+    "confidence; bars are 95 % intervals over tasks.",
+    "sweep": "Means after adaptation at each value; bars are 95 % intervals over tasks. Tasks differ far more than "
+    "methods do: differences are paired by task in the tables (against_each), not read off these bars.",
+}
 
 
 def all_plots(results: Results, folder: Path) -> list[Path]:
     """Draw all that there is data for, a file a task set and model each; returns the files."""
     paths = []
-    examples, swept, runs = _adapted_examples(results), sweeps(results), results.runs
+    examples, swept, runs = adapted_examples(results), sweeps(results), results.runs
     lines = [line for frame in swept.values() for line in frame["line"]]
     styles = styles_of([*runs["method"], *runs["run_label"], *examples["label"].unique(), *lines])
     for place, part in groups(runs):
@@ -121,7 +134,10 @@ def _points(axis: Axes, x: np.ndarray, found: pd.DataFrame, metric: Metric, labe
 
 
 def reliability(examples: pd.DataFrame) -> Figure | None:
-    """Accuracy against confidence in 15 equal bins, all tasks and seeds pooled: dots; the bins' sizes: grey bars."""
+    """Accuracy against confidence in 15 equal bins, all tasks and seeds pooled: dots; the bins' sizes: grey bars.
+
+    The ECE in the titles is the tables' `pooled_ece`: seeds taken together would lessen chance's part.
+    """
     parts = list(examples.groupby("label", sort=False))
     if not parts:
         return None
@@ -132,13 +148,21 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
         axis.bar(edges[:-1], share, 1 / CALIBRATION_BINS, align="edge", color="0.82", edgecolor="white", linewidth=0.5)
         axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
         axis.plot(confidence, accuracy, marker="o", markersize=4, color="C0", clip_on=False)
-        error = np.nansum(share * np.abs(accuracy - confidence))
-        axis.set_title(f"{label}\nECE, tasks and seeds pooled: {error:.3f}", fontsize=8)
+        axis.set_title(f"{label}\npooled ECE {_pooled_ece(own):.3f}", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.tick_params(labelbottom=True)  # the panel below may not be there
     figure.supxlabel("confidence", fontsize=9)
     figure.supylabel("accuracy (dots), share of examples (bars)", fontsize=9)
     return figure
+
+
+def _pooled_ece(own: pd.DataFrame) -> float:
+    """Of one label's examples [confidence, correct, run], a run a seed."""
+    errors = []
+    for _, of_seed in own.groupby("run"):
+        share, confidence, accuracy = reliability_bins(of_seed["confidence"].to_numpy(), of_seed["correct"].to_numpy())
+        errors.append(np.nansum(share * np.abs(accuracy - confidence)))
+    return float(np.mean(errors))
 
 
 def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:
@@ -186,7 +210,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
     return with_legend(figure, axes)
 
 
-def _adapted_examples(results: Results) -> pd.DataFrame:
+def adapted_examples(results: Results) -> pd.DataFrame:
     """Scored examples after adaptation under the standard condition, with confidence, correct, and the tables' label.
 
     What diverged is left out: its probabilities are no numbers, and its row in the tables says so.

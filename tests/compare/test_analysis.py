@@ -20,6 +20,7 @@ def test_analysis_of_a_comparison(full_folder, tmp_path):
     assert all(path.is_file() for path in written)
     text = (folder / "report.md").read_text()
     assert "runs/fomaml/default/seed-0: not finished" in text and "## One against another" in text
+    assert text.count("95 % intervals over tasks. Tasks differ far more") == 1  # a caption for all sweeps
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert {folder / link for link in links} == set(written) - {folder / "report.md"}
     before = {path: path.read_bytes() for path in written if path.suffix != ".png"}

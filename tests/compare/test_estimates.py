@@ -40,6 +40,7 @@ def rows(
                 "model": "tiny",
                 "method": method or label,
                 "run_label": label,
+                "setting": "default",
                 "label": label if score == "plain" else f"{label}, {score}",
                 "score": score,
                 "condition": condition(score),
@@ -281,6 +282,25 @@ def test_a_setting_is_held_against_its_methods_default_by_the_same_score(full):
     assert ("abmll, beta-1e-10", "abmll") in pairs and ("abmll, beta-1e-14", "abmll") in pairs
     assert not {("abmll", "abmll, beta-1e-10"), ("abmll, beta-1e-10", "abmll, beta-1e-14")} & pairs
     assert not {(label, rival) for label, rival in pairs if "beta" in label and rival == "abmll, samples-8"}
+
+
+def test_a_setting_of_both_is_held_against_the_baselines_same_setting():
+    """With an eighth of the budget neither is held against the other's whole one; what the baseline lacks, is."""
+    worse = [[value - 0.3 for value in seeds] for seeds in BASE]
+    ours, theirs = ("abmll", OURS), ("lora", BASE)
+    scores = [rows(name, of) for name, of in (ours, theirs)]
+    scores += [rows(f"{name}, short", worse, method=name, setting="short") for name, _ in (ours, theirs)]
+    scores.append(rows("abmll, own", OURS, method="abmll", setting="own"))
+    frame = pd.concat(scores)
+    pairs = set(against_each(frame, ("lora",))[["label", "rival"]].itertuples(index=False, name=None))
+    against_own_default = {("abmll, short", "abmll"), ("abmll, own", "abmll"), ("lora, short", "lora")}
+    assert pairs - against_own_default == {("abmll", "lora"), ("abmll, short", "lora, short"), ("abmll, own", "lora")}
+    best = against_baseline(frame, ("lora",)).groupby("label")["baseline"].unique()
+    assert {label: list(found) for label, found in best.items()} == {
+        "abmll": ["lora"],
+        "abmll, short": ["lora, short"],
+        "abmll, own": ["lora"],
+    }
 
 
 def test_under_a_condition_baselines_are_those_of_the_same_condition(full):

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from abmll.compare.estimates import sweeps
+from abmll.compare.estimates import adapted, summary, sweeps
 from abmll.compare.plots import (
+    adapted_examples,
     all_plots,
     learning_curves,
+    reliability,
     risk_coverage,
     smoothed,
     styles_of,
@@ -64,6 +66,14 @@ def test_variance_against_error_sorts_within_a_task():
     np.testing.assert_allclose(variance.get_ydata(), [0, 0, 0, 0, 100])
     np.testing.assert_allclose(confidence.get_ydata(), [20])  # ties share a place: all in the middle
     assert variance_error(frames[0][:0]) is None
+
+
+def test_the_reliability_plots_ece_is_the_tables(full):
+    """Of all labels, among them such with several seeds."""
+    found = dict(axis.get_title().split("\n") for axis in reliability(adapted_examples(full)).axes if axis.get_title())
+    rows = summary(adapted(full.scores))
+    assert found == {row["label"]: f"pooled ECE {row['pooled_ece']:.3f}" for _, row in rows.iterrows()}
+    assert rows["seeds"].max() > 1
 
 
 def test_sweep_draws_a_line_a_method(full):
