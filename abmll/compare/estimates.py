@@ -16,6 +16,7 @@ import pandas as pd
 from abmll.compare.calibration import pooled_ece
 from abmll.compare.results import DEFAULT, PLAIN, STANDARD, Results, parse_name
 from abmll.compare.statistics import Estimate, differences, estimate, holm, outcomes, permutation_p, record
+from abmll.methods import Frequencies
 
 
 class Metric(NamedTuple):
@@ -131,7 +132,7 @@ def against_each(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFra
     Under one condition each label is held against every label of a baseline (of its own setting, or the default where
     the baseline has no such), against its own run's first score there (what samples or a temperature change in the
     plain one, or entropy in a random choice), and a setting against its method's default by the same score. Baselines
-    of different methods are not held against one another. Holm's family: one rival's rows, its settings' too.
+    of different methods are held against `frequencies` alone. Holm's family: one rival's rows, its settings' too.
     """
     rows = []
     for place, part in groups(adapted(scores)):
@@ -168,7 +169,8 @@ def _held_against(
     if mine["method"] == theirs["method"]:
         return bool(theirs["setting"] == DEFAULT and mine["score"] == theirs["score"])
     alike = theirs["label"] in settings[mine["setting"]]
-    return bool(mine["method"] not in baselines and theirs["method"] in baselines and alike)
+    held = mine["method"] not in baselines or theirs["method"] == Frequencies.name
+    return bool(held and theirs["method"] in baselines and alike)
 
 
 def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:

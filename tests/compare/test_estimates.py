@@ -284,6 +284,14 @@ def test_a_setting_is_held_against_its_methods_default_by_the_same_score(full):
     assert not {(label, rival) for label, rival in pairs if "beta" in label and rival == "abmll, samples-8"}
 
 
+def test_every_method_is_held_against_the_label_counts():
+    names = ("frequencies", "lora", "reptile", "abmll")
+    frame = pd.concat([rows(name, OURS if name == "abmll" else BASE) for name in names])
+    pairs = set(against_each(frame, names[:3])[["label", "rival"]].itertuples(index=False, name=None))
+    own = {("abmll", rival) for rival in names[:3]}
+    assert pairs == own | {("lora", "frequencies"), ("reptile", "frequencies")}
+
+
 def test_a_setting_of_both_is_held_against_the_baselines_same_setting():
     """With an eighth of the budget neither is held against the other's whole one; what the baseline lacks, is."""
     worse = [[value - 0.3 for value in seeds] for seeds in BASE]

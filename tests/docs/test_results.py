@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ROOT / "benchmarks/results/compare"
 METRICS = {
-    "README.md": ("accuracy", "ece", "nll_options"),
-    "docs/comparisons.md": ("accuracy", "ece", "nll_options", "brier"),
+    "README.md": ("accuracy", "ece_excess", "nll_options"),
+    "docs/comparisons.md": ("accuracy", "ece_excess", "nll_options", "brier"),
 }
 COMPARISONS = {
     "Qwen2.5-Coder-0.5B-Instruct": "cls23-qwen0.5b",
@@ -26,6 +26,7 @@ RIVALS = {
     "fomaml (query batch)": "fomaml",
     "structured LoRA": "structured_lora",
     "pretrained": "pretrained",
+    "no model (label counts)": "frequencies",
 }
 
 
