@@ -86,7 +86,7 @@ def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] 
 
 def _examples(
     rows: Iterable[Row], reader: RowReader, where: str, key: str, faults: Faults
-) -> tuple[tuple[Example, ...], list[str], int]:
+) -> tuple[tuple[Example, ...], list[tuple[str, ...]], int]:
     """The good rows' examples, each one's group (for a task with a holdout), and how many rows the task leaves out."""
     examples, groups, left_out = [], [], 0
     for number, row in enumerate(rows):
@@ -105,7 +105,7 @@ def _examples(
 
 
 def _hold_out(
-    examples: Sequence[Example], groups: Sequence[str], share: float, seed: int, path: str
+    examples: Sequence[Example], groups: Sequence[tuple[str, ...]], share: float, seed: int, path: str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, test): a share of the groups goes to test, whole.
 

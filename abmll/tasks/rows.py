@@ -70,9 +70,13 @@ class RowReader:
         names = task.option_names or options
         return Example(text, check_options(names, where), names[answer])
 
-    def group(self, row: Row, example: Example, where: str) -> str:
+    def group(self, row: Row, example: Example, where: str) -> tuple[str, ...]:
         """What keeps rows together when a part of them is set aside."""
-        return example.input if self.task.holdout_by is None else self._fill(self.task.holdout_by, row, where)
+        if self.task.holdout_by is not None:
+            return (self._fill(self.task.holdout_by, row, where),)
+        # a row's own options are part of its question: a whole task may ask "Which of these do you prefer?"
+        own = isinstance(self.task.options, str)
+        return (example.input, *sorted(example.options)) if own else (example.input,)
 
     def _fill(self, template: str, row: Row, where: str) -> str:
         try:

@@ -155,6 +155,18 @@ def test_the_ethos_tasks_set_aside_the_same_comments_and_repeated_ones_stay_toge
     assert not set(sides[0]["test"]) & set(sides[0]["train"])
 
 
+def test_a_question_that_all_rows_share_is_set_aside_by_its_options(hub, tmp_path):
+    """As in ChemBench's preferences; the order of the options makes no other question."""
+    scores = [{f"C{i}": 1, f"N{i}": 0} for i in range(20)] + [{f"N{i}": 0, f"C{i}": 1} for i in range(20)]
+    rows = [{"examples": [{"input": "Which is better?", "target_scores": json.dumps(of_row)}]} for of_row in scores]
+    hub("jablonkagroup/ChemBench", "chemical_preference", train=rows)
+    (done,) = run(["chembench-chemical_preference"], tmp_path)
+    assert (done.rows, done.failure) == ("8 / 0 / 32", "")
+    made = written(tmp_path, "chembench-chemical_preference")
+    train, test = ({frozenset(row["options"]) for row in made[split]} for split in ("train", "test"))
+    assert (len(train), len(test)) == (4, 16) and not train & test
+
+
 def test_most_examples_are_drawn_by_the_seed_in_their_order(hub, tmp_path):
     hub("nyu-mll/glue", "rte", train=rte(50), validation=rte(60, start=50))
     drawn = {}
