@@ -76,6 +76,11 @@ def test_winogrande_legalbench_and_chembench_train_on_cls45():
 
 
 @pytest.mark.parametrize("path", [path for path in RUNS + QWEN if path.stem in SETS], ids=lambda path: path.stem)
+def test_no_task_outweighs_the_others_by_its_rows(path):
+    assert load_config(path).tasks.max_train_examples == 2000  # cls-45: 68K examples of 34 tasks
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS + QWEN if path.stem in SETS], ids=lambda path: path.stem)
 def test_theta_is_chosen_where_no_test_task_has_a_part_in_it(path):
     config = load_config(path)
     lists = resolve_task_lists(config.tasks, functools.partial(resolve_path, config_path=path))
