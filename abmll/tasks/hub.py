@@ -78,7 +78,8 @@ def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] 
         cause = f" ({error.__cause__})" if error.__cause__ else ""  # "an error occurred" says nothing of itself
         faults.add(key, f"{key}: {task.path}, split {split}: {error}{cause}{_remedy(error)}")
         return None
-    wrong = list(RowReader(task).wrong_columns(rows.column_names))
+    reader = RowReader(task)
+    wrong = [*reader.wrong_columns(rows.column_names), *reader.wrong_order(rows.features)]
     for line in wrong:
         faults.add(key, f"{key}.{line}")
     return None if wrong else rows

@@ -126,6 +126,37 @@ def test_parquet_copy_is_read_by_the_folder_of_the_configuration(tmp_path):
         load(HubTask(**keys, name="cb", test_split="validation"))
 
 
+NLI = ("entailment", "neutral", "contradiction")
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "wrong"),
+    [
+        (NLI, {"options": NLI}, False),
+        (NLI, {"options": NLI[::-1]}, True),
+        (NLI, {"options": NLI[::-1], "labels": (2, 1, 0)}, False),
+        (NLI, {"options": NLI, "labels": (2, 1, 0)}, True),
+        (("Not_Duplicate", "duplicate"), {"options": ("duplicate", "not duplicate")}, True),
+        (("hate", "noHate", "skip"), {"options": ("nohate", "hate"), "drop_labels": (2,)}, True),
+        (("contradiction", "entailment"), {"options": ("No", "Yes")}, False),  # other words
+        (("entailment", "neutral"), {"options": ("neutral", "contradiction")}, False),
+        (("1", "0"), {"options": ("0", "1")}, False),
+    ],
+)
+def test_names_of_the_labels_that_are_the_options_in_another_order(names, keys, wrong, tmp_path):
+    features = datasets.Features({"q": datasets.Value("string"), "a": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_list([{"q": "?", "a": 0}, {"q": "!", "a": 1}], features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    files = {split: str(tmp_path / "rows.parquet") for split in ("train", "test")}
+    task = HubTask(path="parquet", data_files=files, input="{q}", label="a", **keys)
+    if not wrong:
+        assert len(load(task).train) == 2
+        return
+    listing = f"'{names[0]}' becomes '.*; list the labels in the order of options"
+    with pytest.raises(ValueError, match=rf"^tasks\.hub\.t\.labels: .*in another order: .*{listing}"):
+        load(task)
+
+
 def test_names_without_an_entry_are_missing(hub_task):
     task = hub_task([{"q": "?", "a": 0}])
     found = load_hub_tasks({"mrpc": task}, ["mrpc", "rte"])
