@@ -29,13 +29,14 @@ MADE_FROM = "made_from.json"  # the entry and the options that a folder was made
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task. `failure` says why it is not there, and what to do."""
+    """What became of one task. `failure` says why it is not there, and what to do; `notes` what is worth a look."""
 
     task: str
     rows: str = ""  # of train, validation and test
     left_out: int = 0
     seconds: float = 0.0
     failure: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def names_of(tasks: str, lists: Path) -> tuple[str, ...]:
@@ -75,8 +76,9 @@ def prepare(
             bar.set_postfix_str(name)
             start = time.perf_counter()
             try:
-                rows, left_out = _prepare(name, catalogue, out / name, seed, max_examples)
-                outcomes.append(Outcome(name, rows, left_out, time.perf_counter() - start))
+                notes = []
+                rows, left_out = _prepare(name, catalogue, out / name, seed, max_examples, notes)
+                outcomes.append(Outcome(name, rows, left_out, time.perf_counter() - start, notes=tuple(notes)))
             except (ValueError, OSError) as error:
                 outcomes.append(Outcome(name, seconds=time.perf_counter() - start, failure=str(error)))
                 bar.write(f"{name}: failed")
@@ -84,7 +86,7 @@ def prepare(
 
 
 def _prepare(
-    name: str, catalogue: Mapping[str, HubTask], folder: Path, seed: int, max_examples: int | None
+    name: str, catalogue: Mapping[str, HubTask], folder: Path, seed: int, max_examples: int | None, notes: list[str]
 ) -> tuple[str, int]:
     if not is_folder_name(name):
         raise ValueError(f"{name!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
@@ -104,7 +106,7 @@ def _prepare(
             )
         return "is there", 0
     faults = Faults(name, "entries")
-    task, left_out = load_hub_task(name, catalogue[name], name, faults, seed=seed)
+    task, left_out = load_hub_task(name, catalogue[name], name, faults, notes, seed=seed)
     faults.check()
     partial = new_partial(folder)
     counts = []
@@ -132,7 +134,7 @@ def _row(name: str, example: Example) -> dict[str, Any]:
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table of the tasks, and under it why those that failed did."""
+    """A table of the tasks, and under it what is worth a look, and why those that failed did."""
     width = max((len(outcome.task) for outcome in outcomes), default=4)
     lines = [f"{'task':{width}}  {'train / validation / test':28}  {'left out':>8}  {'seconds':>7}"]
     for outcome in outcomes:
@@ -140,4 +142,5 @@ def report(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"{outcome.task:{width}}  {rows:28}  {outcome.left_out:>8,}  {outcome.seconds:>7.1f}")
     failed = [outcome for outcome in outcomes if outcome.failure]
     lines += ["", f"{len(outcomes) - len(failed)} of {len(outcomes)} tasks are there"]
+    lines += [f"note: {note}" for outcome in outcomes for note in outcome.notes]
     return "\n".join(lines + [f"\n{outcome.failure}" for outcome in failed])

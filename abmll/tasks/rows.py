@@ -11,7 +11,7 @@ from typing import Any
 
 from abmll.config.errors import show
 from abmll.config.schema import HubTask
-from abmll.tasks.checks import check_options, check_output, similar
+from abmll.tasks.checks import RowError, check_options, check_output, similar
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 from abmll.tasks.template import Lettered, Template
@@ -75,7 +75,8 @@ class RowReader:
     def example(self, row: Row, number: int, where: str) -> Example | None:
         """The row's example, or None for a row that the task leaves out.
 
-        ValueError, opening with `where`, for a row that does not fit the task.
+        ValueError, opening with `where`, for a row that does not fit the task; RowError, where that may be the row's
+        own fault and not the entry's.
         """
         task = self.task
         if not all(self._filled(_get(row, field, where)) for field in task.required):
@@ -108,7 +109,8 @@ class RowReader:
         try:
             return self._template.vformat(template, (), row).strip()
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{where}: the template {template!r} does not fit the row: {error}") from None
+            kind = RowError if isinstance(error, RowError) else ValueError
+            raise kind(f"{where}: the template {template!r} does not fit the row: {error}") from None
 
     def _clean(self, text: str) -> str:
         """An option's or a label's text as a template would write it."""
@@ -130,10 +132,10 @@ class RowReader:
             names, value = value.get("label"), value.get("text")
         elif task.options_pattern is not None and isinstance(value, str):
             if (match := re.search(task.options_pattern, value, re.DOTALL)) is None:
-                raise ValueError(f"{where}: column {task.options!r} holds {value!r}: options_pattern does not match it")
+                raise RowError(f"{where}: column {task.options!r} holds {value!r}: options_pattern does not match it")
             value = list(match.groups(""))
         if not isinstance(value, (list, tuple)):
-            raise ValueError(
+            raise RowError(
                 f"{where}: column {task.options!r} holds {_get(row, task.options, where)!r}: neither a list nor a dict "
                 "with 'text'"
             )
@@ -158,7 +160,7 @@ class RowReader:
             low, high = task.label_cuts
             label = 0 if label < low else 1 if label > high else None
         elif label is None:
-            raise ValueError(f"{where}: {task.label}: the row has no label: read another split")
+            raise RowError(f"{where}: {task.label}: the row has no label: read another split")
         return None if label in task.drop_labels else label
 
     def _answer(self, label: object, options: tuple[str, ...], names: list | None, where: str) -> str:

@@ -6,7 +6,7 @@ import re
 import string
 from typing import Any
 
-from abmll.tasks.checks import LETTERS
+from abmll.tasks.checks import LETTERS, RowError
 
 
 class Lettered(tuple):
@@ -24,7 +24,7 @@ class Template(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None:
-            raise ValueError("a column is empty; name it in required to leave such rows out")
+            raise RowError("a column is empty; name it in required to leave such rows out")
         if isinstance(value, Lettered):
             return " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, value, strict=False))
         if isinstance(value, (list, tuple)):

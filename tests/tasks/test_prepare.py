@@ -128,6 +128,17 @@ def test_rows_left_out_are_counted(hub, tmp_path):
     assert (done.rows, done.left_out) == ("9 / 3 / 3", 3 + 1)
 
 
+def test_rows_that_cannot_be_used_are_told(hub, tmp_path):
+    odd = {"sentence1": None, "sentence2": "Two.", "label": 1, "idx": 0}
+    hub("nyu-mll/glue", "rte", train=[*rte(150), odd], validation=rte(2))
+    (done,) = run(["glue-rte"], tmp_path)
+    assert (done.rows, done.left_out, done.failure) == ("150 / 0 / 2", 1, "")
+    told = (
+        "note: 1 of 151 rows cannot be used and are left out, the first: glue-rte: split train, row 150: the template"
+    )
+    assert told in report([done])
+
+
 def test_holdout_keeps_pairs_together_and_its_size(hub, tmp_path):
     rows = [{"question_1": f"q{i // 2}", "question_2": f"r{i}", "label": i % 2} for i in range(100)]
     hub("curaihealth/medical_questions_pairs", train=rows)
