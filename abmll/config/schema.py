@@ -147,6 +147,7 @@ class HubTask(Section):
         None, description="Of a rating: below the first is the first option, above the second the second one."
     )
     drop_labels: tuple[str | int, ...] = Field((), description="Labels whose rows are left out.")
+    evaluation_only: bool = Field(False, description="Never to be trained or validated on: a test task alone.")
     required: tuple[str, ...] = Field((), description="Fields; rows in which one of them is empty are left out.")
 
 

@@ -21,10 +21,9 @@ from abmll.config.yaml_text import read_mapping
 from abmll.files import MANIFEST, damage, new_partial, publish, sweep
 from abmll.tasks.checks import Faults, similar
 from abmll.tasks.hub import load_hub_task
+from abmll.tasks.made_from import MADE_FROM
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
-
-MADE_FROM = "made_from.json"  # the entry and the options that a folder was made with
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def test_theta_is_chosen_where_no_test_task_has_a_part_in_it(path):
 
 def test_chembench_serves_evaluation_only():
     """In no list is it trained on or validated on; and its own list holds nothing that could be trained on."""
+    kept = {name for name, task in load_catalogue().items() if task.evaluation_only}
+    assert kept == set(read_mapping(ROOT / "configs" / "tasks" / "chembench.yaml")["test"])
     for path in LISTS:
         lists = read_mapping(path)
         assert not any(name.startswith("chembench") for key in ("train", "validation") for name in lists.get(key, ()))

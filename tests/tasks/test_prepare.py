@@ -14,7 +14,8 @@ import pytest
 from abmll.config import ConfigError
 from abmll.tasks.catalogue import load_catalogue
 from abmll.tasks.jsonl import load_jsonl_tasks
-from abmll.tasks.prepare import MADE_FROM, names_of, prepare, report
+from abmll.tasks.made_from import MADE_FROM, evaluation_only
+from abmll.tasks.prepare import names_of, prepare, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,6 +177,7 @@ def test_a_question_that_all_rows_share_is_set_aside_by_its_options(hub, tmp_pat
     made = written(tmp_path, "chembench-chemical_preference")
     train, test = ({frozenset(row["options"]) for row in made[split]} for split in ("train", "test"))
     assert (len(train), len(test)) == (4, 16) and not train & test
+    assert evaluation_only(tmp_path / "chembench-chemical_preference")
 
 
 def test_most_examples_are_drawn_by_the_seed_in_their_order(hub, tmp_path):
