@@ -18,10 +18,11 @@ from abmll.config.errors import ConfigError
 from abmll.config.schema import HubTask
 from abmll.config.settings import is_folder_name
 from abmll.config.yaml_text import read_mapping
-from abmll.files import MANIFEST, damage, new_partial, publish, sweep
+from abmll.files import MANIFEST, alone_in, damage, new_partial, publish, sweep
 from abmll.tasks.checks import Faults, similar
 from abmll.tasks.hub import load_hub_task
-from abmll.tasks.made_from import MADE_FROM
+from abmll.tasks.jsonl import find_files
+from abmll.tasks.made_from import MADE_FROM, MadeFrom
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 
@@ -65,12 +66,13 @@ def prepare(
 ) -> list[Outcome]:
     """Writes OUT/TASK/{train,validation,test}.jsonl for each name, and goes on where one fails.
 
-    `max_examples` bounds each split, whose rows are then drawn by `seed`.
+    `max_examples` bounds each split, whose rows are then drawn by `seed`. ValueError while another process prepares
+    tasks in OUT: what it has begun would be swept away.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     outcomes = []
-    with tqdm(list(names), unit="task", disable=not progress) as bar:
+    with alone_in(out), tqdm(list(names), unit="task", disable=not progress) as bar:
+        sweep(out)
         for name in bar:
             bar.set_postfix_str(name)
             start = time.perf_counter()
@@ -90,16 +92,21 @@ def _prepare(
     if not is_folder_name(name):
         raise ValueError(f"{name!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
     if folder.exists() and not (folder / MANIFEST).exists():
-        return "is there, made by hand", 0
+        if "train" in find_files(folder, name, needs_test=False)[0]:
+            return "is there, made by hand", 0
+        if not folder.is_dir() or any(folder.iterdir()):  # to make it would remove somebody's files
+            raise ValueError(
+                f"{folder}: holds no train.jsonl, but what this command did not write; move it away, or name another "
+                "folder with --out"
+            )
     if name not in catalogue:
         raise ValueError(
             f"{name}: no entry in the catalogue{similar([name], catalogue)}; correct the name, or add an entry with "
             "--catalogue FILE"
         )
-    made_from = {"entry": catalogue[name].model_dump(mode="json"), "seed": seed, "max_examples": max_examples}
+    made_from = MadeFrom(catalogue[name], seed, max_examples)
     if folder.exists() and damage(folder) is None:
-        before = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
-        if other := [key for key in made_from if before.get(key) != made_from[key]]:
+        if other := made_from.differs(folder):
             raise ValueError(
                 f"{folder}: was made with another {', '.join(other)}; remove it, or name another folder with --out"
             )
@@ -116,7 +123,8 @@ def _prepare(
             lines = (json.dumps(_row(name, example), ensure_ascii=False) + "\n" for example in examples)
             with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(lines)
-    (partial / MADE_FROM).write_text(json.dumps(made_from, indent=1, ensure_ascii=False), encoding="utf-8")
+    written = json.dumps(made_from.to_json(), indent=1, ensure_ascii=False)
+    (partial / MADE_FROM).write_text(written, encoding="utf-8")
     publish(partial, folder)
     return " / ".join(counts), left_out
 

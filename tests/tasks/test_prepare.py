@@ -12,9 +12,10 @@ import datasets
 import pytest
 
 from abmll.config import ConfigError
+from abmll.files import MANIFEST, alone_in, publish
 from abmll.tasks.catalogue import load_catalogue
 from abmll.tasks.jsonl import load_jsonl_tasks
-from abmll.tasks.made_from import MADE_FROM, evaluation_only
+from abmll.tasks.made_from import MADE_FROM, MadeFrom, evaluation_only
 from abmll.tasks.prepare import names_of, prepare, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ def test_one_failure_does_not_stop_the_others(hub, tmp_path):
     assert "sick: split train, row 0: label: 7: not among labels [2, 0, 1]" in outcomes["sick"]
     assert "no entry in the catalogue; similar names there: glue-rte" in outcomes["glue-rtee"]
     assert outcomes["glue-rte"] == ""
-    assert [path.name for path in out.iterdir()] == ["glue-rte"]  # nothing partial
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "glue-rte"]  # nothing partial
 
 
 def test_report_tells_rows_and_why_not(hub, tmp_path):
@@ -212,6 +213,49 @@ def test_a_folder_that_somebody_made_is_left_alone(hub, tmp_path):
     assert (tmp_path / "glue-rte/train.jsonl").read_text() == "mine"
 
 
+def test_an_empty_folder_is_no_task_and_what_is_no_task_is_not_removed(hub, tmp_path):
+    hub("nyu-mll/glue", "rte", train=rte(4), validation=rte(2))
+    for name in ("a", "b", "c"):
+        (tmp_path / name / "glue-rte").mkdir(parents=True)
+    (tmp_path / "b/glue-rte/notes.txt").write_text("mine")
+    (tmp_path / "c/glue-rte/glue-rte_16_100_train.jsonl").write_text("as MetaICL names it")
+    assert run(["glue-rte"], tmp_path / "a")[0].rows == "4 / 0 / 2"
+    assert (
+        "holds no train.jsonl, but what this command did not write; move it"
+        in run(["glue-rte"], tmp_path / "b")[0].failure
+    )
+    assert (tmp_path / "b/glue-rte/notes.txt").read_text() == "mine"
+    assert run(["glue-rte"], tmp_path / "c")[0].rows == "is there, made by hand"
+
+
+def test_a_folder_made_before_an_entry_could_have_a_key_is_taken(hub, tmp_path):
+    hub("nyu-mll/glue", "rte", train=rte(4), validation=rte(2))
+    run(["glue-rte"], tmp_path)
+    path = tmp_path / "glue-rte" / MADE_FROM
+
+    def seal(**keys):
+        record = json.loads(path.read_text())
+        record["entry"] = {key: value for key, value in (record["entry"] | keys).items() if key != "evaluation_only"}
+        path.write_text(json.dumps(record))
+        path.with_name(MANIFEST).unlink()
+        publish(tmp_path / "glue-rte", tmp_path / "sealed")
+        (tmp_path / "sealed").rename(tmp_path / "glue-rte")
+
+    seal()
+    assert run(["glue-rte"], tmp_path)[0].rows == "is there"
+    kept = {"glue-rte": CATALOGUE["glue-rte"].model_copy(update={"evaluation_only": True})}
+    assert "was made with another entry" in run(["glue-rte"], tmp_path, catalogue=kept)[0].failure
+    seal(a_key_that_is_gone=1)
+    assert "was made with another entry" in run(["glue-rte"], tmp_path)[0].failure
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_itself_when_it_is_read_again(name, tmp_path):
+    made_from = MadeFrom(CATALOGUE[name], 0, None)
+    (tmp_path / MADE_FROM).write_text(json.dumps(made_from.to_json()))
+    assert made_from.differs(tmp_path) == []
+
+
 CHILD = """
 import sys
 from pathlib import Path
@@ -242,11 +286,11 @@ def test_killed_between_writing_and_naming_it_goes_on(tmp_path, write_rows):
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert sorted(path.name for path in out.iterdir()) == [".partial-two", "one"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", ".partial-two", "one"]
     before = (out / "one/train.jsonl").stat().st_mtime_ns
     again = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     assert again.stdout == "['is there', '6 / 0 / 6']\n"
-    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "one", "two"]
     assert (out / "one/train.jsonl").stat().st_mtime_ns == before
 
 
@@ -274,6 +318,17 @@ def command(monkeypatch):
         return ended.value.code
 
     return command
+
+
+def test_two_commands_do_not_sweep_away_what_the_other_has_begun(command, hub, tmp_path, capsys):
+    hub("nyu-mll/glue", "rte", train=rte(9), validation=rte(2))
+    (tmp_path / ".partial-sick").mkdir()
+    with alone_in(tmp_path):
+        assert command("--tasks", "glue-rte", "--out", tmp_path) == 2
+        assert f"error: {tmp_path}: another process is at work in it; wait for it, or name" in capsys.readouterr().err
+        assert (tmp_path / ".partial-sick").is_dir() and not hub.asked
+    assert command("--tasks", "glue-rte", "--out", tmp_path) == 0
+    assert not (tmp_path / ".partial-sick").exists()
 
 
 def test_status_of_the_command(command, hub, tmp_path, capsys):
