@@ -6,14 +6,17 @@ and SHA-256 of every file, so that later damage is found before anything is load
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY, MANIFEST = ".partial-", "manifest.json"
+TEMPORARY, MANIFEST, LOCK = ".partial-", "manifest.json", ".lock"
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
@@ -91,6 +94,21 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(stale)
         else:
             stale.unlink()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep others that ask for the same out of a folder, until this process ends. ValueError where one is in it."""
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is at work in it; wait for it, or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def damage(folder: Path) -> str | None:

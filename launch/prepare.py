@@ -22,17 +22,16 @@ def main() -> int:
     if arguments.max_examples is not None and arguments.max_examples < 2:
         parser.error(f"--max-examples: {arguments.max_examples}: a task needs 2 examples or more")
 
-    from abmll.config import ConfigError  # behind the parser: --help should not wait for torch
-    from abmll.tasks.catalogue import load_catalogue
+    from abmll.tasks.catalogue import load_catalogue  # behind the parser: --help should not wait for torch
     from abmll.tasks.prepare import names_of, prepare, report
 
     try:
         catalogue = load_catalogue(*arguments.catalogue)
         names = names_of(arguments.tasks, LISTS)
-    except ConfigError as error:
+        outcomes = prepare(names, catalogue, arguments.out, arguments.seed, arguments.max_examples)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    outcomes = prepare(names, catalogue, arguments.out, arguments.seed, arguments.max_examples)
     print(report(outcomes))
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 

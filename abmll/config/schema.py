@@ -119,7 +119,9 @@ class HubTask(Section):
     test_split: str | None = Field("test", description="null: a share of the train split is set aside, see holdout.")
     holdout: float | None = Field(None, gt=0, lt=1, description="Share of the train split that serves as test.")
     holdout_by: str | None = Field(
-        None, description="Template; rows that are alike in it stay on one side of the holdout; null: the input."
+        None,
+        description="Template; rows that are alike in it stay on one side of the holdout; null: the input, and options "
+        "that the row holds.",
     )
     input: str = Field(description="Template over the columns, such as 'premise: {premise} hypothesis: {hypothesis}'.")
     line_break: str | None = Field(
@@ -145,6 +147,7 @@ class HubTask(Section):
         None, description="Of a rating: below the first is the first option, above the second the second one."
     )
     drop_labels: tuple[str | int, ...] = Field((), description="Labels whose rows are left out.")
+    evaluation_only: bool = Field(False, description="Never to be trained or validated on: a test task alone.")
     required: tuple[str, ...] = Field((), description="Fields; rows in which one of them is empty are left out.")
 
 

@@ -68,23 +68,27 @@ class Faults:
         return "".join(f"\n  {line}" for line in lines)
 
 
+class RowError(ValueError):
+    """A row that cannot be used, where another row of the same columns can: a data set may have a few of them."""
+
+
 def check_options(options: Sequence[object], where: str) -> tuple[str, ...]:
-    """The options as a tuple; ValueError, opening with `where`, unless they are 2 to 26 distinct strings."""
+    """The options as a tuple; RowError, opening with `where`, unless they are 2 to 26 distinct strings."""
     for option in options:
         if not isinstance(option, str):
-            raise ValueError(
+            raise RowError(
                 f"{where}: options hold {option!r}, a {type(option).__name__}: every option must be a string"
             )
     if len(options) < 2:
-        raise ValueError(
+        raise RowError(
             f"{where}: {len(options)} option(s): a multiple-choice question has 2 or more; "
             "take tasks of free answers out of the list"
         )
     if len(options) > len(LETTERS):
-        raise ValueError(f"{where}: {len(options)} options: more than the {len(LETTERS)} letters that label them")
+        raise RowError(f"{where}: {len(options)} options: more than the {len(LETTERS)} letters that label them")
     if len(set(options)) != len(options):
         twice = next(option for option in options if options.count(option) > 1)
-        raise ValueError(f"{where}: option {twice!r} is listed twice: which letter is right would be ambiguous")
+        raise RowError(f"{where}: option {twice!r} is listed twice: which letter is right would be ambiguous")
     return tuple(options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from abmll.config.schema import HubTask
-from abmll.tasks.checks import Faults, Found, check_names, no_rows, similar
+from abmll.tasks.checks import Faults, Found, RowError, check_names, no_rows, similar
 from abmll.tasks.rows import Row, RowReader
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example, Task
@@ -26,20 +26,21 @@ def load_hub_tasks(hub: dict[str, HubTask], names: Iterable[str], scored: Collec
             f"tasks.hub: describes none of {', '.join(names[:5])}{similar(names, hub)}; add an entry tasks.hub.NAME"
         )
     faults = Faults("tasks.hub", "entries")
-    tasks = {}
+    tasks, notes = {}, []
     for name in known:
         needs_test = scored is None or name in scored
-        tasks[name], _ = load_hub_task(name, hub[name], f"tasks.hub.{name}", faults, needs_test)
+        tasks[name], _ = load_hub_task(name, hub[name], f"tasks.hub.{name}", faults, notes, needs_test)
     faults.check()
     missing = {name: f"no entry tasks.hub.{name}" for name in names if name not in hub}
-    return Found(tasks, missing)
+    return Found(tasks, missing, notes)
 
 
 def load_hub_task(
-    name: str, task: HubTask, key: str, faults: Faults, needs_test: bool = True, seed: int = 0
+    name: str, task: HubTask, key: str, faults: Faults, notes: list[str], needs_test: bool = True, seed: int = 0
 ) -> tuple[Task, int]:
     """One task, and how many rows it leaves out; what is wrong is added to `faults`, in lines that open with `key`.
 
+    Rows that cannot be used are left out and told in `notes`, or faults where they are more than 1 % of a split.
     `seed` decides the order of shuffled options and which rows are set aside as test.
     """
     splits: dict[str, tuple[Example, ...]] = {"train": (), "validation": (), "test": ()}
@@ -53,7 +54,7 @@ def load_hub_task(
             continue
         if (rows := _rows(key, task, split, faults)) is None:
             break  # it would be the same with the next split
-        splits[role], groups, dropped = _examples(rows, reader, f"{key}: split {split}", key, faults)
+        splits[role], groups, dropped = _examples(rows, reader, f"{key}: split {split}", key, faults, notes)
         left_out += dropped
         if role == "train" and task.holdout is not None:
             splits["train"], test = _hold_out(splits["train"], groups, task.holdout, seed, task.path)
@@ -65,7 +66,7 @@ def load_hub_task(
     return Task(name, **splits), left_out
 
 
-def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] | None:
+def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Collection[Row] | None:
     """The rows of a split; None, and why is added to `faults`, where they cannot be had or lack a column."""
     from datasets import load_dataset  # slow to import, and needed by this source only
 
@@ -78,17 +79,18 @@ def _rows(key: str, task: HubTask, split: str, faults: Faults) -> Iterable[Row] 
         cause = f" ({error.__cause__})" if error.__cause__ else ""  # "an error occurred" says nothing of itself
         faults.add(key, f"{key}: {task.path}, split {split}: {error}{cause}{_remedy(error)}")
         return None
-    wrong = list(RowReader(task).wrong_columns(rows.column_names))
+    reader = RowReader(task)
+    wrong = [*reader.wrong_columns(rows.column_names), *reader.wrong_order(rows.features)]
     for line in wrong:
         faults.add(key, f"{key}.{line}")
     return None if wrong else rows
 
 
 def _examples(
-    rows: Iterable[Row], reader: RowReader, where: str, key: str, faults: Faults
-) -> tuple[tuple[Example, ...], list[str], int]:
+    rows: Collection[Row], reader: RowReader, where: str, key: str, faults: Faults, notes: list[str]
+) -> tuple[tuple[Example, ...], list[tuple[str, ...]], int]:
     """The good rows' examples, each one's group (for a task with a holdout), and how many rows the task leaves out."""
-    examples, groups, left_out = [], [], 0
+    examples, groups, left_out, unusable = [], [], 0, []
     for number, row in enumerate(rows):
         place = f"{where}, row {number}"
         try:
@@ -99,13 +101,22 @@ def _examples(
             if reader.task.holdout is not None:
                 groups.append(reader.group(row, example, place))
             examples.append(example)
+        except RowError as error:
+            unusable.append(str(error))
         except ValueError as error:
             faults.add(key, str(error))
-    return tuple(examples), groups, left_out
+    if 100 * len(unusable) > len(rows):
+        for line in unusable:
+            faults.add(key, line)
+    elif unusable:
+        notes.append(
+            f"{len(unusable):,} of {len(rows):,} rows cannot be used and are left out, the first: {unusable[0]}"
+        )
+    return tuple(examples), groups, left_out + len(unusable)
 
 
 def _hold_out(
-    examples: Sequence[Example], groups: Sequence[str], share: float, seed: int, path: str
+    examples: Sequence[Example], groups: Sequence[tuple[str, ...]], share: float, seed: int, path: str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, test): a share of the groups goes to test, whole.
 

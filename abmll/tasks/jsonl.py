@@ -35,7 +35,7 @@ def load_jsonl_tasks(folder: str | Path, names: Iterable[str], scored: Collectio
     faults = Faults(f"tasks.folder: {folder}", "files")
     for name in names:
         needs_test = scored is None or name in scored
-        files, note = _find_files(folder / name, name, needs_test)
+        files, note = find_files(folder / name, name, needs_test)
         if not files:
             missing[name] = f"no {folder / name}/train.jsonl and no {folder / name}/{name}_<k>_<seed>_train.jsonl"
             continue
@@ -60,7 +60,7 @@ def _read_task(name: str, folder: Path, files: dict[str, Path], needs_test: bool
     return Task(name, **splits)
 
 
-def _find_files(folder: Path, name: str, needs_test: bool) -> tuple[dict[str, Path], list[str]]:
+def find_files(folder: Path, name: str, needs_test: bool) -> tuple[dict[str, Path], list[str]]:
     """Path of each split that is there, and a note on the choice where there was one; ({}, []) for no task."""
     if not folder.is_dir():
         return {}, []

@@ -18,24 +18,25 @@ from abmll.config.errors import ConfigError
 from abmll.config.schema import HubTask
 from abmll.config.settings import is_folder_name
 from abmll.config.yaml_text import read_mapping
-from abmll.files import MANIFEST, damage, new_partial, publish, sweep
+from abmll.files import MANIFEST, alone_in, damage, new_partial, publish, sweep
 from abmll.tasks.checks import Faults, similar
 from abmll.tasks.hub import load_hub_task
+from abmll.tasks.jsonl import find_files
+from abmll.tasks.made_from import MADE_FROM, MadeFrom
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
-
-MADE_FROM = "made_from.json"  # the entry and the options that a folder was made with
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task. `failure` says why it is not there, and what to do."""
+    """What became of one task. `failure` says why it is not there, and what to do; `notes` what is worth a look."""
 
     task: str
     rows: str = ""  # of train, validation and test
     left_out: int = 0
     seconds: float = 0.0
     failure: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def names_of(tasks: str, lists: Path) -> tuple[str, ...]:
@@ -65,18 +66,20 @@ def prepare(
 ) -> list[Outcome]:
     """Writes OUT/TASK/{train,validation,test}.jsonl for each name, and goes on where one fails.
 
-    `max_examples` bounds each split, whose rows are then drawn by `seed`.
+    `max_examples` bounds each split, whose rows are then drawn by `seed`. ValueError while another process prepares
+    tasks in OUT: what it has begun would be swept away.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     outcomes = []
-    with tqdm(list(names), unit="task", disable=not progress) as bar:
+    with alone_in(out), tqdm(list(names), unit="task", disable=not progress) as bar:
+        sweep(out)
         for name in bar:
             bar.set_postfix_str(name)
             start = time.perf_counter()
             try:
-                rows, left_out = _prepare(name, catalogue, out / name, seed, max_examples)
-                outcomes.append(Outcome(name, rows, left_out, time.perf_counter() - start))
+                notes = []
+                rows, left_out = _prepare(name, catalogue, out / name, seed, max_examples, notes)
+                outcomes.append(Outcome(name, rows, left_out, time.perf_counter() - start, notes=tuple(notes)))
             except (ValueError, OSError) as error:
                 outcomes.append(Outcome(name, seconds=time.perf_counter() - start, failure=str(error)))
                 bar.write(f"{name}: failed")
@@ -84,27 +87,32 @@ def prepare(
 
 
 def _prepare(
-    name: str, catalogue: Mapping[str, HubTask], folder: Path, seed: int, max_examples: int | None
+    name: str, catalogue: Mapping[str, HubTask], folder: Path, seed: int, max_examples: int | None, notes: list[str]
 ) -> tuple[str, int]:
     if not is_folder_name(name):
         raise ValueError(f"{name!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
     if folder.exists() and not (folder / MANIFEST).exists():
-        return "is there, made by hand", 0
+        if "train" in find_files(folder, name, needs_test=False)[0]:
+            return "is there, made by hand", 0
+        if not folder.is_dir() or any(folder.iterdir()):  # to make it would remove somebody's files
+            raise ValueError(
+                f"{folder}: holds no train.jsonl, but what this command did not write; move it away, or name another "
+                "folder with --out"
+            )
     if name not in catalogue:
         raise ValueError(
             f"{name}: no entry in the catalogue{similar([name], catalogue)}; correct the name, or add an entry with "
             "--catalogue FILE"
         )
-    made_from = {"entry": catalogue[name].model_dump(mode="json"), "seed": seed, "max_examples": max_examples}
+    made_from = MadeFrom(catalogue[name], seed, max_examples)
     if folder.exists() and damage(folder) is None:
-        before = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
-        if other := [key for key in made_from if before.get(key) != made_from[key]]:
+        if other := made_from.differs(folder):
             raise ValueError(
                 f"{folder}: was made with another {', '.join(other)}; remove it, or name another folder with --out"
             )
         return "is there", 0
     faults = Faults(name, "entries")
-    task, left_out = load_hub_task(name, catalogue[name], name, faults, seed=seed)
+    task, left_out = load_hub_task(name, catalogue[name], name, faults, notes, seed=seed)
     faults.check()
     partial = new_partial(folder)
     counts = []
@@ -115,7 +123,8 @@ def _prepare(
             lines = (json.dumps(_row(name, example), ensure_ascii=False) + "\n" for example in examples)
             with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(lines)
-    (partial / MADE_FROM).write_text(json.dumps(made_from, indent=1, ensure_ascii=False), encoding="utf-8")
+    written = json.dumps(made_from.to_json(), indent=1, ensure_ascii=False)
+    (partial / MADE_FROM).write_text(written, encoding="utf-8")
     publish(partial, folder)
     return " / ".join(counts), left_out
 
@@ -132,7 +141,7 @@ def _row(name: str, example: Example) -> dict[str, Any]:
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table of the tasks, and under it why those that failed did."""
+    """A table of the tasks, and under it what is worth a look, and why those that failed did."""
     width = max((len(outcome.task) for outcome in outcomes), default=4)
     lines = [f"{'task':{width}}  {'train / validation / test':28}  {'left out':>8}  {'seconds':>7}"]
     for outcome in outcomes:
@@ -140,4 +149,5 @@ def report(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"{outcome.task:{width}}  {rows:28}  {outcome.left_out:>8,}  {outcome.seconds:>7.1f}")
     failed = [outcome for outcome in outcomes if outcome.failure]
     lines += ["", f"{len(outcomes) - len(failed)} of {len(outcomes)} tasks are there"]
+    lines += [f"note: {note}" for outcome in outcomes for note in outcome.notes]
     return "\n".join(lines + [f"\n{outcome.failure}" for outcome in failed])

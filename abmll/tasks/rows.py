@@ -6,13 +6,15 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from abmll.config.errors import show
 from abmll.config.schema import HubTask
-from abmll.tasks.checks import LETTERS, check_options, check_output, similar
+from abmll.tasks.checks import RowError, check_options, check_output, similar
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
+from abmll.tasks.template import Lettered, Template
 
 Row = dict[str, Any]
 
@@ -23,7 +25,7 @@ class RowReader:
     def __init__(self, task: HubTask, seed: int = 0):
         self.task = task
         self._seed = seed
-        self._template = _Template(task.line_break)
+        self._template = Template(task.line_break)
 
     def wrong_columns(self, columns: list[str]) -> Iterator[str]:
         """`key: what is wrong` for every template that is malformed or names a column that is not there."""
@@ -46,10 +48,35 @@ class RowReader:
                 hint = similar([_column(field)], columns)
                 yield f"{key}: no column {_column(field)!r}; the columns are {', '.join(columns)}{hint}"
 
+    def wrong_order(self, features: Mapping[str, Any]) -> Iterator[str]:
+        """`key: what is wrong` where the data set names its labels, and by them the entry takes one for another.
+
+        Only for names that are the options' own words: of others nothing can be said.
+        """
+        from datasets import ClassLabel  # slow to import, and needed by this source only
+
+        task, feature = self.task, features.get(self.task.label)
+        if not isinstance(task.options, tuple) or task.label_is != "one" or not isinstance(feature, ClassLabel):
+            return
+        labels = range(len(task.options)) if task.labels is None else task.labels
+        pairs = [
+            (feature.names[label], option)
+            for label, option in zip(labels, task.options, strict=False)
+            if isinstance(label, int) and 0 <= label < len(feature.names)
+        ]
+        names, options = ([_letters(pair[side]) for pair in pairs] for side in (0, 1))
+        if names != options and sorted(names) == sorted(options) and not all(name.isdigit() for name in names):
+            listing = ", ".join(f"{name!r} becomes {option!r}" for name, option in pairs)
+            yield (
+                f"labels: {show(task.labels)}: the data set's names are in another order: {listing}; list the labels "
+                "in the order of options"
+            )
+
     def example(self, row: Row, number: int, where: str) -> Example | None:
         """The row's example, or None for a row that the task leaves out.
 
-        ValueError, opening with `where`, for a row that does not fit the task.
+        ValueError, opening with `where`, for a row that does not fit the task; RowError, where that may be the row's
+        own fault and not the entry's.
         """
         task = self.task
         if not all(self._filled(_get(row, field, where)) for field in task.required):
@@ -66,19 +93,24 @@ class RowReader:
         if task.shuffle_options:
             order = permutation(len(options), self._seed, "options", number)
             options, answer = tuple(options[place] for place in order), order.index(answer)
-        text = self._fill(task.input, {**row, "options": _Lettered(options)}, where)
+        text = self._fill(task.input, {**row, "options": Lettered(options)}, where)
         names = task.option_names or options
         return Example(text, check_options(names, where), names[answer])
 
-    def group(self, row: Row, example: Example, where: str) -> str:
+    def group(self, row: Row, example: Example, where: str) -> tuple[str, ...]:
         """What keeps rows together when a part of them is set aside."""
-        return example.input if self.task.holdout_by is None else self._fill(self.task.holdout_by, row, where)
+        if self.task.holdout_by is not None:
+            return (self._fill(self.task.holdout_by, row, where),)
+        # a row's own options are part of its question: a whole task may ask "Which of these do you prefer?"
+        own = isinstance(self.task.options, str)
+        return (example.input, *sorted(example.options)) if own else (example.input,)
 
     def _fill(self, template: str, row: Row, where: str) -> str:
         try:
             return self._template.vformat(template, (), row).strip()
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{where}: the template {template!r} does not fit the row: {error}") from None
+            kind = RowError if isinstance(error, RowError) else ValueError
+            raise kind(f"{where}: the template {template!r} does not fit the row: {error}") from None
 
     def _clean(self, text: str) -> str:
         """An option's or a label's text as a template would write it."""
@@ -100,10 +132,10 @@ class RowReader:
             names, value = value.get("label"), value.get("text")
         elif task.options_pattern is not None and isinstance(value, str):
             if (match := re.search(task.options_pattern, value, re.DOTALL)) is None:
-                raise ValueError(f"{where}: column {task.options!r} holds {value!r}: options_pattern does not match it")
+                raise RowError(f"{where}: column {task.options!r} holds {value!r}: options_pattern does not match it")
             value = list(match.groups(""))
         if not isinstance(value, (list, tuple)):
-            raise ValueError(
+            raise RowError(
                 f"{where}: column {task.options!r} holds {_get(row, task.options, where)!r}: neither a list nor a dict "
                 "with 'text'"
             )
@@ -128,7 +160,7 @@ class RowReader:
             low, high = task.label_cuts
             label = 0 if label < low else 1 if label > high else None
         elif label is None:
-            raise ValueError(f"{where}: {task.label}: the row has no label: read another split")
+            raise RowError(f"{where}: {task.label}: the row has no label: read another split")
         return None if label in task.drop_labels else label
 
     def _answer(self, label: object, options: tuple[str, ...], names: list | None, where: str) -> str:
@@ -156,24 +188,8 @@ class RowReader:
         return options[index]
 
 
-class _Lettered(tuple):
-    """Options that a template writes as MetaICL does, `(A) one (B) two`, or one by one: `{options[0]}`."""
-
-
-class _Template(string.Formatter):
-    def __init__(self, line_break: str | None):
-        self._line_break = line_break
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None:
-            raise ValueError("a column is empty; name it in required to leave such rows out")
-        if isinstance(value, _Lettered):
-            return " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, value, strict=False))
-        if isinstance(value, (list, tuple)):
-            return " ".join(self.format_field(part, "") for part in value)
-        text = format(value, format_spec)
-        # yelp_polarity writes a line break as a backslash and an n
-        return text if self._line_break is None else re.sub(r"\s*[\n\r\t]\s*|\\n", self._line_break, text.strip())
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]", "", text).lower()
 
 
 def _column(field: str) -> str:

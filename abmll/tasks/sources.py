@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from abmll.tasks.builtin import builtin_tasks
 from abmll.tasks.checks import Found, check_names
 from abmll.tasks.hub import load_hub_tasks
 from abmll.tasks.jsonl import load_jsonl_tasks
+from abmll.tasks.made_from import evaluation_only
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Task
 
@@ -52,8 +53,8 @@ def load_tasks(
 
     Every validation task has validation examples that are not among its training examples: its own split, or
     `validation_examples` (at most half) of its training rows; None: nothing is validated, and no rows are spared for
-    it. ValueError when a list comes out empty, when a task cannot spare any, or for any missing task under
-    `missing: error`.
+    it. ValueError when a list comes out empty, when a task cannot spare any, for a task that serves evaluation only in
+    training or validation, or for any missing task under `missing: error`.
 
     `scoring`: only the test tasks, with the training rows that they have in a run: those that it spares for validation
     are left out, where there are enough.
@@ -75,6 +76,8 @@ def load_tasks(
     roles = {"train": lists.train, "validation": validation, "test": lists.test}
     for role, names in roles.items():
         check_names(names, f"tasks.{role}")
+    if not scoring:
+        _check_use(config, roles, resolve)
     found = _find(config, dict.fromkeys(name for names in roles.values() for name in names), set(lists.test), resolve)
     if found.missing and config.missing == "error":
         listing = "".join(f"\n  {name}: {where}" for name, where in found.missing.items())
@@ -95,6 +98,20 @@ def load_tasks(
         )
     loaded = LoadedTasks(**present, missing=found.missing, notes=notes)
     return loaded.scored() if scoring else loaded
+
+
+def _check_use(config: TasksConfig, roles: Mapping[str, Iterable[str]], resolve: Callable[[str], str | Path]) -> None:
+    """ValueError for tasks to train or validate on that serve evaluation only."""
+    for role, remedy in {
+        "train": "name them in tasks.test alone",
+        "validation": "name other tasks in tasks.validation, or set eval.every=null",
+    }.items():
+        if config.source == "hub":
+            kept = [name for name in roles[role] if name in config.hub and config.hub[name].evaluation_only]
+        else:
+            kept = [name for name in roles[role] if evaluation_only(Path(resolve(config.folder)) / name)]
+        if kept:
+            raise ValueError(f"tasks.{role}: {', '.join(kept)}: for evaluation only, as the entry says; {remedy}")
 
 
 def _find(config: TasksConfig, names: Iterable[str], scored: set[str], resolve: Callable[[str], str | Path]) -> Found:

@@ -75,8 +75,23 @@ def test_winogrande_legalbench_and_chembench_train_on_cls45():
     assert all(name.startswith("legalbench-") for name in resolved("legalbench").test)
 
 
+@pytest.mark.parametrize("path", [path for path in RUNS + QWEN if path.stem in SETS], ids=lambda path: path.stem)
+def test_no_task_outweighs_the_others_by_its_rows(path):
+    assert load_config(path).tasks.max_train_examples == 2000  # cls-45: 68K examples of 34 tasks
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS + QWEN if path.stem in SETS], ids=lambda path: path.stem)
+def test_theta_is_chosen_where_no_test_task_has_a_part_in_it(path):
+    config = load_config(path)
+    lists = resolve_task_lists(config.tasks, functools.partial(resolve_path, config_path=path))
+    assert config.eval.every
+    assert (config.eval.select_by is None) == bool(set(lists.validation) & set(lists.test))
+
+
 def test_chembench_serves_evaluation_only():
     """In no list is it trained on or validated on; and its own list holds nothing that could be trained on."""
+    kept = {name for name, task in load_catalogue().items() if task.evaluation_only}
+    assert kept == set(read_mapping(ROOT / "configs" / "tasks" / "chembench.yaml")["test"])
     for path in LISTS:
         lists = read_mapping(path)
         assert not any(name.startswith("chembench") for key in ("train", "validation") for name in lists.get(key, ()))

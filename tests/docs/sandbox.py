@@ -115,7 +115,7 @@ def trained(repository) -> Path:
         assert execute(*train, "configs/tiny.yaml", *SHORT, named, "output=runs/quickstart") == 0
         assert execute(*train, "configs/cls23.yaml", *SHORT, "eval.every=null", "output=runs/cls23") == 0
         assert execute(*train, "configs/tiny.yaml", *SHORT, "method.name=lora", "output=runs/lora") == 0
-    for name in ("cls45", "mine", "abmll", "reptile"):
+    for name in ("cls45", "legalbench", "chembench", "mine", "abmll", "reptile"):
         shutil.copytree(repository / "runs/cls23", repository / "runs" / name)
     return repository
 

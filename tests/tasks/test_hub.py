@@ -1,5 +1,7 @@
 """Hub tasks, read offline through the json and csv builders of `datasets`."""
 
+import re
+
 import datasets
 import pytest
 
@@ -124,6 +126,65 @@ def test_parquet_copy_is_read_by_the_folder_of_the_configuration(tmp_path):
         load(one)
     with pytest.raises(ValueError, match="BuilderConfig 'cb' not found"):
         load(HubTask(**keys, name="cb", test_split="validation"))
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ({"o": ["red"]}, r"1 option\(s\)"),
+        ({"o": [f"o{i}" for i in range(27)]}, "27 options"),
+        ({"o": None}, "neither a list nor a dict"),
+        ({"q": None}, "a column is empty; name it in required"),
+        ({"a": None}, "the row has no label"),
+    ],
+)
+def test_a_few_unusable_rows_are_left_out_and_told(odd, reason, hub_task):
+    good = {"q": "?", "a": 0, "o": ["red", "blue"]}
+    rows = [good] * 300
+    rows[7] = rows[70] = rows[77] = good | odd
+    found = load_hub_tasks({"t": hub_task(rows, test_rows=[good], options="o")}, ["t"])
+    assert len(found.tasks["t"].train) == 297
+    (note,) = found.notes
+    start = "3 of 300 rows cannot be used and are left out, the first: tasks.hub.t: split train, row 7: "
+    assert note.startswith(start) and re.search(reason, note)
+    with pytest.raises(ValueError, match=rf"^tasks\.hub: 3 faults in 1 entries:\n  tasks\.hub\.t: .*{reason}"):
+        load(hub_task(rows[:-1], test_rows=[good], options="o"))
+
+
+def test_a_row_with_an_unknown_label_is_never_left_out(hub_task):
+    with pytest.raises(ValueError, match="row 500: a: 7: not an index"):
+        load(hub_task([*[{"q": "?", "a": 0}] * 500, {"q": "?", "a": 7}]))
+
+
+NLI = ("entailment", "neutral", "contradiction")
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "wrong"),
+    [
+        (NLI, {"options": NLI}, False),
+        (NLI, {"options": NLI[::-1]}, True),
+        (NLI, {"options": NLI[::-1], "labels": (2, 1, 0)}, False),
+        (NLI, {"options": NLI, "labels": (2, 1, 0)}, True),
+        (("Not_Duplicate", "duplicate"), {"options": ("duplicate", "not duplicate")}, True),
+        (("hate", "noHate", "skip"), {"options": ("nohate", "hate"), "drop_labels": (2,)}, True),
+        (("contradiction", "entailment"), {"options": ("No", "Yes")}, False),  # other words
+        (("entailment", "neutral"), {"options": ("neutral", "contradiction")}, False),
+        (("1", "0"), {"options": ("0", "1")}, False),
+    ],
+)
+def test_names_of_the_labels_that_are_the_options_in_another_order(names, keys, wrong, tmp_path):
+    features = datasets.Features({"q": datasets.Value("string"), "a": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_list([{"q": "?", "a": 0}, {"q": "!", "a": 1}], features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    files = {split: str(tmp_path / "rows.parquet") for split in ("train", "test")}
+    task = HubTask(path="parquet", data_files=files, input="{q}", label="a", **keys)
+    if not wrong:
+        assert len(load(task).train) == 2
+        return
+    listing = f"'{names[0]}' becomes '.*; list the labels in the order of options"
+    with pytest.raises(ValueError, match=rf"^tasks\.hub\.t\.labels: .*in another order: .*{listing}"):
+        load(task)
 
 
 def test_names_without_an_entry_are_missing(hub_task):

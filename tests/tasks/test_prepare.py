@@ -12,9 +12,11 @@ import datasets
 import pytest
 
 from abmll.config import ConfigError
+from abmll.files import MANIFEST, alone_in, publish
 from abmll.tasks.catalogue import load_catalogue
 from abmll.tasks.jsonl import load_jsonl_tasks
-from abmll.tasks.prepare import MADE_FROM, names_of, prepare, report
+from abmll.tasks.made_from import MADE_FROM, MadeFrom, evaluation_only
+from abmll.tasks.prepare import names_of, prepare, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +111,7 @@ def test_one_failure_does_not_stop_the_others(hub, tmp_path):
     assert "sick: split train, row 0: label: 7: not among labels [2, 0, 1]" in outcomes["sick"]
     assert "no entry in the catalogue; similar names there: glue-rte" in outcomes["glue-rtee"]
     assert outcomes["glue-rte"] == ""
-    assert [path.name for path in out.iterdir()] == ["glue-rte"]  # nothing partial
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "glue-rte"]  # nothing partial
 
 
 def test_report_tells_rows_and_why_not(hub, tmp_path):
@@ -126,6 +128,17 @@ def test_rows_left_out_are_counted(hub, tmp_path):
     hub("google-research-datasets/poem_sentiment", train=rows, validation=rows[:4], test=rows[:3])
     (done,) = run(["poem_sentiment"], tmp_path)
     assert (done.rows, done.left_out) == ("9 / 3 / 3", 3 + 1)
+
+
+def test_rows_that_cannot_be_used_are_told(hub, tmp_path):
+    odd = {"sentence1": None, "sentence2": "Two.", "label": 1, "idx": 0}
+    hub("nyu-mll/glue", "rte", train=[*rte(150), odd], validation=rte(2))
+    (done,) = run(["glue-rte"], tmp_path)
+    assert (done.rows, done.left_out, done.failure) == ("150 / 0 / 2", 1, "")
+    told = (
+        "note: 1 of 151 rows cannot be used and are left out, the first: glue-rte: split train, row 150: the template"
+    )
+    assert told in report([done])
 
 
 def test_holdout_keeps_pairs_together_and_its_size(hub, tmp_path):
@@ -153,6 +166,19 @@ def test_the_ethos_tasks_set_aside_the_same_comments_and_repeated_ones_stay_toge
     assert sides[0] == sides[1]
     assert len(set(sides[0]["test"])) == 9
     assert not set(sides[0]["test"]) & set(sides[0]["train"])
+
+
+def test_a_question_that_all_rows_share_is_set_aside_by_its_options(hub, tmp_path):
+    """As in ChemBench's preferences; the order of the options makes no other question."""
+    scores = [{f"C{i}": 1, f"N{i}": 0} for i in range(20)] + [{f"N{i}": 0, f"C{i}": 1} for i in range(20)]
+    rows = [{"examples": [{"input": "Which is better?", "target_scores": json.dumps(of_row)}]} for of_row in scores]
+    hub("jablonkagroup/ChemBench", "chemical_preference", train=rows)
+    (done,) = run(["chembench-chemical_preference"], tmp_path)
+    assert (done.rows, done.failure) == ("8 / 0 / 32", "")
+    made = written(tmp_path, "chembench-chemical_preference")
+    train, test = ({frozenset(row["options"]) for row in made[split]} for split in ("train", "test"))
+    assert (len(train), len(test)) == (4, 16) and not train & test
+    assert evaluation_only(tmp_path / "chembench-chemical_preference")
 
 
 def test_most_examples_are_drawn_by_the_seed_in_their_order(hub, tmp_path):
@@ -187,6 +213,49 @@ def test_a_folder_that_somebody_made_is_left_alone(hub, tmp_path):
     assert (tmp_path / "glue-rte/train.jsonl").read_text() == "mine"
 
 
+def test_an_empty_folder_is_no_task_and_what_is_no_task_is_not_removed(hub, tmp_path):
+    hub("nyu-mll/glue", "rte", train=rte(4), validation=rte(2))
+    for name in ("a", "b", "c"):
+        (tmp_path / name / "glue-rte").mkdir(parents=True)
+    (tmp_path / "b/glue-rte/notes.txt").write_text("mine")
+    (tmp_path / "c/glue-rte/glue-rte_16_100_train.jsonl").write_text("as MetaICL names it")
+    assert run(["glue-rte"], tmp_path / "a")[0].rows == "4 / 0 / 2"
+    assert (
+        "holds no train.jsonl, but what this command did not write; move it"
+        in run(["glue-rte"], tmp_path / "b")[0].failure
+    )
+    assert (tmp_path / "b/glue-rte/notes.txt").read_text() == "mine"
+    assert run(["glue-rte"], tmp_path / "c")[0].rows == "is there, made by hand"
+
+
+def test_a_folder_made_before_an_entry_could_have_a_key_is_taken(hub, tmp_path):
+    hub("nyu-mll/glue", "rte", train=rte(4), validation=rte(2))
+    run(["glue-rte"], tmp_path)
+    path = tmp_path / "glue-rte" / MADE_FROM
+
+    def seal(**keys):
+        record = json.loads(path.read_text())
+        record["entry"] = {key: value for key, value in (record["entry"] | keys).items() if key != "evaluation_only"}
+        path.write_text(json.dumps(record))
+        path.with_name(MANIFEST).unlink()
+        publish(tmp_path / "glue-rte", tmp_path / "sealed")
+        (tmp_path / "sealed").rename(tmp_path / "glue-rte")
+
+    seal()
+    assert run(["glue-rte"], tmp_path)[0].rows == "is there"
+    kept = {"glue-rte": CATALOGUE["glue-rte"].model_copy(update={"evaluation_only": True})}
+    assert "was made with another entry" in run(["glue-rte"], tmp_path, catalogue=kept)[0].failure
+    seal(a_key_that_is_gone=1)
+    assert "was made with another entry" in run(["glue-rte"], tmp_path)[0].failure
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_itself_when_it_is_read_again(name, tmp_path):
+    made_from = MadeFrom(CATALOGUE[name], 0, None)
+    (tmp_path / MADE_FROM).write_text(json.dumps(made_from.to_json()))
+    assert made_from.differs(tmp_path) == []
+
+
 CHILD = """
 import sys
 from pathlib import Path
@@ -217,11 +286,11 @@ def test_killed_between_writing_and_naming_it_goes_on(tmp_path, write_rows):
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert sorted(path.name for path in out.iterdir()) == [".partial-two", "one"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", ".partial-two", "one"]
     before = (out / "one/train.jsonl").stat().st_mtime_ns
     again = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     assert again.stdout == "['is there', '6 / 0 / 6']\n"
-    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "one", "two"]
     assert (out / "one/train.jsonl").stat().st_mtime_ns == before
 
 
@@ -249,6 +318,17 @@ def command(monkeypatch):
         return ended.value.code
 
     return command
+
+
+def test_two_commands_do_not_sweep_away_what_the_other_has_begun(command, hub, tmp_path, capsys):
+    hub("nyu-mll/glue", "rte", train=rte(9), validation=rte(2))
+    (tmp_path / ".partial-sick").mkdir()
+    with alone_in(tmp_path):
+        assert command("--tasks", "glue-rte", "--out", tmp_path) == 2
+        assert f"error: {tmp_path}: another process is at work in it; wait for it, or name" in capsys.readouterr().err
+        assert (tmp_path / ".partial-sick").is_dir() and not hub.asked
+    assert command("--tasks", "glue-rte", "--out", tmp_path) == 0
+    assert not (tmp_path / ".partial-sick").exists()
 
 
 def test_status_of_the_command(command, hub, tmp_path, capsys):

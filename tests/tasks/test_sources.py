@@ -1,5 +1,6 @@
 """Joining the sources: roles, missing tasks, and validation examples that nothing else sees."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,34 @@ def test_builtin_tasks_get_validation_from_their_training_words():
     assert [len(loaded.train), len(loaded.validation), len(loaded.test)] == [4, 2, 2]
     assert [(len(task.train), len(task.validation), len(task.test)) for task in loaded.test] == [(32, 32, 64)] * 2
     assert all(len(task.train) == 64 for task in loaded.train)
+
+
+@pytest.fixture
+def kept(folder):
+    """`unseen` serves evaluation only, as a folder that was prepared and as an entry."""
+    entry = {"path": "json", "input": "{input}", "label": "output", "options": "options", "evaluation_only": True}
+    (folder / "unseen/made_from.json").write_text(json.dumps({"entry": entry, "seed": 0}))
+    (folder / "one/made_from.json").write_text(json.dumps({"entry": entry | {"evaluation_only": False}}))
+    return {"unseen": entry, "one": entry | {"evaluation_only": False}}
+
+
+@pytest.mark.parametrize("source", ["jsonl", "hub"])
+def test_what_serves_evaluation_only_is_neither_trained_nor_validated_on(source, folder, kept):
+    keys = {"source": source, "hub": kept if source == "hub" else {}}
+    told = "unseen: for evaluation only, as the entry says; name"
+    with pytest.raises(ValueError, match=rf"^tasks\.train: {told} them in tasks\.test alone"):
+        load(folder, lists(("one", "unseen"), ("two",)), **keys)
+    with pytest.raises(ValueError, match=rf"^tasks\.validation: {told} other tasks in tasks\.validation, or set eval"):
+        load(folder, lists(("one",), ("unseen",)), **keys)
+
+
+def test_what_serves_evaluation_only_is_scored(folder, kept):
+    assert len(load(folder, lists(("one",), ("unseen",), validation=("two",))).test[0].test) == 10
+    assert len(load(folder, lists(("one",), ("unseen",)), validation_examples=None).test[0].test) == 10
+    assert len(load(folder, lists((), ("unseen",)), scoring=True).test[0].test) == 10
+    (folder / "one/made_from.json").write_text("{")
+    with pytest.raises(ValueError, match=r"one/made_from\.json: cannot be read as JSON"):
+        load(folder, lists(("one",), ("two",)))
 
 
 def test_hub_source_is_joined(folder, monkeypatch, tmp_path):
