@@ -21,7 +21,8 @@ from abmll.memory.table import summary
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.quantization import check_quantization
-from abmll.run import as_checkpointed, check_folder
+from abmll.run import as_checkpointed
+from abmll.run_folder import check_folder
 from abmll.trainer import tasks_per_step
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from abmll.printed import derived_numbers, score_table
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
+from abmll.run_folder import CONFIG, check_folder, make_folder
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trainer import Position, Trainer, tasks_per_step
@@ -43,25 +43,6 @@ from abmll.trainer import Position, Trainer, tasks_per_step
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
-
-# All that a run writes into its folder, and the page made of it. config.yaml is removed last: while it is there, the
-# folder holds a run.
-WRITTEN = (
-    "checkpoints",
-    "best",
-    "final",
-    "monitor",
-    "profile",
-    "metrics.jsonl",
-    "episodes.jsonl",
-    "scores.json",
-    "predictions.parquet",
-    "scores.md",
-    "report.html",
-    "scores",
-    PROVENANCE,
-    "config.yaml",
-)
 
 
 @dataclass
@@ -271,8 +252,7 @@ def open_session(
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
     if ranks.is_main:
-        write_whole(folder / PROVENANCE, json.dumps(provenance()))
-        save_config(as_given, folder / "config.yaml")
+        save_config(as_given, folder / CONFIG)
     return session, checkpoint
 
 
@@ -292,25 +272,12 @@ def plan_on(ranks: Ranks, config: Config, deepspeed_config: dict[str, Any]) -> P
     return answer
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """An output folder that holds a run is neither mixed with another nor lost by accident."""
-    if any((folder / name).exists() for name in ("config.yaml", "checkpoints")) and not (resume or overwrite):
-        raise ValueError(
-            f"output: {folder}: already holds a run; continue it with --resume auto, start another with "
-            "output=FOLDER, or replace it with --overwrite"
-        )
-
-
 def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
-    """The folder, without an older run where that is to be replaced; other files in it are nobody's to remove."""
+    """The run's folder, which from here on says whose it is."""
     ranks.barrier()
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / name for name in WRITTEN if overwrite):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        make_folder(folder, overwrite)
+        write_whole(folder / PROVENANCE, json.dumps(provenance()))
     ranks.barrier()
     check_shared(folder, ranks)
 

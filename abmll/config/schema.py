@@ -287,7 +287,7 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, lt=2**63, description="Of the adapters' start, the order of tasks and examples, and the noise."
     )
-    output: str = Field("runs/default", description="The run's folder.")
+    output: str = Field("runs/default", min_length=1, description="The run's folder.")
     model: ModelConfig
     adapters: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()

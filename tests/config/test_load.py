@@ -241,9 +241,19 @@ def test_a_file_that_is_not_there(write, tmp_path):
 def test_saved_configuration_reads_back_equal(write, tmp_path, name):
     overrides = ["method.beta=1e-12", "tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}"]
     config = load_config(write(GOOD), overrides)
-    config = config.model_copy(update={"output": name, "model": config.model.model_copy(update={"name": name})})
+    config = config.model_copy(
+        update={"output": name or "runs", "model": config.model.model_copy(update={"name": name})}
+    )
     save_config(config, tmp_path / "new" / "folder" / "config.yaml")
     assert load_config(tmp_path / "new" / "folder" / "config.yaml") == config
+
+
+def test_an_output_without_a_name_is_refused(write):
+    """It would be the working directory."""
+    (found,) = problems(write(GOOD), ["output="])
+    assert "output: null: must be text" in found
+    (found,) = problems(write(GOOD), ["output=''"])
+    assert found == "override: output: '': must not be empty; change it, or remove it for the default, runs/default"
 
 
 def test_paths_are_looked_up_in_three_places(tmp_path, monkeypatch):

@@ -323,6 +323,20 @@ def test_checkpoints_alone_are_a_run(run: Run):
         run.train()
 
 
+@pytest.mark.parametrize("name", ["checkpoints/my-model.pt", "config.yaml", "provenance.json", "final/my-model.pt"])
+def test_what_is_no_runs_is_not_replaced(name, run: Run, command, capsys):
+    """The names are anybody's."""
+    mine = run.folder / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my: project\nmodel: {name: mine}\n")
+    for arguments in ((), ("--overwrite",), ("--resume", "auto"), ("--validate", "--overwrite")):
+        assert command(*arguments) == 2
+        told = "".join(capsys.readouterr())
+        assert f"output: {run.folder}: holds other files than a run's, which a run would replace " in told
+        assert f"({name.partition('/')[0]}); name a new folder with output=FOLDER" in told
+    assert [path for path in run.folder.rglob("*") if path.is_file()] == [mine]
+
+
 def test_step_lines_are_complete_finite_json(finished):
     def refuse(constant):
         raise AssertionError(constant)
