@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from abmll.checkpoint import PREFIX
 from abmll.config import ConfigError
@@ -35,8 +36,9 @@ _SECTIONS = {"seed", "output", "model", "adapters", "method", "tasks", "trainer"
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """ValueError where the output folder holds a run that would be mixed with another or lost by accident, or what
-    nobody but its owner should replace.
+    nobody but its owner should replace, or where nothing can be written.
     """
+    _check_can_write(folder)
     there = [name for name in WRITTEN if (folder / name).exists()]
     if there and not _is_ours(folder):
         raise ValueError(
@@ -58,6 +60,19 @@ def make_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _check_can_write(folder: Path) -> None:
+    """In the folder or, where it is still to be made, in the nearest one above it."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with TemporaryFile(dir=nearest):  # permissions do not tell it: a disk may be read-only, /proc holds no files
+            return
+    except NotADirectoryError:
+        problem = f"{nearest} is a file"
+    except (OSError, ValueError) as error:
+        problem = f"nothing can be written there ({error})"
+    raise ValueError(f"output: {folder}: {problem}; name a folder with output=FOLDER")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -105,6 +105,23 @@ def test_a_backend_that_cannot_run_is_told_before_anything_is_written(run: Run, 
     assert "ok      projections: torch: no GPU here" in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_a_folder_is_one_line(run: Run, command, tmp_path, capsys):
+    mine = tmp_path / "README.md"
+    mine.write_text("mine")
+    for output, problem in (
+        (mine, f"{mine} is a file"),
+        (mine / "run", f"{mine} is a file"),
+        ("/proc/x", "nothing can be written there ("),
+        (tmp_path / ("x" * 300), "nothing can be written there ("),
+    ):
+        for arguments in ((), ("--validate",), ("--overwrite",), ("--resume", "auto")):
+            assert command(*arguments, f"output={output}") == 2
+            lines = "".join(capsys.readouterr()).splitlines()
+            (line,) = (line for line in lines if line.startswith(("FAILED", "error: ")))
+            assert f"output: {output}: {problem}" in line and "; name a folder with output=FOLDER" in line
+    assert mine.read_text() == "mine" and not list(tmp_path.glob("tmp*"))
+
+
 def test_every_faulty_row_is_told_at_once(run: Run, command, jsonl, tmp_path, capsys):
     """A malformed line of one task and a wrong encoding of another, in --validate and at the start of a run."""
     with (tmp_path / "tasks/red/train.jsonl").open("a") as file:
