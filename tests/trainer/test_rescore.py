@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
+from runs import TRAIN, call
 
 from abmll.config import ConfigError, Refused
 from abmll.config.schema import AdapterConfig, MethodConfig
@@ -57,15 +59,50 @@ def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path,
     before = (finished.folder / "scores/few/scores.json").stat().st_mtime_ns
     evaluate(str(finished.folder), [], None, str(settings))
     assert (finished.folder / "scores/few/scores.json").stat().st_mtime_ns == before
-    settings.write_text("other: {adapters.rank: 3}\n")
-    with pytest.raises(ConfigError, match=r"adapters\.rank: what was loaded depends on it"):
+    assert capsys.readouterr().out.endswith("plain: is there already\nfew: is there already\n")
+    settings.write_text("good: {eval.max_examples: 1}\nother: {adapters.rank: 3}\nslip: {eval.sampels: 3}\n")
+    with pytest.raises(ConfigError) as caught:
         evaluate(str(finished.folder), [], None, str(settings))
+    other, slip = caught.value.problems
+    assert "other: override: adapters.rank: what was loaded depends on it" in other
+    assert slip.startswith("slip: override: eval.sampels: 3: unknown key; did you mean samples?")
+    assert not (finished.folder / "scores/good").exists()
     settings.write_text("few: {eval.max_examples: 2}\n")
     with pytest.raises(Refused, match=r"scores/few: holds scores under \{'eval.max_examples': 1, .*remove it"):
         evaluate(str(finished.folder), [], None, str(settings))
     settings.write_text("../out: {eval.samples: 1}\nx: 3\n")
     with pytest.raises(ConfigError, match=r"\.\./out: names a folder; (?s:.)*x: 3: must be"):
         evaluate(str(finished.folder), [], None, str(settings))
+
+
+def test_scores_of_another_theta_or_with_other_overrides_are_not_taken_for_these(make_run, tmp_path, capsys):
+    run, settings = make_run("other").train("trainer.episodes=2"), tmp_path / "settings.yaml"
+    settings.write_text("few: {eval.max_examples: 1}\n")
+    few = run.folder / "scores/few"
+
+    def scored(*overrides: str) -> tuple[bool, dict]:
+        """Whether they were there already, and what they are."""
+        capsys.readouterr()
+        evaluate(str(run.folder), list(overrides), None, str(settings))
+        there = capsys.readouterr().out.endswith("few: is there already\n")
+        return there, json.loads((few / "scores.json").read_text())
+
+    there, first = scored()
+    assert not there
+    with pytest.raises(Refused, match=r"scores/few: holds scores with the overrides none and not seed=7; remove it"):
+        scored("seed=7")
+    run.train("trainer.episodes=4", resume=True)
+    there, second = scored()
+    assert not there and second != first
+    (few / "made_with.json").unlink()  # scores of an older version
+    assert scored() == (True, second)
+
+
+def test_a_file_of_scores_does_not_go_with_settings(finished):
+    command = [sys.executable, str(TRAIN.with_name("evaluate.py")), "--run", str(finished.folder)]
+    found = call([*command, "--settings", "s.yaml", "--output", "o.json"])
+    assert found.returncode == 2
+    assert "--output: does not go with --settings, whose scores go to RUN/scores/NAME" in found.stderr
 
 
 def test_every_scoring_option_is_a_setting(finished, tmp_path):
