@@ -15,6 +15,7 @@ from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
 from abmll.config.errors import show
+from abmll.config.paths import absolute_model, with_absolute_model
 from abmll.config.settings import flat, in_effect
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
@@ -212,7 +213,7 @@ def open_session(
     config: Config, config_path: str, ranks: Ranks, resume: bool, overwrite: bool
 ) -> tuple[Session, Checkpoint | None]:
     """All parts of a run, its folder ready. ValueError for whatever the configuration names and cannot be had."""
-    folder = Path(config.output)
+    folder, config = Path(config.output), with_absolute_model(config)
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
     check_folder(folder, resume, overwrite)
     store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
@@ -304,6 +305,8 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     saved, now = in_effect(flat(checkpoint.state["config"])), in_effect(flat(config.model_dump(mode="json")))
+    for values in (saved, now):  # a summary's is absolute, a command's may not be
+        values["model.name"] = absolute_model(values["model.name"])
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]

@@ -14,7 +14,10 @@ from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from abmll.config.schema import ModelConfig
 from abmll.distributed import Ranks
+from abmll.models.load import load_model
+from abmll.rescore import evaluate
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
 
@@ -335,6 +338,24 @@ def test_what_is_no_runs_is_not_replaced(name, run: Run, command, capsys):
         assert f"output: {run.folder}: holds other files than a run's, which a run would replace " in told
         assert f"({name.partition('/')[0]}); name a new folder with output=FOLDER" in told
     assert [path for path in run.folder.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_local_model_is_the_runs_from_any_directory(run: Run, tmp_path, monkeypatch):
+    """Its relative path would be a hub id there."""
+    for part in load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu"):
+        part.save_pretrained(tmp_path / "models/base1")
+    monkeypatch.chdir(tmp_path)
+    run.train("model.name=models/base1", "trainer.episodes=2", "trainer.checkpoint_every=1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate(str(run.folder), [], str(tmp_path / "again.json"))
+    assert json.loads((tmp_path / "again.json").read_text()) == run.scores
+    facts = json.loads((run.folder / "final/summary.json").read_text())
+    assert facts["config"]["model"]["name"] == str(tmp_path / "models/base1")
+    run.train(f"model.name={tmp_path / 'models/base1'}", "trainer.episodes=3", resume=True)
+    monkeypatch.chdir(tmp_path)
+    run.train("model.name=models/base1", "trainer.episodes=4", resume=True)
+    assert len(run.metrics) == 4
 
 
 def test_step_lines_are_complete_finite_json(finished):
