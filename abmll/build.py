@@ -14,6 +14,7 @@ from abmll.config import Config, resolve_path
 from abmll.config.task_lists import resolve_task_lists
 from abmll.learner import Learner
 from abmll.methods import Method, build_method
+from abmll.models.fingerprint import fingerprint
 from abmll.models.load import load_model
 from abmll.models.packing import is_packed
 from abmll.models.positions import beyond_positions, check_positions
@@ -50,6 +51,7 @@ class Parts:
     learner: Learner
     method: Method
     tasks: RunTasks
+    fingerprint: str | None  # of the base; None where it is spread over ranks, none of which has all of it
 
 
 def read_tasks(config: Config, config_path: str | Path, scoring: bool = False) -> LoadedTasks:
@@ -107,8 +109,9 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
     loaded = read_tasks(config, config_path, scoring)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
     tasks = _fitting_tasks(loaded, config, model, tokenizer)
+    base = fingerprint(model) if config.model.sharding == "none" else None  # before there are adapters in it
     learner, method = adapt_model(model, config, None if scoring else len(tasks.train))
-    return Parts(model, tokenizer, learner, method, tasks)
+    return Parts(model, tokenizer, learner, method, tasks, base)
 
 
 def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | None) -> tuple[Learner, Method]:
@@ -131,7 +134,7 @@ def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -
     """The same model and adapters with other tasks, prompts and settings of the method. ValueError as `build`."""
     tasks = _fitting_tasks(read_tasks(config, config_path, scoring=True), config, parts.model, parts.tokenizer)
     learner = Learner(parts.model, parts.learner.adapters, config.method, None, config.tasks.batch_size)
-    return Parts(parts.model, parts.tokenizer, learner, build_method(config.method, config.adapters.posterior), tasks)
+    return replace(parts, learner=learner, method=build_method(config.method, config.adapters.posterior), tasks=tasks)
 
 
 def prompter_of(config: Config, tokenizer: Any) -> Prompter:

@@ -21,7 +21,7 @@ from abmll.printed import score_table
 from abmll.run import plan_on
 from abmll.score_files import save_scores, scored_under
 from abmll.summary import FINAL, THETA, load_summary
-from abmll.trained_with import refuse_other, refuse_other_training
+from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training
 
 
 class FinishedRun:
@@ -45,6 +45,7 @@ class FinishedRun:
         refuse_other_training(self.config, self.facts)
         try:
             self.parts = build(self.config, self.config_path, ranks.device, scoring=True)
+            refuse_other_base(self.config, self.parts.fingerprint, self.facts)
             self.ranks = in_step(ranks, self.config.model, self.parts.learner)
             self.parts.learner.adapters.load_theta(self.theta)
         except ValueError as error:

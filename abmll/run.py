@@ -173,14 +173,16 @@ class Session:
     def _facts(self, position: Position) -> dict[str, Any]:
         """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made.
 
-        `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl.
+        `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl. `fingerprint`: the base's
+        (`abmll.models.fingerprint`), or None.
         """
         step = position.best["step"] if position.best else position.step
         config = self.config.model_dump(mode="json")
         adapters = self.parts.learner.adapters
         parameters = sum(value.numel() for value in adapters.theta.values())
         steps = {"step": step, "trained_steps": position.step, "best": position.best}
-        return {"config": config, "parameters": parameters, "layers": list(adapters.layers), **steps}
+        base = {"fingerprint": self.parts.fingerprint}
+        return {"config": config, **base, "parameters": parameters, "layers": list(adapters.layers), **steps}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:

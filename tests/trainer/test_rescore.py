@@ -6,13 +6,16 @@ import shutil
 import sys
 
 import pytest
+import torch
 from runs import TRAIN, call
 
-from abmll.config import ConfigError, Refused
-from abmll.config.schema import AdapterConfig, MethodConfig
+from abmll.config import ConfigError, Refused, config_from
+from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
+from abmll.deploy.meta_model import MetaModel
+from abmll.models.load import load_model
 from abmll.rescore import evaluate
 from abmll.score_files import load_scores
-from abmll.trained_with import trained_with
+from abmll.trained_with import refuse_other_base, trained_with
 
 
 def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
@@ -31,6 +34,29 @@ def test_what_theta_was_trained_with_is_not_changed(finished):
         with pytest.raises(ConfigError, match=rf"{key}: theta was trained with {trained}; leave it as it was"):
             evaluate(str(finished.folder), [override], None)
     evaluate(str(finished.folder), ["adapters.backend=torch", "eval.max_examples=1"], None)
+
+
+def test_theta_serves_no_other_base(finished, tmp_path):
+    """One of the same shapes: theta would fit."""
+    model, tokenizer = load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu")
+    for name in ("same", "other"):
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+    refusal = r"model\.name: .*other': theta was trained on random:tiny with fingerprint .*model\.name=NAME"
+    same, other = ([f"model.name={tmp_path / name}"] for name in ("same", "other"))
+    for load in (lambda to: evaluate(str(finished.folder), to, None), lambda to: MetaModel.load(finished.folder, to)):
+        load(same)
+        with pytest.raises(Refused, match=refusal):
+            load(other)
+    facts = json.loads((finished.folder / "final/summary.json").read_text())
+    packed = config_from(facts["config"], "here", ["model.quantization=nf4"], scoring=True)
+    here = config_from(facts["config"], "here", scoring=True)
+    refuse_other_base(packed, "0" * 64, facts)
+    refuse_other_base(here, "0" * 64, {**facts, "fingerprint": None})
+    del facts["fingerprint"]
+    refuse_other_base(here, "0" * 64, facts)
 
 
 def test_a_key_that_a_runs_version_did_not_have_was_at_its_default():
