@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from abmll.config.schema import ModelConfig
 from abmll.distributed import Ranks
+from abmll.files import write_whole
 from abmll.models.load import load_model
+from abmll.provenance import provenance
 from abmll.rescore import evaluate
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
@@ -324,6 +326,15 @@ def test_checkpoints_alone_are_a_run(run: Run):
     (run.folder / "checkpoints/step-00000002").mkdir(parents=True)
     with pytest.raises(ValueError, match="already holds a run"):
         run.train()
+
+
+def test_what_a_run_left_when_it_was_killed_at_its_start_is_a_runs(run: Run):
+    """Its provenance comes first, and config.yaml behind the lines that progress may have; neither names a run yet."""
+    run.folder.mkdir()
+    write_whole(run.folder / "provenance.json", json.dumps(provenance()))
+    (run.folder / "metrics.jsonl").touch()
+    run.train("trainer.episodes=1")
+    assert len(run.metrics) == 1
 
 
 @pytest.mark.parametrize("name", ["checkpoints/my-model.pt", "config.yaml", "provenance.json", "final/my-model.pt"])
