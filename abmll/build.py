@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from abmll.config import Config, resolve_path
 from abmll.config.task_lists import resolve_task_lists
 from abmll.learner import Learner
 from abmll.methods import Method, build_method
+from abmll.models.fingerprint import fingerprint
 from abmll.models.load import load_model
 from abmll.models.packing import is_packed
+from abmll.models.positions import beyond_positions, check_positions
 from abmll.models.sharding import check_adapted
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 from abmll.tasks.examples import Demonstrations, PromptCounts, PromptedTask
@@ -49,6 +51,7 @@ class Parts:
     learner: Learner
     method: Method
     tasks: RunTasks
+    fingerprint: str | None  # of the base; None where it is spread over ranks, none of which has all of it
 
 
 def read_tasks(config: Config, config_path: str | Path, scoring: bool = False) -> LoadedTasks:
@@ -71,6 +74,14 @@ def prompt_tasks(loaded: LoadedTasks, prompter: Prompter, config: Config) -> Run
     roles = {role: [done[task.name] for task in getattr(loaded, role)] for role in ROLES}
     notes = [f"missing task {name}: {where}" for name, where in loaded.missing.items()]
     return RunTasks(**roles, letter_ids=prompter.letter_ids, notes=[*notes, *loaded.notes])
+
+
+def _fitting_tasks(loaded: LoadedTasks, config: Config, model: PreTrainedModel, tokenizer: Any) -> RunTasks:
+    """The same for prompts that the model can take. None is made yet: the longest that may come is judged."""
+    check_positions(config.tasks.max_tokens, model.config)
+    tasks = prompt_tasks(loaded, prompter_of(config, tokenizer), config)
+    note = beyond_positions(config.tasks.max_tokens, model.config)
+    return replace(tasks, notes=[*tasks.notes, f"tasks.max_tokens: {note}"]) if note else tasks
 
 
 def measure_prompts(loaded: LoadedTasks, prompter: Prompter, config: Config) -> dict[str, PromptCounts]:
@@ -97,9 +108,10 @@ def build(config: Config, config_path: str | Path, device: torch.device, scoring
     """
     loaded = read_tasks(config, config_path, scoring)  # first: a wrong path should not cost the loading of a model
     model, tokenizer = load_model(config.model, device)
-    tasks = prompt_tasks(loaded, prompter_of(config, tokenizer), config)
+    tasks = _fitting_tasks(loaded, config, model, tokenizer)
+    base = fingerprint(model) if config.model.sharding == "none" else None  # before there are adapters in it
     learner, method = adapt_model(model, config, None if scoring else len(tasks.train))
-    return Parts(model, tokenizer, learner, method, tasks)
+    return Parts(model, tokenizer, learner, method, tasks, base)
 
 
 def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | None) -> tuple[Learner, Method]:
@@ -120,9 +132,9 @@ def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | N
 
 def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -> Parts:
     """The same model and adapters with other tasks, prompts and settings of the method. ValueError as `build`."""
-    tasks = prompt_tasks(read_tasks(config, config_path, scoring=True), prompter_of(config, parts.tokenizer), config)
+    tasks = _fitting_tasks(read_tasks(config, config_path, scoring=True), config, parts.model, parts.tokenizer)
     learner = Learner(parts.model, parts.learner.adapters, config.method, None, config.tasks.batch_size)
-    return Parts(parts.model, parts.tokenizer, learner, build_method(config.method, config.adapters.posterior), tasks)
+    return replace(parts, learner=learner, method=build_method(config.method, config.adapters.posterior), tasks=tasks)
 
 
 def prompter_of(config: Config, tokenizer: Any) -> Prompter:

@@ -20,8 +20,10 @@ from abmll.memory.capacity import device_capacity
 from abmll.memory.table import summary
 from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
+from abmll.models.positions import beyond_positions, check_positions
 from abmll.models.quantization import check_quantization
-from abmll.run import as_checkpointed, check_folder
+from abmll.run import as_checkpointed
+from abmll.run_folder import check_folder
 from abmll.trainer import tasks_per_step
 
 
@@ -96,15 +98,19 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         loaded = read_tasks(config, config_path)  # first: a fault of the model's must not hide one of the tasks
         if not has_model:
             return f"{len(loaded.train)} to train on, {len(loaded.test)} unseen, {len(loaded.missing)} missing"
+        architecture = model_config(config.model)
+        check_positions(config.tasks.max_tokens, architecture)
         prompter = prompter_of(config, load_tokenizer(config.model))
         found = prompt_tasks(loaded, prompter, config)
         counts = measure_prompts(loaded, prompter, config)
+        longest = max(count.longest for count in counts.values())
         summary = (
             f"{len(found.train)} to train on, {len(found.validation)} to validate on, {len(found.test)} unseen; "
-            f"prompts of at most {max(count.longest for count in counts.values())} tokens"
+            f"prompts of at most {longest} tokens"
         )
         losses = [count.loss(name, config.tasks.max_tokens) for name, count in counts.items()]
-        return summary + "".join(f"\n        note: {note}" for note in (*found.notes, *losses) if note)
+        beyond = beyond_positions(longest, architecture)
+        return summary + "".join(f"\n        note: {note}" for note in (*found.notes, *losses, beyond) if note)
 
     lines.append(f"ok      configuration: {config_path}")
     check("output", output)

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from abmll.build import build, rebuild_for_scoring
-from abmll.config import Refused, load_config, override_texts, read_settings
+from abmll.config import Config, ConfigError, Refused, load_config, override_texts, read_settings
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
-from abmll.files import write_whole
+from abmll.files import file_digest, write_whole
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.printed import score_table
 from abmll.run import plan_on
 from abmll.score_files import save_scores, scored_under
-from abmll.summary import load_summary
-from abmll.trained_with import refuse_other, refuse_other_training
+from abmll.summary import FINAL, THETA, load_summary
+from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training
 
 
 class FinishedRun:
@@ -39,25 +39,36 @@ class FinishedRun:
             raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
         self.config = load_config(self.config_path, overrides, scoring=True)
         try:
-            self.theta, self.facts = load_summary(self.folder / "final")
+            self.theta, self.facts = load_summary(self.folder / FINAL)
         except ValueError as error:
             raise Refused(str(error)) from error
         refuse_other_training(self.config, self.facts)
         try:
             self.parts = build(self.config, self.config_path, ranks.device, scoring=True)
+            refuse_other_base(self.config, self.parts.fingerprint, self.facts)
             self.ranks = in_step(ranks, self.config.model, self.parts.learner)
             self.parts.learner.adapters.load_theta(self.theta)
         except ValueError as error:
             raise Refused(str(error)) from error
 
-    def score(self, overrides: Sequence[str] = ()) -> tuple[list[Evaluation], list[str]]:
-        """The run's scores, behind the pretrained model's where the configuration asks for them, and notes.
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What all of its scores depend on: theta, and the overrides that are not a name's own."""
+        return {"theta": file_digest(self.folder / FINAL / THETA), "overrides": self.overrides}
 
-        All ranks call this. ConfigError for overrides of the model or the adapters, which are loaded.
-        """
+    def configured(self, overrides: Sequence[str]) -> Config:
+        """ConfigError for overrides that are wrong, or of the model or the adapters, which are loaded."""
         config = load_config(self.config_path, [*self.overrides, *overrides], scoring=True)
         loaded = flat(self.config.model_dump(mode="json"))
         refuse_other(config, loaded, "what was loaded depends on it; set it for all, or score another run")
+        return config
+
+    def score(self, overrides: Sequence[str] = ()) -> tuple[list[Evaluation], list[str]]:
+        """The run's scores, behind the pretrained model's where the configuration asks for them, and notes.
+
+        All ranks call this. ConfigError as `configured`.
+        """
+        config = self.configured(overrides)
         try:
             parts = self.parts if config == self.config else rebuild_for_scoring(self.parts, config, self.config_path)
             plan = plan_on(self.ranks, config, {})  # no engine runs here
@@ -80,8 +91,8 @@ class FinishedRun:
 def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:
     """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
 
-    `settings`: a YAML file of named overrides; each one's scores go to RUN/scores/NAME, and those that are there are
-    not made again. ConfigError or Refused as `FinishedRun`.
+    `settings`: a YAML file of named overrides; each one's scores go to RUN/scores/NAME, and those that are there, of
+    the same theta, are not made again. ConfigError or Refused as `FinishedRun`.
     """
     named = read_settings(settings) if settings else {}
     with joined_ranks() as ranks:
@@ -103,12 +114,27 @@ def evaluate(run: str, overrides: list[str], output: str | None, settings: str |
 
 
 def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]) -> None:
-    """The run's scores under each of the named overrides, into its folder scores/NAME. All ranks call this."""
+    """The run's scores under each of the named overrides, into its folder scores/NAME. All ranks call this.
+
+    ConfigError and Refused before the first of them is made.
+    """
+    problems: list[str] = []
     for name, values in named.items():
-        folder = finished.folder / "scores" / name
-        if finished.ranks.from_main(scored_under(folder, values)):
+        try:
+            finished.configured(override_texts(values))
+        except ConfigError as error:
+            problems += (f"{name}: {problem}" for problem in error.problems)
+    if problems:
+        raise ConfigError(problems)
+    folders, made_with, ranks = finished.folder / "scores", finished.made_with, finished.ranks
+    # read once by all: a rank should not find what another has written since
+    there = ranks.from_main({name: scored_under(folders / name, named[name], made_with) for name in named})
+    for name, values in named.items():
+        if there[name]:
+            if ranks.is_main:
+                print(f"{name}: is there already")
             continue
         evaluations, _ = finished.score(override_texts(values))
-        if finished.ranks.is_main:
-            save_scores(folder, evaluations, values)
+        if ranks.is_main:
+            save_scores(folders / name, evaluations, values, made_with)
             print(f"{name}\n{score_table(evaluations)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from abmll.checkpoint import Checkpoint, CheckpointStore
 from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
 from abmll.config.deepspeed import load_deepspeed
 from abmll.config.errors import show
+from abmll.config.paths import absolute_model, with_absolute_model
 from abmll.config.settings import flat, in_effect
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
@@ -34,6 +34,7 @@ from abmll.printed import derived_numbers, score_table
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
+from abmll.run_folder import CONFIG, check_folder, make_folder
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trainer import Position, Trainer, tasks_per_step
@@ -43,25 +44,6 @@ from abmll.trainer import Position, Trainer, tasks_per_step
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
-
-# All that a run writes into its folder, and the page made of it. config.yaml is removed last: while it is there, the
-# folder holds a run.
-WRITTEN = (
-    "checkpoints",
-    "best",
-    "final",
-    "monitor",
-    "profile",
-    "metrics.jsonl",
-    "episodes.jsonl",
-    "scores.json",
-    "predictions.parquet",
-    "scores.md",
-    "report.html",
-    "scores",
-    PROVENANCE,
-    "config.yaml",
-)
 
 
 @dataclass
@@ -191,14 +173,16 @@ class Session:
     def _facts(self, position: Position) -> dict[str, Any]:
         """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made.
 
-        `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl.
+        `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl. `fingerprint`: the base's
+        (`abmll.models.fingerprint`), or None.
         """
         step = position.best["step"] if position.best else position.step
         config = self.config.model_dump(mode="json")
         adapters = self.parts.learner.adapters
         parameters = sum(value.numel() for value in adapters.theta.values())
         steps = {"step": step, "trained_steps": position.step, "best": position.best}
-        return {"config": config, "parameters": parameters, "layers": list(adapters.layers), **steps}
+        base = {"fingerprint": self.parts.fingerprint}
+        return {"config": config, **base, "parameters": parameters, "layers": list(adapters.layers), **steps}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
@@ -231,7 +215,7 @@ def open_session(
     config: Config, config_path: str, ranks: Ranks, resume: bool, overwrite: bool
 ) -> tuple[Session, Checkpoint | None]:
     """All parts of a run, its folder ready. ValueError for whatever the configuration names and cannot be had."""
-    folder = Path(config.output)
+    folder, config = Path(config.output), with_absolute_model(config)
     deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
     check_folder(folder, resume, overwrite)
     store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
@@ -271,8 +255,7 @@ def open_session(
         progress.say(f"--resume auto: no checkpoint in {store.folder}, starting from the beginning")
         progress.rewind(0)
     if ranks.is_main:
-        write_whole(folder / PROVENANCE, json.dumps(provenance()))
-        save_config(as_given, folder / "config.yaml")
+        save_config(as_given, folder / CONFIG)
     return session, checkpoint
 
 
@@ -292,25 +275,12 @@ def plan_on(ranks: Ranks, config: Config, deepspeed_config: dict[str, Any]) -> P
     return answer
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """An output folder that holds a run is neither mixed with another nor lost by accident."""
-    if any((folder / name).exists() for name in ("config.yaml", "checkpoints")) and not (resume or overwrite):
-        raise ValueError(
-            f"output: {folder}: already holds a run; continue it with --resume auto, start another with "
-            "output=FOLDER, or replace it with --overwrite"
-        )
-
-
 def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
-    """The folder, without an older run where that is to be replaced; other files in it are nobody's to remove."""
+    """The run's folder, which from here on says whose it is."""
     ranks.barrier()
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / name for name in WRITTEN if overwrite):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        make_folder(folder, overwrite)
+        write_whole(folder / PROVENANCE, json.dumps(provenance()))
     ranks.barrier()
     check_shared(folder, ranks)
 
@@ -337,6 +307,8 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     saved, now = in_effect(flat(checkpoint.state["config"])), in_effect(flat(config.model_dump(mode="json")))
+    for values in (saved, now):  # a summary's is absolute, a command's may not be
+        values["model.name"] = absolute_model(values["model.name"])
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]

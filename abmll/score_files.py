@@ -22,6 +22,7 @@ from abmll.files import write_whole
 from abmll.metrics import Predictions
 
 SCORES, PREDICTIONS, SETTINGS = "scores.json", "predictions.parquet", "settings.json"
+MADE_WITH = "made_with.json"  # what scores under settings depend on beside them
 _PLACE = ["method", "split", "steps", "task", "example"]
 _NUMBERS = ["label", "nll", "correct_vocabulary", "variance", "mutual_information"]
 
@@ -43,25 +44,42 @@ def prediction_table(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
     return table[[*_PLACE, *_NUMBERS, *options]]
 
 
-def save_scores(folder: Path, evaluations: Sequence[Evaluation], settings: Mapping[str, Any] | None = None) -> None:
+def save_scores(
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    settings: Mapping[str, Any] | None = None,
+    made_with: Mapping[str, Any] | None = None,
+) -> None:
     """Both files; the scores last: where they are, the predictions are whole. `settings`: the overrides they are under,
-    kept beside them.
+    and `made_with`, see `scored_under`, are kept beside them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if settings is not None:
+        (folder / SCORES).unlink(missing_ok=True)  # older ones should not stand beside what they were not made with
         write_whole(folder / SETTINGS, json.dumps(settings))
+        write_whole(folder / MADE_WITH, json.dumps(made_with))
     write_whole(folder / PREDICTIONS, prediction_table(evaluations).to_parquet(index=False))
     write_whole(folder / SCORES, json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
 
 
-def scored_under(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder holds scores under these overrides. Refused where they are under others."""
+def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any] | None = None) -> bool:
+    """Whether the folder holds scores under these overrides. Refused where they are under others.
+
+    `made_with`: theta's digest and the command's own overrides, to be held against those that the scores were made
+    with. Those of another theta are not there: it is gone. Scores that do not know what made them are there.
+    """
     if not (folder / SCORES).is_file():
         return False
-    there = json.loads((folder / SETTINGS).read_text())
-    if there != dict(settings):
-        raise Refused(f"{folder}: holds scores under {there}, not {dict(settings)}; remove it, or take another name")
-    return True
+    there, wanted = json.loads((folder / SETTINGS).read_text()), dict(settings)
+    if there != wanted:
+        raise Refused(f"{folder}: holds scores under {there}, not {wanted}; remove it, or take another name")
+    known = json.loads((folder / MADE_WITH).read_text()) if (folder / MADE_WITH).is_file() else None
+    if known is None or made_with is None:
+        return True
+    if known["overrides"] != made_with["overrides"]:
+        told = " and not ".join(" ".join(one["overrides"]) or "none" for one in (known, made_with))
+        raise Refused(f"{folder}: holds scores with the overrides {told}; remove it, or take another name")
+    return known["theta"] == made_with["theta"]
 
 
 def load_scores(folder: Path) -> list[Evaluation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abmll.config import ConfigError
+from abmll.config import ConfigError, Refused
 from abmll.config.errors import show
 from abmll.config.schema import AdapterConfig, Config, EvalConfig, MethodConfig
 from abmll.config.settings import flat
@@ -20,6 +20,22 @@ def refuse_other_training(config: Config, facts: Mapping[str, Any]) -> None:
     load, and be another one's.
     """
     refuse_other(config, trained_with(facts["config"]), "theta was trained with {}; leave it as it was")
+
+
+def refuse_other_base(config: Config, fingerprint: str | None, facts: Mapping[str, Any]) -> None:
+    """Refused where the loaded model, which has this fingerprint, is known to be another than theta was trained on.
+
+    Nothing is known of a summary without one, nor of packed weights, which have fingerprints of their own.
+    """
+    known, model = facts.get("fingerprint"), facts["config"]["model"]
+    packed = {config.model.quantization, model.get("quantization", "none")} != {"none"}
+    if known is None or fingerprint is None or packed or known == fingerprint:
+        return
+    raise Refused(
+        f"model.name: {config.model.name!r}: theta was trained on {model['name']} with fingerprint {known[:12]}, and "
+        f"this model as it is loaded has {fingerprint[:12]}: theta serves no other weights; name its own model with "
+        "model.name=NAME"
+    )
 
 
 def refuse_other(config: Config, other: Mapping[str, Any], why: str) -> None:

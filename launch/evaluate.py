@@ -40,6 +40,9 @@ def main() -> int:
     if given:
         parser.error(f"{given[0]}: does not go with {'--adapter' if arguments.adapter else '--run'}")
 
+    if arguments.settings and arguments.output:
+        parser.error("--output: does not go with --settings, whose scores go to RUN/scores/NAME")
+
     if arguments.adapter:  # imports behind the parser: --help should not wait for torch
         from abmll.deploy.exit_status import exit_status
         from abmll.deploy.predict import evaluate_adapter

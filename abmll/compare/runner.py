@@ -95,7 +95,7 @@ class Runner:
             return
         wanted = with_absolute_paths(load_config(self.config, self._overrides(job)), self.config)
         try:
-            there = load_config(path)
+            there = with_absolute_paths(load_config(path), path)  # an older one may name its model from here
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
         old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))

@@ -2,7 +2,8 @@
 
 from .errors import ConfigError, Refused
 from .files import resolve_path
-from .load import config_from, load_config, save_config, with_absolute_paths
+from .load import config_from, load_config, save_config
+from .paths import with_absolute_paths
 from .schema import Config
 from .settings import override_texts, read_settings
 

@@ -72,7 +72,11 @@ def resolve_path(path: str | Path, config_path: str | Path) -> Path:
     folder = Path(config_path).resolve().parent
     root = next((parent for parent in (folder, *folder.parents) if (parent / "setup.py").is_file()), folder)
     candidates = [start / path for start in (Path.cwd(), folder, root)]
-    return next((candidate for candidate in candidates if _can_be(candidate.exists)), candidates[0])
+    return next((candidate for candidate in candidates if is_there(candidate)), candidates[0])
+
+
+def is_there(path: Path) -> bool:
+    return _can_be(path.exists)
 
 
 def _can_be(question: Callable[[], bool]) -> bool:

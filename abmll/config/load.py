@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from abmll.files import write_whole
 
 from . import yaml_text
 from .errors import ConfigError, did_you_mean, show
-from .files import Layer, file_of, is_section, merged, read_layers, resolve_path
+from .files import Layer, file_of, is_section, merged, read_layers
 from .messages import Key, describe, dotted, key_of
+from .paths import found_beside_bases
 from .schema import Config
 
 _SOME_MODEL = {"name": "random:tiny"}  # stands for a model that is not set, so that the rest can be judged
@@ -41,7 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), scoring: bool =
     data: dict = {}
     for _, layer in reversed(layers):
         data = merged(data, layer)
-    return _checked(data, overrides, scoring, problems, lambda key: file_of(key, layers, path))
+    config = _checked(data, overrides, scoring, problems, lambda key: file_of(key, layers, path))
+    return found_beside_bases(config, path, [name for name, _ in layers[1:]])
 
 
 def config_from(
@@ -80,17 +82,6 @@ def save_config(config: Config, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml_text.dump(config.model_dump(mode="json")))
-
-
-def with_absolute_paths(config: Config, config_path: str | Path) -> Config:
-    """The configuration with its files and folders resolved, so that it means the same from any directory."""
-
-    def absolute(section: BaseModel, *keys: str) -> BaseModel:
-        named = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
-        return section.model_copy(update={key: str(resolve_path(value, config_path)) for key, value in named.items()})
-
-    tasks, trainer = absolute(config.tasks, "folder", "lists"), absolute(config.trainer, "deepspeed")
-    return config.model_copy(update={"tasks": tasks, "trainer": trainer})
 
 
 def _parse_override(text: str) -> tuple[Key, Any]:

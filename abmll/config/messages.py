@@ -65,6 +65,8 @@ def _wrong(error: ErrorDetails) -> str:
     if kind in ("too_short", "too_long"):
         bound, least = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
         return f"must hold {bound} {context[least]} item(s)"
+    if kind == "string_too_short":
+        return "must not be empty"
     return error["msg"].replace("Input should", "must").replace("Input", "the value")
 
 

@@ -5,9 +5,10 @@ Unknown keys and wrong types are errors; `abmll.config.load` turns them into one
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from .checks import sections_disagree
@@ -290,7 +291,9 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, lt=2**63, description="Of the adapters' start, the order of tasks and examples, and the noise."
     )
-    output: str = Field("runs/default", description="The run's folder.")
+    output: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "runs/default", min_length=1, description="The run's folder, from the working directory."
+    )
     model: ModelConfig
     adapters: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()

@@ -24,7 +24,7 @@ from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
 from abmll.tasks.labelled import readable
 from abmll.tasks.task import Example
-from abmll.trained_with import refuse_other_training
+from abmll.trained_with import refuse_other_base, refuse_other_training
 
 FOLDS = 4
 
@@ -43,8 +43,8 @@ class MetaModel:
         """From a run's folder, or its summary alone (RUN/final). `overrides`: `section.key=value`, such as a model's
         new place or another learning rate.
 
-        Refused or ConfigError (ValueErrors both) where there is no whole summary, its model cannot be had, or an
-        override makes theta another one's (`abmll.trained_with`).
+        Refused or ConfigError (ValueErrors both) where there is no whole summary, its model cannot be had or is another
+        than theta was trained on, or an override makes theta another one's (`abmll.trained_with`).
         """
         folder = Path(run)
         summary = folder / FINAL if (folder / FINAL).is_dir() else folder
@@ -55,6 +55,7 @@ class MetaModel:
             if not METHODS[config.method.name].reads_model:
                 raise ValueError(f"method.name: {config.method.name}: has no model to adapt; name another method's run")
             base = AdaptedBase(config, device)
+            refuse_other_base(config, base.fingerprint, facts)
             base.adapters.load_theta(theta)
         except ConfigError:
             raise

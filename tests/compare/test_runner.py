@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -193,3 +194,15 @@ def test_every_gpu_gets_its_share(bench, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert runner().workers == os.cpu_count() and starts(runner())[1] == [None] * os.cpu_count()
     assert "--num_accelerators" in starts(runner(ranks=2, workers=1))[0][0]
+
+
+def test_a_run_that_names_its_model_from_here_is_the_same_run(bench, tmp_path, monkeypatch):
+    """Older runs wrote a local model's path as it was given."""
+    (tmp_path / "models/base1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    job = dataclasses.replace(bench.jobs[0], overrides=[*bench.jobs[0].overrides, "model.name=models/base1"])
+    place = bench.folder / "out" / job.folder
+    wanted = load_config(CONFIG, [*job.overrides, f"output={place}", "logging.progress_bar=false"])
+    here = with_absolute_paths(wanted, CONFIG)
+    save_config(here.model_copy(update={"model": wanted.model}), place / "config.yaml")
+    bench.runner().check(job)

@@ -42,6 +42,21 @@ def test_chain_of_bases_and_a_base_in_another_folder(write):
     assert (config.method.inner_steps, config.method.beta, config.seed) == (4, 1e-6, 6)
 
 
+def test_what_a_base_names_is_found_from_another_folder(write, tmp_path, monkeypatch):
+    """The default of trainer.deepspeed too; what the file itself would find comes first."""
+    monkeypatch.chdir(write("elsewhere/run.yaml", "base: ../repository/base.yaml\n").parent)
+    write("repository/base.yaml", BASE)
+    for name in ("setup.py", "configs/x", "configs/deepspeed/zero2.json", "data/x"):
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(f"repository/{name}", "")
+    config = load_config("run.yaml")
+    assert config.trainer.deepspeed == str(tmp_path / "repository/configs/deepspeed/zero2.json")
+    assert config.tasks.folder == str(tmp_path / "repository/data")
+    write("elsewhere/data", "")
+    config = load_config("run.yaml", ["trainer.deepspeed=nowhere.json"])
+    assert (config.trainer.deepspeed, config.tasks.folder) == ("nowhere.json", "data")
+
+
 def test_what_is_saved_is_whole(write, tmp_path):
     write("base.yaml", BASE)
     config = load_config(write("run.yaml", "base: base.yaml\nseed: 9\n"))

@@ -1,10 +1,11 @@
 """A file and overrides become a Config, or one error that lists everything wrong."""
 
+import os
 import re
 
 import pytest
 
-from abmll.config import Config, ConfigError, load_config, resolve_path, save_config
+from abmll.config import Config, ConfigError, load_config, resolve_path, save_config, with_absolute_paths
 
 GOOD = """\
 model: {name: "random:tiny"}
@@ -241,9 +242,38 @@ def test_a_file_that_is_not_there(write, tmp_path):
 def test_saved_configuration_reads_back_equal(write, tmp_path, name):
     overrides = ["method.beta=1e-12", "tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}"]
     config = load_config(write(GOOD), overrides)
-    config = config.model_copy(update={"output": name, "model": config.model.model_copy(update={"name": name})})
+    output = os.path.expanduser(name) or "runs"
+    config = config.model_copy(update={"output": output, "model": config.model.model_copy(update={"name": name})})
     save_config(config, tmp_path / "new" / "folder" / "config.yaml")
     assert load_config(tmp_path / "new" / "folder" / "config.yaml") == config
+
+
+def test_an_output_without_a_name_is_refused(write):
+    """It would be the working directory."""
+    (found,) = problems(write(GOOD), ["output="])
+    assert "output: null: must be text" in found
+    (found,) = problems(write(GOOD), ["output=''"])
+    assert found == "override: output: '': must not be empty; change it, or remove it for the default, runs/default"
+
+
+def test_an_output_in_the_home_folder(write, monkeypatch):
+    """A shell leaves `output=~/x` as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(write(GOOD), ["output=~/x"]).output == "/home/me/x"
+
+
+def test_a_local_model_means_the_same_from_any_directory(write, tmp_path, monkeypatch):
+    (tmp_path / "models/base1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    path = write(GOOD)
+    for name, kept in (
+        ("models/base1", str(tmp_path / "models/base1")),
+        ("models/other", "models/other"),
+        ("random:tiny", "random:tiny"),
+    ):
+        config = with_absolute_paths(load_config(path, [f"model.name={name}"]), path)
+        assert config.model.name == kept
+        assert with_absolute_paths(config, path) == config
 
 
 def test_paths_are_looked_up_in_three_places(tmp_path, monkeypatch):

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 from runs import TRAIN, Run, call
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from abmll.models.architectures import byte_tokenizer
 
 
 @pytest.fixture
@@ -105,6 +108,23 @@ def test_a_backend_that_cannot_run_is_told_before_anything_is_written(run: Run, 
     assert "ok      projections: torch: no GPU here" in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_a_folder_is_one_line(run: Run, command, tmp_path, capsys):
+    mine = tmp_path / "README.md"
+    mine.write_text("mine")
+    for output, problem in (
+        (mine, f"{mine} is a file"),
+        (mine / "run", f"{mine} is a file"),
+        ("/proc/x", "nothing can be written there ("),
+        (tmp_path / ("x" * 300), "nothing can be written there ("),
+    ):
+        for arguments in ((), ("--validate",), ("--overwrite",), ("--resume", "auto")):
+            assert command(*arguments, f"output={output}") == 2
+            lines = "".join(capsys.readouterr()).splitlines()
+            (line,) = (line for line in lines if line.startswith(("FAILED", "error: ")))
+            assert f"output: {output}: {problem}" in line and "; name a folder with output=FOLDER" in line
+    assert mine.read_text() == "mine" and not list(tmp_path.glob("tmp*"))
+
+
 def test_every_faulty_row_is_told_at_once(run: Run, command, jsonl, tmp_path, capsys):
     """A malformed line of one task and a wrong encoding of another, in --validate and at the start of a run."""
     with (tmp_path / "tasks/red/train.jsonl").open("a") as file:
@@ -132,6 +152,37 @@ def test_lengths_are_counted_by_validate_and_not_claimed_by_a_start(run: Run, co
     out = capsys.readouterr().out
     assert "18 training and 4 test examples; prompts of at most 300 tokens, longer ones truncated" in out
     assert "note: red" not in out
+
+
+@pytest.fixture
+def short_models(tmp_path):
+    """Folders of models made for 140 positions: OPT's have a table, Llama's go on."""
+    size = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 140}
+    opt = OPTForCausalLM(OPTConfig(**size, ffn_dim=64, num_attention_heads=2, word_embed_proj_dim=32))
+    llama = LlamaForCausalLM(LlamaConfig(**size, intermediate_size=64, num_attention_heads=2))
+    folders = {"opt": tmp_path / "opt", "llama": tmp_path / "llama"}
+    for model, folder in zip((opt, llama), folders.values(), strict=True):
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return folders
+
+
+def test_prompts_beyond_the_models_positions(run: Run, command, short_models, capsys):
+    tokens = ("tasks.max_tokens=300", "trainer.episodes=1", "adapters.modules=[q_proj, v_proj]")
+    opt, llama = (f"model.name={short_models[kind]}" for kind in ("opt", "llama"))
+    remedy = "a model of type 'opt' has a table of 140 positions and takes no longer prompt; set it to 140 at most"
+    for arguments in (("--validate",), ()):
+        assert command(*arguments, *tokens, opt) == 2
+        assert f"tasks.max_tokens: 300: {remedy}" in "".join(capsys.readouterr())
+    assert not run.folder.exists()
+    beyond = "tokens are longer than the model was made for, 140 (max_position_embeddings)"
+    for arguments in (("--validate",), ()):
+        assert command(*arguments, *tokens, llama) == 0
+        (note,) = (line for line in capsys.readouterr().out.splitlines() if beyond in line)
+        assert "note: " in note and ("prompts of 300 tokens" in note) == (not arguments)
+        assert command(*arguments, *tokens, llama, "tasks.max_tokens=140", f"output={run.folder}-short") == 0
+        assert beyond not in capsys.readouterr().out
+    assert command(*tokens, opt, "tasks.max_tokens=140", "--overwrite") == 0
 
 
 def test_missing_tasks_are_told(run: Run, command, jsonl, capsys):

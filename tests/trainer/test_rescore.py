@@ -3,14 +3,19 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
+import torch
+from runs import TRAIN, call
 
-from abmll.config import ConfigError, Refused
-from abmll.config.schema import AdapterConfig, MethodConfig
+from abmll.config import ConfigError, Refused, config_from
+from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
+from abmll.deploy.meta_model import MetaModel
+from abmll.models.load import load_model
 from abmll.rescore import evaluate
 from abmll.score_files import load_scores
-from abmll.trained_with import trained_with
+from abmll.trained_with import refuse_other_base, trained_with
 
 
 def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
@@ -29,6 +34,29 @@ def test_what_theta_was_trained_with_is_not_changed(finished):
         with pytest.raises(ConfigError, match=rf"{key}: theta was trained with {trained}; leave it as it was"):
             evaluate(str(finished.folder), [override], None)
     evaluate(str(finished.folder), ["adapters.backend=torch", "eval.max_examples=1"], None)
+
+
+def test_theta_serves_no_other_base(finished, tmp_path):
+    """One of the same shapes: theta would fit."""
+    model, tokenizer = load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu")
+    for name in ("same", "other"):
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+    refusal = r"model\.name: .*other': theta was trained on random:tiny with fingerprint .*model\.name=NAME"
+    same, other = ([f"model.name={tmp_path / name}"] for name in ("same", "other"))
+    for load in (lambda to: evaluate(str(finished.folder), to, None), lambda to: MetaModel.load(finished.folder, to)):
+        load(same)
+        with pytest.raises(Refused, match=refusal):
+            load(other)
+    facts = json.loads((finished.folder / "final/summary.json").read_text())
+    packed = config_from(facts["config"], "here", ["model.quantization=nf4"], scoring=True)
+    here = config_from(facts["config"], "here", scoring=True)
+    refuse_other_base(packed, "0" * 64, facts)
+    refuse_other_base(here, "0" * 64, {**facts, "fingerprint": None})
+    del facts["fingerprint"]
+    refuse_other_base(here, "0" * 64, facts)
 
 
 def test_a_key_that_a_runs_version_did_not_have_was_at_its_default():
@@ -57,15 +85,50 @@ def test_named_settings_are_scored_into_the_runs_folder_once(finished, tmp_path,
     before = (finished.folder / "scores/few/scores.json").stat().st_mtime_ns
     evaluate(str(finished.folder), [], None, str(settings))
     assert (finished.folder / "scores/few/scores.json").stat().st_mtime_ns == before
-    settings.write_text("other: {adapters.rank: 3}\n")
-    with pytest.raises(ConfigError, match=r"adapters\.rank: what was loaded depends on it"):
+    assert capsys.readouterr().out.endswith("plain: is there already\nfew: is there already\n")
+    settings.write_text("good: {eval.max_examples: 1}\nother: {adapters.rank: 3}\nslip: {eval.sampels: 3}\n")
+    with pytest.raises(ConfigError) as caught:
         evaluate(str(finished.folder), [], None, str(settings))
+    other, slip = caught.value.problems
+    assert "other: override: adapters.rank: what was loaded depends on it" in other
+    assert slip.startswith("slip: override: eval.sampels: 3: unknown key; did you mean samples?")
+    assert not (finished.folder / "scores/good").exists()
     settings.write_text("few: {eval.max_examples: 2}\n")
     with pytest.raises(Refused, match=r"scores/few: holds scores under \{'eval.max_examples': 1, .*remove it"):
         evaluate(str(finished.folder), [], None, str(settings))
     settings.write_text("../out: {eval.samples: 1}\nx: 3\n")
     with pytest.raises(ConfigError, match=r"\.\./out: names a folder; (?s:.)*x: 3: must be"):
         evaluate(str(finished.folder), [], None, str(settings))
+
+
+def test_scores_of_another_theta_or_with_other_overrides_are_not_taken_for_these(make_run, tmp_path, capsys):
+    run, settings = make_run("other").train("trainer.episodes=2"), tmp_path / "settings.yaml"
+    settings.write_text("few: {eval.max_examples: 1}\n")
+    few = run.folder / "scores/few"
+
+    def scored(*overrides: str) -> tuple[bool, dict]:
+        """Whether they were there already, and what they are."""
+        capsys.readouterr()
+        evaluate(str(run.folder), list(overrides), None, str(settings))
+        there = capsys.readouterr().out.endswith("few: is there already\n")
+        return there, json.loads((few / "scores.json").read_text())
+
+    there, first = scored()
+    assert not there
+    with pytest.raises(Refused, match=r"scores/few: holds scores with the overrides none and not seed=7; remove it"):
+        scored("seed=7")
+    run.train("trainer.episodes=4", resume=True)
+    there, second = scored()
+    assert not there and second != first
+    (few / "made_with.json").unlink()  # scores of an older version
+    assert scored() == (True, second)
+
+
+def test_a_file_of_scores_does_not_go_with_settings(finished):
+    command = [sys.executable, str(TRAIN.with_name("evaluate.py")), "--run", str(finished.folder)]
+    found = call([*command, "--settings", "s.yaml", "--output", "o.json"])
+    assert found.returncode == 2
+    assert "--output: does not go with --settings, whose scores go to RUN/scores/NAME" in found.stderr
 
 
 def test_every_scoring_option_is_a_setting(finished, tmp_path):

@@ -14,9 +14,14 @@ from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from abmll.config.schema import ModelConfig
 from abmll.deploy.meta_model import MetaModel
 from abmll.distributed import Ranks
+from abmll.files import write_whole
 from abmll.learner import Learner
+from abmll.models.load import load_model
+from abmll.provenance import provenance
+from abmll.rescore import evaluate
 from abmll.run import Session
 from abmll.trainer import COLUMNS, Trainer, TrainingDiverged
 
@@ -334,6 +339,47 @@ def test_checkpoints_alone_are_a_run(run: Run):
     (run.folder / "checkpoints/step-00000002").mkdir(parents=True)
     with pytest.raises(ValueError, match="already holds a run"):
         run.train()
+
+
+def test_what_a_run_left_when_it_was_killed_at_its_start_is_a_runs(run: Run):
+    """Its provenance comes first, and config.yaml behind the lines that progress may have; neither names a run yet."""
+    run.folder.mkdir()
+    write_whole(run.folder / "provenance.json", json.dumps(provenance()))
+    (run.folder / "metrics.jsonl").touch()
+    run.train("trainer.episodes=1")
+    assert len(run.metrics) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints/my-model.pt", "config.yaml", "provenance.json", "final/my-model.pt"])
+def test_what_is_no_runs_is_not_replaced(name, run: Run, command, capsys):
+    """The names are anybody's."""
+    mine = run.folder / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my: project\nmodel: {name: mine}\n")
+    for arguments in ((), ("--overwrite",), ("--resume", "auto"), ("--validate", "--overwrite")):
+        assert command(*arguments) == 2
+        told = "".join(capsys.readouterr())
+        assert f"output: {run.folder}: holds other files than a run's, which a run would replace " in told
+        assert f"({name.partition('/')[0]}); name a new folder with output=FOLDER" in told
+    assert [path for path in run.folder.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_local_model_is_the_runs_from_any_directory(run: Run, tmp_path, monkeypatch):
+    """Its relative path would be a hub id there."""
+    for part in load_model(ModelConfig(name="random:tiny", dtype="float32"), "cpu"):
+        part.save_pretrained(tmp_path / "models/base1")
+    monkeypatch.chdir(tmp_path)
+    run.train("model.name=models/base1", "trainer.episodes=2", "trainer.checkpoint_every=1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate(str(run.folder), [], str(tmp_path / "again.json"))
+    assert json.loads((tmp_path / "again.json").read_text()) == run.scores
+    facts = json.loads((run.folder / "final/summary.json").read_text())
+    assert facts["config"]["model"]["name"] == str(tmp_path / "models/base1")
+    run.train(f"model.name={tmp_path / 'models/base1'}", "trainer.episodes=3", resume=True)
+    monkeypatch.chdir(tmp_path)
+    run.train("model.name=models/base1", "trainer.episodes=4", resume=True)
+    assert len(run.metrics) == 4
 
 
 def test_step_lines_are_complete_finite_json(finished):
