@@ -200,7 +200,7 @@ def _draw(found: Predictions, name: str, path: str) -> None:
     from abmll.compare.plots import reliability
 
     confidence, choice = (column.numpy() for column in found.options.max(dim=1))
-    examples = {"label": name, "confidence": confidence, "correct": choice == found.label.numpy()}
+    examples = {"label": name, "run": name, "confidence": confidence, "correct": choice == found.label.numpy()}
     reliability(pd.DataFrame(examples)).savefig(path)
 
 
