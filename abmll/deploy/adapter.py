@@ -97,7 +97,8 @@ def save_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
 def write_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
     """The two files."""
     write_tensors(folder / PHI, phi)
-    (folder / CARD).write_text(json.dumps(card.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
+    told = json.dumps(card.model_dump(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / CARD).write_text(told, encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> tuple[Phi, AdapterCard]:

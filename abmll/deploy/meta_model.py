@@ -13,7 +13,7 @@ import torch
 from abmll.config import ConfigError, Refused, config_from
 from abmll.deploy.adaptation import Support, adapt_side_by_side, make_support
 from abmll.deploy.adapter import AdaptationCard, AdapterCard, BaseCard, RunCard, ShownExample, kept_config
-from abmll.deploy.base import AdaptedBase
+from abmll.deploy.base import BATCH_SIZE, AdaptedBase, Phi
 from abmll.deploy.cross_validation import Fold, make_folds, summarise
 from abmll.deploy.task_model import TaskModel
 from abmll.files import file_digest
@@ -89,7 +89,7 @@ class MetaModel:
         Examples that do not fit in a prompt are left out (`card.adaptation.examples` counts the others).
 
         ValueError for examples that are no task; Diverged, which holds the other tasks' models, where an adaptation's
-        loss is not finite.
+        loss, phi or predictions are not finite.
         """
         if (steps is not None and steps < 1) or folds < 0 or folds == 1:
             raise ValueError(f"steps: {steps}, folds: {folds}: steps are at least 1, and folds 0 or at least 2")
@@ -109,16 +109,22 @@ class MetaModel:
         found: dict[str, TaskModel] = {}
         before = {name: self._before(supports[name], given[name]) for name in given if parts[name]}
         held_out: dict[str, list[Predictions]] = {name: [] for name in given}
-        diverged: dict[str, list[float]] = {}
+        diverged: dict[str, str] = {}
         for number, slot, loss in adapt_side_by_side(self.base, wanted, count):
             name, fold = jobs[number]
-            if not all(map(math.isfinite, loss)):
-                diverged.setdefault(name, loss)
+            # one batch of its own examples tells whether the phi of all examples predicts at all
+            phi, asked = self.base.taken(slot), given[name][:BATCH_SIZE] if fold is None else fold.held_out
+            if problem := _not_finite(loss, phi):
+                diverged.setdefault(name, problem)
+                continue
+            own = self._predict(name, asked, wanted[number], slot, len(held_out[name]))
+            if not own.finite().all():
+                diverged.setdefault(name, "its predictions after the last step")
             elif fold is None:
                 card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss)
-                found[name] = TaskModel(self.base, self.base.taken(slot), card)
+                found[name] = TaskModel(self.base, phi, card)
             else:
-                held_out[name].append(self._predict_fold(name, fold, slot, len(held_out[name])))
+                held_out[name].append(own)
         for name, own in held_out.items():
             if own and name not in diverged:
                 scores = {"cross_validation": summarise(concatenate(own), len(own)), "before_adaptation": before[name]}
@@ -142,9 +148,9 @@ class MetaModel:
         card = self._card(support, _options_of(examples), len(examples), [])
         return asdict(TaskModel(self.base, None, card).evaluate(examples))
 
-    def _predict_fold(self, task: str, fold: Fold, slot: int, number: int) -> Predictions:
-        examples = [example.behind(fold.support.shown) for example in fold.held_out]
-        prompts = self.base.prompter.encode(examples)
+    def _predict(self, task: str, asked: Sequence[Example], support: Support, slot: int, number: int) -> Predictions:
+        """By the phi that stands in a slot, which was adapted to `support`; `number`: of the task's adaptations."""
+        prompts = self.base.prompter.encode([example.behind(support.shown) for example in asked])
         return self.base.predictor().predict(self.base.method, ("held out", task, number), prompts, slot)
 
     def _fitting(self, examples: Sequence[Example], task: str) -> list[Example]:
@@ -208,14 +214,23 @@ def _options_of(examples: Sequence[Example]) -> tuple[str, ...] | None:
 
 
 class Diverged(Refused):
-    """Adaptations whose loss was not finite; `models`: those of the other tasks."""
+    """Adaptations that ended in NaN or Inf, and in what by task; `models`: those of the other tasks."""
 
-    def __init__(self, losses: Mapping[str, list[float]], models: dict[str, TaskModel]):
-        lines = [f"task {task}: adaptation: the loss by step is {loss}" for task, loss in losses.items()]
+    def __init__(self, problems: Mapping[str, str], models: dict[str, TaskModel]):
+        lines = [f"task {task}: adaptation: {problem}" for task, problem in problems.items()]
         super().__init__(
             "; ".join(lines) + ": not finite; lower method.test_lr (method.test_lr=... behind the command)"
         )
         self.models = models
+
+
+def _not_finite(loss: Sequence[float], phi: Phi) -> str | None:
+    """What of an adaptation is not finite. A loss is taken before its step, so that phi tells of the last one."""
+    if not all(map(math.isfinite, loss)):
+        return f"the loss by step is {list(loss)}"
+    if not all(bool(value.isfinite().all()) for value in phi.values()):
+        return f"phi after the last step, the loss before each being {list(loss)}"
+    return None
 
 
 def _json(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,7 @@ def predict(
     written = abstained = 0
     with _output(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
         for line in predicted_lines(models, names, chunks, columns, samples, calibrated, abstain):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_as_json(line) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
             bar.update()
             if written % CHUNK == 0 or source == "-":
@@ -159,7 +159,7 @@ def suggest(
     else:
         own = load_task_models([str(adapter)], moved_to(model), device)[0]
     for place in own.suggest(_questions(own, rows, columns), count, samples):
-        print(json.dumps({"row": place, **rows[place].fields}, ensure_ascii=False))
+        print(_as_json({"row": place, **_no_nan(rows[place].fields)}))
 
 
 def evaluate_adapter(
@@ -187,8 +187,8 @@ def evaluate_adapter(
         "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
     )
     if output:
-        told = {name: None if math.isnan(value) else value for name, value in values.items()}
-        write_whole(Path(output), json.dumps(told, indent=1))
+        told = {name: None if not math.isfinite(value) else value for name, value in values.items()}
+        write_whole(Path(output), json.dumps(told, indent=1, allow_nan=False))
     if diagram:
         _draw(found, own.name, diagram)
 
@@ -223,6 +223,19 @@ def _line(number: int, name: str | None, text: str, found: Prediction, abstain: 
         line["abstained"] = found.confidence < abstain
         line["label"] = None if line["abstained"] else found.label
     return {key: value for key, value in line.items() if value is not None or key == "label"}
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+
+
+def _no_nan(value: Any) -> Any:
+    """A user's row as JSON can hold it: Python reads NaN and Infinity, and few others do."""
+    if isinstance(value, dict):
+        return {name: _no_nan(own) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _output(path: str | None) -> AbstractContextManager[TextIO]:

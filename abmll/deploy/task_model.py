@@ -62,7 +62,8 @@ class TaskModel:
 
         `samples`: of the posterior, whose predictions are averaged; 0: its mean. `calibrated`: at the temperature
         that cross-validation found for predictions by the mean; variance and mutual information stay as they are at
-        T = 1. ValueError where a text has no options, does not fit, or there is no such thing.
+        T = 1. ValueError where a text has no options, does not fit, or there is no such thing, and where a prediction
+        is not finite.
         """
         examples = self._all_asked(texts)
         if not examples:
@@ -83,7 +84,8 @@ class TaskModel:
     def suggest(self, texts: Sequence[str | Example], count: int = 4, samples: int = 0) -> list[int]:
         """Places of the `count` texts that are most worth a label, the most uncertain first.
 
-        By the variance over posterior samples, or without samples by the entropy of the prediction.
+        By the variance over posterior samples, or without samples by the entropy of the prediction. ValueError as
+        `predict`.
         """
         if samples == 1:
             raise ValueError("samples: 1: one sample has no variance; take two or more, or 0 for the entropy")
@@ -95,7 +97,7 @@ class TaskModel:
         stream = ("candidate", self.name, self.card.adaptation.steps)
         chosen = choose(
             prompts,
-            lambda candidates: predictor.predict(self.base.method, stream, candidates),
+            lambda candidates: self._sound(predictor.predict(self.base.method, stream, candidates)),
             count,
             "variance" if samples else "entropy",
         )
@@ -120,8 +122,19 @@ class TaskModel:
     def _predictions(self, examples: Sequence[Example], samples: int, calibrated: bool) -> Predictions:
         self.base.show(self.phi)
         stream = ("prediction", self.name, self.card.adaptation.steps)
-        found = self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
+        found = self._sound(self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples)))
         return found.tempered(self._temperature()) if calibrated else found
+
+    def _sound(self, found: Predictions) -> Predictions:
+        """The predictions. ValueError where one is not finite."""
+        finite = found.finite()
+        if not finite.all():
+            remedy = "adapt again with a lower method.test_lr" if self.phi is not None else "use another run"
+            raise ValueError(
+                f"task {self.name}: predictions: {int((~finite).sum()):,} of {len(finite):,} are not finite, as where "
+                f"{'phi' if self.phi is not None else 'theta'} diverged; {remedy}"
+            )
+        return found
 
     def _all_asked(self, texts: Sequence[str | Example]) -> list[Example]:
         if isinstance(texts, str):

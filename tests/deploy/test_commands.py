@@ -148,6 +148,26 @@ def test_suggest_prints_the_rows(call, adapter, adapted, run, texts):
     assert status == 0 and len(out.splitlines()) == 1
 
 
+def test_a_users_nan_is_null_in_what_is_suggested(call, adapter, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "score": NaN, "more": [Infinity, {"x": -Infinity, "y": 1.5}]}\n')
+    status, out, err = call("suggest", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
+    assert status == 0, err
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"row": 0, "text": "a", "score": None, "more": [None, {"x": None, "y": 1.5}]}
+
+
+def test_an_adapter_of_nan_labels_nothing(call, adapted, data, texts, tmp_path):
+    phi = {name: value * float("nan") for name, value in adapted.phi.items()}
+    broken = TaskModel(adapted.base, phi, adapted.card).save(tmp_path / "broken")
+    for command, *arguments in (
+        ("predict", "--input", texts, "--abstain", 0.9),
+        ("evaluate", "--data", data),
+        ("suggest", "--input", texts),
+    ):
+        status, out, err = call(command, "--adapter", broken, *arguments)
+        assert status == 2 and not out and "lower method.test_lr" in err and err.count("error:") == 1
+
+
 def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
     from abmll import Example
 

@@ -74,6 +74,32 @@ def test_suggested_are_the_least_sure(adapted):
     assert sorted(adapted.suggest(TEXTS, count=9, samples=4)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("adapted_to", ["phi", "theta"])
+def test_a_prediction_that_is_none_is_refused(meta, adapted, monkeypatch, adapted_to):
+    """An adapter whose phi diverged, from before that was looked at; a theta that did."""
+    broken = TaskModel(adapted.base, {name: value * math.nan for name, value in adapted.phi.items()}, adapted.card)
+    remedy = r"adapt again with a lower method\.test_lr"
+    if adapted_to == "theta":
+        broken, remedy = meta.unadapted(OPTIONS), "use another run"
+        nan = {name: torch.full_like(value, math.nan) for name, value in meta.base.adapters.phi.items()}
+        monkeypatch.setattr(meta.base, "show", lambda phi: [meta.base.adapters.phi[n].copy_(v) for n, v in nan.items()])
+    for ask in (
+        lambda: broken.predict(TEXTS),
+        lambda: broken.predict(TEXTS, samples=2),
+        lambda: broken.evaluate([Example(text, OPTIONS, "bad") for text in TEXTS]),
+        lambda: broken.suggest(TEXTS),
+        lambda: broken.suggest(TEXTS, samples=2),
+    ):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=rf"3 of 3 are not finite, .*{adapted_to} div.*; {remedy}"),
+        ):
+            ask()
+    monkeypatch.undo()
+    meta.base.forget()
+    adapted.predict(TEXTS)
+
+
 def test_a_point_estimate_has_no_samples(tmp_path, build_tiny):
     tiny = build_tiny(method={"name": "reptile"})
     model = MetaModel.load(save_run(tiny, tmp_path), device="cpu").adapt(EXAMPLES, folds=0)
