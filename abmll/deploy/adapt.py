@@ -13,6 +13,7 @@ from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
 from abmll.deploy.folder import CARD, check_free
 from abmll.deploy.meta_model import Diverged, MetaModel
+from abmll.deploy.truncation import told_truncated
 from abmll.evaluation.temperature import RANGE
 from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
 
@@ -93,6 +94,8 @@ def describe(card: AdapterCard, given: int) -> str:
         "adaptation": f"{adaptation.steps} steps of {adaptation.batch_size} examples; NLL in the whole vocabulary, by "
         "step: " + " > ".join(f"{value:.2f}" for value in _thinned(loss)),
     }
+    if adaptation.truncated:
+        rows["cut"] = told_truncated(adaptation.truncated, adaptation.examples, card.config["tasks"]["max_tokens"])
     found, before = card.scores.get("cross_validation"), card.scores.get("before_adaptation")
     if found and before:
         rows["expect"] = (

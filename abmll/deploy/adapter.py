@@ -41,6 +41,7 @@ class RunCard(_Part):
 
 class AdaptationCard(_Part):
     examples: int
+    truncated: int = Field(0, description="Examples of which tasks.max_tokens leaves a part out.")
     steps: int
     batch_size: int
     loss: list[float] = Field(description="NLL an example before each step, in nats, in the whole vocabulary.")

@@ -93,7 +93,8 @@ class MetaModel:
         """
         if (steps is not None and steps < 1) or folds < 0 or folds == 1:
             raise ValueError(f"steps: {steps}, folds: {folds}: steps are at least 1, and folds 0 or at least 2")
-        given = {name: self._fitting(as_examples(examples, name), name) for name, examples in tasks.items()}
+        fitting = {name: self._fitting(as_examples(examples, name), name) for name, examples in tasks.items()}
+        given = {name: examples for name, (examples, _) in fitting.items()}
         supports = {name: make_support(self.base, name, examples, steps) for name, examples in given.items()}
         parts = {name: make_folds(self.base, name, given[name], folds, supports[name].steps) for name in given}
         jobs: list[tuple[str, Fold | None]] = [(name, fold) for name in given for fold in (*parts[name], None)]
@@ -121,7 +122,7 @@ class MetaModel:
             if not own.finite().all():
                 diverged.setdefault(name, "its predictions after the last step")
             elif fold is None:
-                card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss)
+                card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss, fitting[name][1])
                 found[name] = TaskModel(self.base, phi, card)
             else:
                 held_out[name].append(own)
@@ -153,8 +154,8 @@ class MetaModel:
         prompts = self.base.prompter.encode([example.behind(support.shown) for example in asked])
         return self.base.predictor().predict(self.base.method, ("held out", task, number), prompts, slot)
 
-    def _fitting(self, examples: Sequence[Example], task: str) -> list[Example]:
-        """Those that fit in a prompt."""
+    def _fitting(self, examples: Sequence[Example], task: str) -> tuple[list[Example], int]:
+        """Those that fit in a prompt, and how many of them lose a part to it."""
         prompts = self.base.prompter.encode(examples)
         found = [example for example, prompt in zip(examples, prompts, strict=True) if prompt is not None]
         if len({example.output for example in found}) < 2 and len({example.options for example in found}) < 2:
@@ -162,9 +163,16 @@ class MetaModel:
                 f"task {task}: {len(found)} of {len(examples)} examples fit in tasks.max_tokens: "
                 f"{self.base.config.tasks.max_tokens}, and they have one label; raise the key"
             )
-        return found
+        return found, sum(prompt.truncated for prompt in prompts if prompt is not None)
 
-    def _card(self, support: Support, options: tuple[str, ...] | None, examples: int, loss: list[float]) -> AdapterCard:
+    def _card(
+        self,
+        support: Support,
+        options: tuple[str, ...] | None,
+        examples: int,
+        loss: list[float],
+        truncated: int = 0,
+    ) -> AdapterCard:
         config = self.base.config
         return AdapterCard(
             task=support.task,
@@ -172,7 +180,11 @@ class MetaModel:
             base=BaseCard(name=config.model.name, revision=config.model.revision, fingerprint=self.base.fingerprint),
             run=self.run,
             adaptation=AdaptationCard(
-                examples=examples, steps=support.steps, batch_size=self.base.learner.batch_size, loss=loss
+                examples=examples,
+                truncated=truncated,
+                steps=support.steps,
+                batch_size=self.base.learner.batch_size,
+                loss=loss,
             ),
             demonstrations=[
                 ShownExample(input=shown.input, options=list(shown.options), output=shown.output)

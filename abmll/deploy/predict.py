@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
+from abmll.deploy.truncation import told_truncated
 from abmll.files import write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
@@ -56,15 +57,20 @@ def predict(
     first = next(chunks, None)  # a file that cannot be read costs no output
     chunks = chunks if first is None else chain([first], chunks)
     written = abstained = 0
+    cut, last_cut = 0, None
     with _output(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
         for line in predicted_lines(models, names, chunks, columns, samples, calibrated, abstain):
             file.write(_as_json(line) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
+            if line.get("truncated") and line["row"] != last_cut:  # by several adapters it is one text
+                cut, last_cut = cut + 1, line["row"]
             bar.update()
             if written % CHUNK == 0 or source == "-":
                 file.flush()
     left_out = f", the label left out of {abstained:,}" if abstain is not None else ""
     print(f"{written:,} predictions{left_out}", file=sys.stderr)
+    if cut:
+        _tell_truncated(models[0], cut, written // len(models))
 
 
 def predicted_lines(
@@ -181,11 +187,14 @@ def evaluate_adapter(
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path}: {Path(path).parent} is no folder; make it, or name another file")
     own = load_task_models([adapter], moved_to(model), device)[0]
-    found = own.predictions(read_labelled(source, columns, own.options or ()), samples, calibrated)
+    examples = read_labelled(source, columns, own.options or ())
+    found = own.predictions(examples, samples, calibrated)
     values = {**asdict(score(found)), **asdict(uncertainty(found))}
     print(
         "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
     )
+    if truncated := sum(own.truncated(examples)):
+        _tell_truncated(own, truncated, len(examples))
     if output:
         told = {name: None if not math.isfinite(value) else value for name, value in values.items()}
         write_whole(Path(output), json.dumps(told, indent=1, allow_nan=False))
@@ -222,7 +231,13 @@ def _line(number: int, name: str | None, text: str, found: Prediction, abstain: 
     if abstain is not None:
         line["abstained"] = found.confidence < abstain
         line["label"] = None if line["abstained"] else found.label
+    if not line["truncated"]:  # told where it is so
+        del line["truncated"]
     return {key: value for key, value in line.items() if value is not None or key == "label"}
+
+
+def _tell_truncated(own: TaskModel, count: int, texts: int) -> None:
+    print(told_truncated(count, texts, own.base.config.tasks.max_tokens), file=sys.stderr)
 
 
 def _as_json(line: dict[str, Any]) -> str:

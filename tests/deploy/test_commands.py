@@ -101,6 +101,32 @@ def test_predict_abstains_samples_and_takes_several_adapters(call, adapter, text
     assert sum(line["abstained"] for line in found if line["adapter"] == "moods") == 1
 
 
+def test_texts_that_were_cut_are_told(call, run, adapter, data, tmp_path):
+    """In the lines of those alone, and at the end of every command that reads them."""
+    long = {"text": "long " * 400, "label": "good"}
+    data.write_text(data.read_text() + "\n" + json.dumps(long))
+    told = "1 of 7 texts were cut to tasks.max_tokens: 320"
+    status, out, err = call("predict", "--adapter", adapter, "--adapter", adapter, "--input", data)
+    assert status == 0 and err.splitlines()[-1] == told, err
+    found = [json.loads(line).get("truncated") for line in out.splitlines()]
+    assert found == [None] * 12 + [True] * 2
+    status, _, err = call("evaluate", "--adapter", adapter, "--data", data)
+    assert status == 0 and err.splitlines()[-1] == told, err
+    status, out, err = call("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0)
+    assert status == 0 and f"cut             {told}" in out, err
+    assert json.loads((tmp_path / "new/card.json").read_text())["adaptation"]["truncated"] == 1
+
+
+def test_texts_that_fit_are_not_told(call, run, adapter, data, tmp_path):
+    for command, *arguments in (
+        ("predict", "--adapter", adapter, "--input", data),
+        ("evaluate", "--adapter", adapter, "--data", data),
+        ("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0),
+    ):
+        status, out, err = call(command, *arguments)
+        assert status == 0 and "cut" not in out + err and "truncated" not in out
+
+
 def test_predict_streams_standard_input(call, adapter, monkeypatch):
     import io
 

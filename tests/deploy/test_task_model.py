@@ -115,6 +115,11 @@ def test_what_does_not_fit_is_named(run):
         model.predict(["long " * 400])
 
 
+def test_a_text_that_lost_a_part_says_so(adapted):
+    texts = ["No.", "long " * 400]
+    assert [one.truncated for one in adapted.predict(texts)] == adapted.truncated(texts) == [False, True]
+
+
 def test_saved_and_loaded_it_predicts_the_same(adapted, tmp_path):
     folder = adapted.save(tmp_path / "adapter")
     (loaded,) = load_task_models([folder], device="cpu")
