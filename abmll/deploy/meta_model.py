@@ -22,7 +22,7 @@ from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
 from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
-from abmll.tasks.labelled import readable
+from abmll.tasks.labelled import check_spelling, readable
 from abmll.tasks.task import Example
 from abmll.trained_with import refuse_other_training
 
@@ -199,7 +199,8 @@ class MetaModel:
 def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task") -> list[Example]:
     """(text, label) pairs as Examples whose options are all labels, in alphabetical order.
 
-    ValueError where they are no task: no examples, one label, more than 26, or a text or label that is none.
+    ValueError where they are no task: no examples, one label, more than 26, one that is written in two ways, or a text
+    or label that is none.
     """
     where = f"task {task}"
     if not examples:
@@ -211,6 +212,7 @@ def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task
     options: tuple[str, ...] = tuple(sorted({label for _, label in pairs}))
     if pairs and len(options) == 1:
         raise ValueError(f"{where}: every label is {options[0]!r}: a task needs examples of two labels or more")
+    check_spelling(options, where)
     found = [one if isinstance(one, Example) else Example(one[0], options, one[1]) for one in examples]
     for example in found:
         check_options(example.options, where)

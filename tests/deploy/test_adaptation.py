@@ -189,6 +189,7 @@ def test_the_interval_is_wilsons():
     [
         ([("a", "good"), ("b", "good")], "every label is 'good'"),
         ([], "no examples"),
+        ([("a", "good"), ("b", "Good"), ("c", "bad")], "task task: labels 'Good' and 'good' differ in case"),
         ([("a", 1), ("b", 2)], r"is no \(text, label\), two strings"),
         ([("a", str(number)) for number in range(30)], "30 options: more than the 26"),
         ([Example("a", ("x", "y"), "z")] * 2, "output 'z' is not among"),

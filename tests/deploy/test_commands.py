@@ -57,6 +57,23 @@ def test_adapt_writes_what_the_library_makes(call, run, data, adapted, tmp_path)
     assert (tmp_path / "new" / "adapter.safetensors").stat().st_size > 1000
 
 
+def test_adapt_tells_texts_of_several_labels(call, run, data, tmp_path):
+    data.write_text(data.read_text() + "\n" + json.dumps({"text": EXAMPLES[0][0], "label": OPTIONS[1]}))
+    status, out, err = call("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0)
+    assert status == 0, err
+    assert "note            1 text with more than one label: correct the wrong one" in out
+
+
+def test_adapt_says_why_nothing_is_known(call, run, data, tmp_path):
+    arguments = ("--run", run, "--data", data, "--out", tmp_path / "new")
+    _, out, _ = call("adapt", *arguments, "--folds", 0)
+    assert "expect          unknown: no cross-validation (--folds 0)" in out
+    data.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in OPTIONS * 2))
+    status, out, err = call("adapt", *arguments)
+    assert status == 0, err
+    assert "expect          unknown: no cross-validation (all examples ask one question, and none is left to" in out
+
+
 def test_adapt_takes_a_folder_of_tasks(call, run, data, tmp_path):
     (tmp_path / "tasks").mkdir()
     for name in ("one", "two"):
