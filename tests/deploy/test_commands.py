@@ -296,6 +296,7 @@ def test_a_file_of_one_label_can_be_scored(call, adapter, tmp_path):
         ("predict", ("--adapter", "a", "--input", "-", "--abstain", "2"), "--abstain: 2.0: is a probability"),
         ("suggest", ("--run", "r", "--input", "-"), "--options: goes with --run"),
         ("suggest", ("--adapter", "a", "--input", "-", "--samples", "1"), "--samples: 0, or at least 2"),
+        ("evaluate", ("--adapter", "a", "--data", "d", "--samples", "-3"), "error: --samples: -3: must be 0 or more"),
         ("evaluate", ("--adapter", "a"), "--data: name the labelled file"),
         ("evaluate", ("--adapter", "a", "--data", "d", "eval.samples=2"), "overrides: does not go with --adapter"),
         ("evaluate", ("--run", "r", "--samples", "2"), "samples: does not go with --run"),

@@ -233,6 +233,8 @@ def test_a_full_disk_leaves_nothing_half(adapted, tmp_path, monkeypatch):
         (lambda model: model.predict([chr(0xD800)]), "half a surrogate pair"),
         (lambda model: model.predict([Example("a", ("b",), "b")]), "1 option"),
         (lambda model: model.suggest(["a", "b"], samples=1), "one sample has no variance"),
+        (lambda model: model.predict(["a"], samples=-3), "^samples: -3: must be 0 or more; 0 takes"),
+        (lambda model: model.suggest(["a", "b"], samples=-3), "^samples: -3: must be 0 or more"),
     ],
 )
 def test_mistakes_in_texts_are_told(adapted, call, message):
