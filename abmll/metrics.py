@@ -43,6 +43,10 @@ class Predictions:
         """The examples at these places (int64 [m]), in their order."""
         return Predictions(**{name: value[places] for name, value in vars(self).items()})
 
+    def finite(self) -> torch.Tensor:
+        """Whether each prediction is one, [n] bool: a phi or theta that diverged gives NaN."""
+        return self.options.isfinite().all(dim=1) & self.nll.isfinite()
+
     def entropy(self) -> torch.Tensor:
         """Of each example's options, in nats: [n]."""
         return torch.special.entr(self.options).sum(dim=1)

@@ -36,6 +36,8 @@ def main() -> int:
         foreign = ("settings", "overrides")
         if not arguments.data:
             parser.error("--data: name the labelled file that the adapter is scored on")
+        if arguments.samples < 0:
+            parser.error(f"--samples: {arguments.samples}: must be 0 or more")
     given = [name for name in foreign if getattr(arguments, name)]
     if given:
         parser.error(f"{given[0]}: does not go with {'--adapter' if arguments.adapter else '--run'}")

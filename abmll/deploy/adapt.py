@@ -13,8 +13,10 @@ from abmll.config.settings import is_folder_name
 from abmll.deploy.adapter import AdapterCard
 from abmll.deploy.folder import CARD, check_free
 from abmll.deploy.meta_model import Diverged, MetaModel
+from abmll.deploy.truncation import told_truncated
 from abmll.evaluation.temperature import RANGE
-from abmll.tasks.labelled import Columns, draw, read_labelled, task_files
+from abmll.tasks.labelled import Columns, contradictions, draw, read_labelled, task_files
+from abmll.tasks.task import Example
 
 
 def adapt(
@@ -56,7 +58,7 @@ def adapt(
             found, problem = error.models, error
     for task, own in found.items():
         folder = own.save(into[task])
-        print(describe(own.card, len(tasks[task])))
+        print(describe(own.card, tasks[task], folds))
         print(f"adapter         {folder}", flush=True)
     if problem is not None:
         raise problem
@@ -82,17 +84,21 @@ def name_files(
     return files, into
 
 
-def describe(card: AdapterCard, given: int) -> str:
+def describe(card: AdapterCard, given: Sequence[Example], folds: int) -> str:
     """What an adaptation did with the examples that it was given, and what to expect of it."""
     adaptation, loss = card.adaptation, card.adaptation.loss
     options = ", ".join(card.options) if card.options else "each question's own"
-    left_out = given - adaptation.examples
+    left_out, twofold = len(given) - adaptation.examples, contradictions(given)
     rows = {
         "task": f"{card.task}: {adaptation.examples} examples; options: {options}"
         + (f"; {left_out} more did not fit in a prompt" if left_out else ""),
         "adaptation": f"{adaptation.steps} steps of {adaptation.batch_size} examples; NLL in the whole vocabulary, by "
         "step: " + " > ".join(f"{value:.2f}" for value in _thinned(loss)),
     }
+    if adaptation.truncated:
+        rows["cut"] = told_truncated(adaptation.truncated, adaptation.examples, card.config["tasks"]["max_tokens"])
+    if twofold:
+        rows["note"] = f"{twofold} text{'s' if twofold > 1 else ''} with more than one label: correct the wrong ones"
     found, before = card.scores.get("cross_validation"), card.scores.get("before_adaptation")
     if found and before:
         rows["expect"] = (
@@ -110,6 +116,9 @@ def describe(card: AdapterCard, given: int) -> str:
         )
         if found["temperature"] is not None:
             rows["temperature"] = f"{_number(found['temperature'])} would calibrate what was held out (--calibrated)"
+    else:
+        why = "--folds 0" if not folds else "all examples ask one question, and none is left to adapt to"
+        rows["expect"] = f"unknown: no cross-validation ({why})"
     return "\n" + "\n".join(f"{name:<15} {value}" for name, value in rows.items())
 
 

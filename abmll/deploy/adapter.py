@@ -41,6 +41,7 @@ class RunCard(_Part):
 
 class AdaptationCard(_Part):
     examples: int
+    truncated: int = Field(0, description="Examples of which tasks.max_tokens leaves a part out.")
     steps: int
     batch_size: int
     loss: list[float] = Field(description="NLL an example before each step, in nats, in the whole vocabulary.")
@@ -97,7 +98,8 @@ def save_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
 def write_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:
     """The two files."""
     write_tensors(folder / PHI, phi)
-    (folder / CARD).write_text(json.dumps(card.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
+    told = json.dumps(card.model_dump(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / CARD).write_text(told, encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> tuple[Phi, AdapterCard]:

@@ -60,6 +60,8 @@ class AdaptedBase:
 
     def predictor(self, samples: int = 0) -> Predictor:
         """`samples`: of the posterior, whose predictions are averaged; 0: its mean. ValueError without a posterior."""
+        if samples < 0:
+            raise ValueError(f"samples: {samples}: must be 0 or more; 0 takes the posterior's mean")
         if samples and not self.method.sampled:
             raise ValueError(
                 f"samples: {samples}: {self.method.name} has no posterior to draw from; leave it out, or use a run of "

@@ -13,7 +13,7 @@ import torch
 from abmll.config import ConfigError, Refused, config_from
 from abmll.deploy.adaptation import Support, adapt_side_by_side, make_support
 from abmll.deploy.adapter import AdaptationCard, AdapterCard, BaseCard, RunCard, ShownExample, kept_config
-from abmll.deploy.base import AdaptedBase
+from abmll.deploy.base import BATCH_SIZE, AdaptedBase, Phi
 from abmll.deploy.cross_validation import Fold, make_folds, summarise
 from abmll.deploy.task_model import TaskModel
 from abmll.files import file_digest
@@ -22,7 +22,7 @@ from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
 from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
-from abmll.tasks.labelled import readable
+from abmll.tasks.labelled import check_spelling, readable
 from abmll.tasks.task import Example
 from abmll.trained_with import refuse_other_base, refuse_other_training
 
@@ -90,11 +90,12 @@ class MetaModel:
         Examples that do not fit in a prompt are left out (`card.adaptation.examples` counts the others).
 
         ValueError for examples that are no task; Diverged, which holds the other tasks' models, where an adaptation's
-        loss is not finite.
+        loss, phi or predictions are not finite.
         """
         if (steps is not None and steps < 1) or folds < 0 or folds == 1:
             raise ValueError(f"steps: {steps}, folds: {folds}: steps are at least 1, and folds 0 or at least 2")
-        given = {name: self._fitting(as_examples(examples, name), name) for name, examples in tasks.items()}
+        fitting = {name: self._fitting(as_examples(examples, name), name) for name, examples in tasks.items()}
+        given = {name: examples for name, (examples, _) in fitting.items()}
         supports = {name: make_support(self.base, name, examples, steps) for name, examples in given.items()}
         parts = {name: make_folds(self.base, name, given[name], folds, supports[name].steps) for name in given}
         jobs: list[tuple[str, Fold | None]] = [(name, fold) for name in given for fold in (*parts[name], None)]
@@ -110,16 +111,22 @@ class MetaModel:
         found: dict[str, TaskModel] = {}
         before = {name: self._before(supports[name], given[name]) for name in given if parts[name]}
         held_out: dict[str, list[Predictions]] = {name: [] for name in given}
-        diverged: dict[str, list[float]] = {}
+        diverged: dict[str, str] = {}
         for number, slot, loss in adapt_side_by_side(self.base, wanted, count):
             name, fold = jobs[number]
-            if not all(map(math.isfinite, loss)):
-                diverged.setdefault(name, loss)
+            # one batch of its own examples tells whether the phi of all examples predicts at all
+            phi, asked = self.base.taken(slot), given[name][:BATCH_SIZE] if fold is None else fold.held_out
+            if problem := _not_finite(loss, phi):
+                diverged.setdefault(name, problem)
+                continue
+            own = self._predict(name, asked, wanted[number], slot, len(held_out[name]))
+            if not own.finite().all():
+                diverged.setdefault(name, "its predictions after the last step")
             elif fold is None:
-                card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss)
-                found[name] = TaskModel(self.base, self.base.taken(slot), card)
+                card = self._card(supports[name], _options_of(given[name]), len(given[name]), loss, fitting[name][1])
+                found[name] = TaskModel(self.base, phi, card)
             else:
-                held_out[name].append(self._predict_fold(name, fold, slot, len(held_out[name])))
+                held_out[name].append(own)
         for name, own in held_out.items():
             if own and name not in diverged:
                 scores = {"cross_validation": summarise(concatenate(own), len(own)), "before_adaptation": before[name]}
@@ -143,13 +150,13 @@ class MetaModel:
         card = self._card(support, _options_of(examples), len(examples), [])
         return asdict(TaskModel(self.base, None, card).evaluate(examples))
 
-    def _predict_fold(self, task: str, fold: Fold, slot: int, number: int) -> Predictions:
-        examples = [example.behind(fold.support.shown) for example in fold.held_out]
-        prompts = self.base.prompter.encode(examples)
+    def _predict(self, task: str, asked: Sequence[Example], support: Support, slot: int, number: int) -> Predictions:
+        """By the phi that stands in a slot, which was adapted to `support`; `number`: of the task's adaptations."""
+        prompts = self.base.prompter.encode([example.behind(support.shown) for example in asked])
         return self.base.predictor().predict(self.base.method, ("held out", task, number), prompts, slot)
 
-    def _fitting(self, examples: Sequence[Example], task: str) -> list[Example]:
-        """Those that fit in a prompt."""
+    def _fitting(self, examples: Sequence[Example], task: str) -> tuple[list[Example], int]:
+        """Those that fit in a prompt, and how many of them lose a part to it."""
         prompts = self.base.prompter.encode(examples)
         found = [example for example, prompt in zip(examples, prompts, strict=True) if prompt is not None]
         if len({example.output for example in found}) < 2 and len({example.options for example in found}) < 2:
@@ -157,9 +164,16 @@ class MetaModel:
                 f"task {task}: {len(found)} of {len(examples)} examples fit in tasks.max_tokens: "
                 f"{self.base.config.tasks.max_tokens}, and they have one label; raise the key"
             )
-        return found
+        return found, sum(prompt.truncated for prompt in prompts if prompt is not None)
 
-    def _card(self, support: Support, options: tuple[str, ...] | None, examples: int, loss: list[float]) -> AdapterCard:
+    def _card(
+        self,
+        support: Support,
+        options: tuple[str, ...] | None,
+        examples: int,
+        loss: list[float],
+        truncated: int = 0,
+    ) -> AdapterCard:
         config = self.base.config
         return AdapterCard(
             task=support.task,
@@ -167,7 +181,11 @@ class MetaModel:
             base=BaseCard(name=config.model.name, revision=config.model.revision, fingerprint=self.base.fingerprint),
             run=self.run,
             adaptation=AdaptationCard(
-                examples=examples, steps=support.steps, batch_size=self.base.learner.batch_size, loss=loss
+                examples=examples,
+                truncated=truncated,
+                steps=support.steps,
+                batch_size=self.base.learner.batch_size,
+                loss=loss,
             ),
             demonstrations=[
                 ShownExample(input=shown.input, options=list(shown.options), output=shown.output)
@@ -182,7 +200,8 @@ class MetaModel:
 def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task") -> list[Example]:
     """(text, label) pairs as Examples whose options are all labels, in alphabetical order.
 
-    ValueError where they are no task: no examples, one label, more than 26, or a text or label that is none.
+    ValueError where they are no task: no examples, one label, more than 26, one that is written in two ways, or a text
+    or label that is none.
     """
     where = f"task {task}"
     if not examples:
@@ -194,6 +213,7 @@ def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task
     options: tuple[str, ...] = tuple(sorted({label for _, label in pairs}))
     if pairs and len(options) == 1:
         raise ValueError(f"{where}: every label is {options[0]!r}: a task needs examples of two labels or more")
+    check_spelling(options, where)
     found = [one if isinstance(one, Example) else Example(one[0], options, one[1]) for one in examples]
     for example in found:
         check_options(example.options, where)
@@ -209,14 +229,23 @@ def _options_of(examples: Sequence[Example]) -> tuple[str, ...] | None:
 
 
 class Diverged(Refused):
-    """Adaptations whose loss was not finite; `models`: those of the other tasks."""
+    """Adaptations that ended in NaN or Inf, and in what by task; `models`: those of the other tasks."""
 
-    def __init__(self, losses: Mapping[str, list[float]], models: dict[str, TaskModel]):
-        lines = [f"task {task}: adaptation: the loss by step is {loss}" for task, loss in losses.items()]
+    def __init__(self, problems: Mapping[str, str], models: dict[str, TaskModel]):
+        lines = [f"task {task}: adaptation: {problem}" for task, problem in problems.items()]
         super().__init__(
             "; ".join(lines) + ": not finite; lower method.test_lr (method.test_lr=... behind the command)"
         )
         self.models = models
+
+
+def _not_finite(loss: Sequence[float], phi: Phi) -> str | None:
+    """What of an adaptation is not finite. A loss is taken before its step, so that phi tells of the last one."""
+    if not all(map(math.isfinite, loss)):
+        return f"the loss by step is {list(loss)}"
+    if not all(bool(value.isfinite().all()) for value in phi.values()):
+        return f"phi after the last step, the loss before each being {list(loss)}"
+    return None
 
 
 def _json(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
+from abmll.deploy.truncation import told_truncated
 from abmll.files import write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
@@ -56,15 +57,20 @@ def predict(
     first = next(chunks, None)  # a file that cannot be read costs no output
     chunks = chunks if first is None else chain([first], chunks)
     written = abstained = 0
+    cut, last_cut = 0, None
     with _output(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
         for line in predicted_lines(models, names, chunks, columns, samples, calibrated, abstain):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_as_json(line) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
+            if line.get("truncated") and line["row"] != last_cut:  # by several adapters it is one text
+                cut, last_cut = cut + 1, line["row"]
             bar.update()
             if written % CHUNK == 0 or source == "-":
                 file.flush()
     left_out = f", the label left out of {abstained:,}" if abstain is not None else ""
     print(f"{written:,} predictions{left_out}", file=sys.stderr)
+    if cut:
+        _tell_truncated(models[0], cut, written // len(models))
 
 
 def predicted_lines(
@@ -159,7 +165,7 @@ def suggest(
     else:
         own = load_task_models([str(adapter)], moved_to(model), device)[0]
     for place in own.suggest(_questions(own, rows, columns), count, samples):
-        print(json.dumps({"row": place, **rows[place].fields}, ensure_ascii=False))
+        print(_as_json({"row": place, **_no_nan(rows[place].fields)}))
 
 
 def evaluate_adapter(
@@ -181,14 +187,17 @@ def evaluate_adapter(
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path}: {Path(path).parent} is no folder; make it, or name another file")
     own = load_task_models([adapter], moved_to(model), device)[0]
-    found = own.predictions(read_labelled(source, columns, own.options or ()), samples, calibrated)
+    examples = read_labelled(source, columns, own.options or ())
+    found = own.predictions(examples, samples, calibrated)
     values = {**asdict(score(found)), **asdict(uncertainty(found))}
     print(
         "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
     )
+    if truncated := sum(own.truncated(examples)):
+        _tell_truncated(own, truncated, len(examples))
     if output:
-        told = {name: None if math.isnan(value) else value for name, value in values.items()}
-        write_whole(Path(output), json.dumps(told, indent=1))
+        told = {name: None if not math.isfinite(value) else value for name, value in values.items()}
+        write_whole(Path(output), json.dumps(told, indent=1, allow_nan=False))
     if diagram:
         _draw(found, own.name, diagram)
 
@@ -200,7 +209,7 @@ def _draw(found: Predictions, name: str, path: str) -> None:
     from abmll.compare.plots import reliability
 
     confidence, choice = (column.numpy() for column in found.options.max(dim=1))
-    examples = {"label": name, "confidence": confidence, "correct": choice == found.label.numpy()}
+    examples = {"label": name, "run": name, "confidence": confidence, "correct": choice == found.label.numpy()}
     reliability(pd.DataFrame(examples)).savefig(path)
 
 
@@ -222,7 +231,26 @@ def _line(number: int, name: str | None, text: str, found: Prediction, abstain: 
     if abstain is not None:
         line["abstained"] = found.confidence < abstain
         line["label"] = None if line["abstained"] else found.label
+    if not line["truncated"]:  # told where it is so
+        del line["truncated"]
     return {key: value for key, value in line.items() if value is not None or key == "label"}
+
+
+def _tell_truncated(own: TaskModel, count: int, texts: int) -> None:
+    print(told_truncated(count, texts, own.base.config.tasks.max_tokens), file=sys.stderr)
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+
+
+def _no_nan(value: Any) -> Any:
+    """A user's row as JSON can hold it: Python reads NaN and Infinity, and few others do."""
+    if isinstance(value, dict):
+        return {name: _no_nan(own) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _output(path: str | None) -> AbstractContextManager[TextIO]:

@@ -28,7 +28,8 @@ class Prediction:
     """Of one text. `probabilities` of the options sum to 1; `entropy` is theirs, in nats.
 
     Over posterior samples, None without: `variance` of an option's probability, the mean over the options, and
-    `mutual_information`, the entropy of the average less the average entropy, in nats.
+    `mutual_information`, the entropy of the average less the average entropy, in nats. `truncated`: the text lost its
+    middle to tasks.max_tokens.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Prediction:
     entropy: float
     variance: float | None = None
     mutual_information: float | None = None
+    truncated: bool = False
 
 
 class TaskModel:
@@ -62,13 +64,15 @@ class TaskModel:
 
         `samples`: of the posterior, whose predictions are averaged; 0: its mean. `calibrated`: at the temperature
         that cross-validation found for predictions by the mean; variance and mutual information stay as they are at
-        T = 1. ValueError where a text has no options, does not fit, or there is no such thing.
+        T = 1. ValueError where a text has no options, does not fit, or there is no such thing, and where a prediction
+        is not finite.
         """
         examples = self._all_asked(texts)
         if not examples:
             return []
-        found = self._predictions(examples, samples, calibrated)
-        return [self._told(example, found, place) for place, example in enumerate(examples)]
+        prompts = self._prompts(examples)
+        found = self._predictions(prompts, samples, calibrated)
+        return [self._told(examples[place], found, place, prompt.truncated) for place, prompt in enumerate(prompts)]
 
     def evaluate(self, examples: Sequence[Example], samples: int = 0, calibrated: bool = False) -> Scores:
         """Scores of labelled examples as one set. ValueError as `predict`, and where there are none."""
@@ -78,12 +82,17 @@ class TaskModel:
         """What `evaluate` scores, for whatever else is asked of it (`abmll.uncertainty`)."""
         if not examples:
             raise ValueError(f"task {self.name}: no examples to score; give at least one")
-        return self._predictions(self._all_asked(examples), samples, calibrated)
+        return self._predictions(self._prompts(self._all_asked(examples)), samples, calibrated)
+
+    def truncated(self, texts: Sequence[str | Example]) -> list[bool]:
+        """Whether each text loses its middle to tasks.max_tokens. ValueError as `predict`."""
+        return [prompt.truncated for prompt in self._prompts(self._all_asked(texts))]
 
     def suggest(self, texts: Sequence[str | Example], count: int = 4, samples: int = 0) -> list[int]:
         """Places of the `count` texts that are most worth a label, the most uncertain first.
 
-        By the variance over posterior samples, or without samples by the entropy of the prediction.
+        By the variance over posterior samples, or without samples by the entropy of the prediction. ValueError as
+        `predict`.
         """
         if samples == 1:
             raise ValueError("samples: 1: one sample has no variance; take two or more, or 0 for the entropy")
@@ -95,7 +104,7 @@ class TaskModel:
         stream = ("candidate", self.name, self.card.adaptation.steps)
         chosen = choose(
             prompts,
-            lambda candidates: predictor.predict(self.base.method, stream, candidates),
+            lambda candidates: self._sound(predictor.predict(self.base.method, stream, candidates)),
             count,
             "variance" if samples else "entropy",
         )
@@ -117,11 +126,22 @@ class TaskModel:
         export_adapter(self, folder, format)
         return Path(folder)
 
-    def _predictions(self, examples: Sequence[Example], samples: int, calibrated: bool) -> Predictions:
+    def _predictions(self, prompts: Sequence[PromptedExample], samples: int, calibrated: bool) -> Predictions:
         self.base.show(self.phi)
         stream = ("prediction", self.name, self.card.adaptation.steps)
-        found = self.base.predictor(samples).predict(self.base.method, stream, self._prompts(examples))
+        found = self._sound(self.base.predictor(samples).predict(self.base.method, stream, prompts))
         return found.tempered(self._temperature()) if calibrated else found
+
+    def _sound(self, found: Predictions) -> Predictions:
+        """The predictions. ValueError where one is not finite."""
+        finite = found.finite()
+        if not finite.all():
+            remedy = "adapt again with a lower method.test_lr" if self.phi is not None else "use another run"
+            raise ValueError(
+                f"task {self.name}: predictions: {int((~finite).sum()):,} of {len(finite):,} are not finite, as where "
+                f"{'phi' if self.phi is not None else 'theta'} diverged; {remedy}"
+            )
+        return found
 
     def _all_asked(self, texts: Sequence[str | Example]) -> list[Example]:
         if isinstance(texts, str):
@@ -157,7 +177,7 @@ class TaskModel:
         return temperature
 
     @staticmethod
-    def _told(example: Example, found: Predictions, place: int) -> Prediction:
+    def _told(example: Example, found: Predictions, place: int, truncated: bool) -> Prediction:
         row = found.take(torch.tensor([place]))
         values = row.options[0, : len(example.options)].tolist()
         best = max(range(len(values)), key=values.__getitem__)
@@ -169,6 +189,7 @@ class TaskModel:
             entropy=float(row.entropy()),
             variance=float(row.variance) if sampled else None,
             mutual_information=float(row.mutual_information) if sampled else None,
+            truncated=truncated,
         )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +50,12 @@ class Row(NamedTuple):
     def label(self, columns: Columns) -> str:
         """A number or a truth value as JSON writes it. ValueError where the row has none."""
         label = self._value(columns.label, LABELS, "label")
-        if isinstance(label, bool | int | float):
+        if isinstance(label, bool | int) or (isinstance(label, float) and math.isfinite(label)):
             return json.dumps(label)
-        if not isinstance(label, str) or not label.strip():
-            raise ValueError(f"{self.where}: the label is {label!r}: it must be a text or a number; remove the row")
+        if not isinstance(label, str) or not label.strip():  # NaN is how pandas writes that there is none
+            raise ValueError(
+                f"{self.where}: the label is {label!r}: it must be a text or a finite number; remove the row"
+            )
         return readable(label, self.where)
 
     def options(self) -> tuple[str, ...] | None:
@@ -127,7 +131,34 @@ def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> 
             f"{path}: {len(labels)} different labels in column {columns.label or ' or '.join(LABELS)}: a question has "
             f"at most {len(LETTERS)} options; name the right column with --label"
         )
+    check_spelling(labels, str(path))
     return labels
+
+
+def check_spelling(labels: Iterable[str], where: str) -> None:
+    """ValueError, opening with `where`, for two labels that only differ in case, spaces around them or Unicode form.
+
+    Most often they are one label that was typed in two ways, and would be two options of one meaning.
+    """
+    seen: dict[str, str] = {}
+    for label in labels:
+        composed = unicodedata.normalize("NFC", label)
+        other = seen.setdefault(unicodedata.normalize("NFC", composed.strip().casefold()), label)
+        if other != label:
+            same = unicodedata.normalize("NFC", other) == composed  # repr would show them alike
+            told = [ascii(one) if same else repr(one) for one in (other, label)]
+            raise ValueError(
+                f"{where}: labels {' and '.join(told)} differ in {'Unicode form' if same else 'case or spaces'} alone: "
+                "write one of them throughout, or rename one that means something else"
+            )
+
+
+def contradictions(examples: Iterable[Example]) -> int:
+    """How many questions occur with more than one answer."""
+    answers: dict[tuple[str, frozenset[str]], set[str]] = defaultdict(set)
+    for example in examples:
+        answers[example.input, frozenset(example.options)].add(example.output)
+    return sum(len(found) > 1 for found in answers.values())
 
 
 def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:

@@ -77,6 +77,44 @@ def test_a_diverging_adaptation_is_refused(run):
         meta.adapt(EXAMPLES, "moods", folds=0)
 
 
+def test_phi_is_looked_at_after_the_last_step(meta, monkeypatch):
+    """The losses are taken before each step, and are all finite here."""
+    from abmll.deploy import meta_model
+
+    made = meta_model.adapt_side_by_side
+
+    def diverging(base, supports, tell):
+        for number, slot, loss in made(base, supports, tell):
+            if supports[number].task == "bad":
+                next(iter(base.adapters.phi.values())).data[slot] = math.inf
+            yield number, slot, loss
+
+    monkeypatch.setattr(meta_model, "adapt_side_by_side", diverging)
+    wanted = r"task bad: adaptation: phi after the last step, .*: not finite; lower method\.test_lr"
+    for folds in (0, 2):
+        with pytest.raises(meta_model.Diverged, match=wanted) as error:
+            meta.adapt_all({"bad": EXAMPLES, "fine": EXAMPLES}, folds=folds)
+        assert error.value.models.keys() == {"fine"}
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_a_phi_that_predicts_nothing_is_refused(meta, monkeypatch, folds):
+    """Every number of phi is finite; what is computed with them is not."""
+    from abmll.deploy import meta_model
+
+    made = meta_model.adapt_side_by_side
+
+    def diverging(base, supports, tell):
+        for number, slot, loss in made(base, supports, tell):
+            for value in base.adapters.phi.values():
+                value.data[slot] = 1e30
+            yield number, slot, loss
+
+    monkeypatch.setattr(meta_model, "adapt_side_by_side", diverging)
+    with pytest.raises(meta_model.Diverged, match=r"its predictions after the last step: not finite; lower"):
+        meta.adapt(EXAMPLES, "moods", folds=folds)
+
+
 def test_one_tasks_divergence_leaves_the_others(meta, monkeypatch):
     """As `adapt_all` sees it: the loss of one task is NaN."""
     from abmll.deploy import meta_model
@@ -151,6 +189,7 @@ def test_the_interval_is_wilsons():
     [
         ([("a", "good"), ("b", "good")], "every label is 'good'"),
         ([], "no examples"),
+        ([("a", "good"), ("b", "Good"), ("c", "bad")], "task task: labels 'Good' and 'good' differ in case"),
         ([("a", 1), ("b", 2)], r"is no \(text, label\), two strings"),
         ([("a", str(number)) for number in range(30)], "30 options: more than the 26"),
         ([Example("a", ("x", "y"), "z")] * 2, "output 'z' is not among"),

@@ -57,6 +57,23 @@ def test_adapt_writes_what_the_library_makes(call, run, data, adapted, tmp_path)
     assert (tmp_path / "new" / "adapter.safetensors").stat().st_size > 1000
 
 
+def test_adapt_tells_texts_of_several_labels(call, run, data, tmp_path):
+    data.write_text(data.read_text() + "\n" + json.dumps({"text": EXAMPLES[0][0], "label": OPTIONS[1]}))
+    status, out, err = call("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0)
+    assert status == 0, err
+    assert "note            1 text with more than one label: correct the wrong one" in out
+
+
+def test_adapt_says_why_nothing_is_known(call, run, data, tmp_path):
+    arguments = ("--run", run, "--data", data, "--out", tmp_path / "new")
+    _, out, _ = call("adapt", *arguments, "--folds", 0)
+    assert "expect          unknown: no cross-validation (--folds 0)" in out
+    data.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in OPTIONS * 2))
+    status, out, err = call("adapt", *arguments)
+    assert status == 0, err
+    assert "expect          unknown: no cross-validation (all examples ask one question, and none is left to" in out
+
+
 def test_adapt_takes_a_folder_of_tasks(call, run, data, tmp_path):
     (tmp_path / "tasks").mkdir()
     for name in ("one", "two"):
@@ -99,6 +116,32 @@ def test_predict_abstains_samples_and_takes_several_adapters(call, adapter, text
     for line in found:
         assert (line["label"] is None) == line["abstained"] == (line["confidence"] < sure)
     assert sum(line["abstained"] for line in found if line["adapter"] == "moods") == 1
+
+
+def test_texts_that_were_cut_are_told(call, run, adapter, data, tmp_path):
+    """In the lines of those alone, and at the end of every command that reads them."""
+    long = {"text": "long " * 400, "label": "good"}
+    data.write_text(data.read_text() + "\n" + json.dumps(long))
+    told = "1 of 7 texts were cut to tasks.max_tokens: 320"
+    status, out, err = call("predict", "--adapter", adapter, "--adapter", adapter, "--input", data)
+    assert status == 0 and err.splitlines()[-1] == told, err
+    found = [json.loads(line).get("truncated") for line in out.splitlines()]
+    assert found == [None] * 12 + [True] * 2
+    status, _, err = call("evaluate", "--adapter", adapter, "--data", data)
+    assert status == 0 and err.splitlines()[-1] == told, err
+    status, out, err = call("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0)
+    assert status == 0 and f"cut             {told}" in out, err
+    assert json.loads((tmp_path / "new/card.json").read_text())["adaptation"]["truncated"] == 1
+
+
+def test_texts_that_fit_are_not_told(call, run, adapter, data, tmp_path):
+    for command, *arguments in (
+        ("predict", "--adapter", adapter, "--input", data),
+        ("evaluate", "--adapter", adapter, "--data", data),
+        ("adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0),
+    ):
+        status, out, err = call(command, *arguments)
+        assert status == 0 and "cut" not in out + err and "truncated" not in out
 
 
 def test_predict_streams_standard_input(call, adapter, monkeypatch):
@@ -146,6 +189,26 @@ def test_suggest_prints_the_rows(call, adapter, adapted, run, texts):
     assert json.loads(out.splitlines()[0])["id"] in ("0", "1", "2")
     status, out, _ = call("suggest", "--run", run, "--options", "bad", "good", "--input", texts, "--count", 1)
     assert status == 0 and len(out.splitlines()) == 1
+
+
+def test_a_users_nan_is_null_in_what_is_suggested(call, adapter, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "score": NaN, "more": [Infinity, {"x": -Infinity, "y": 1.5}]}\n')
+    status, out, err = call("suggest", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
+    assert status == 0, err
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"row": 0, "text": "a", "score": None, "more": [None, {"x": None, "y": 1.5}]}
+
+
+def test_an_adapter_of_nan_labels_nothing(call, adapted, data, texts, tmp_path):
+    phi = {name: value * float("nan") for name, value in adapted.phi.items()}
+    broken = TaskModel(adapted.base, phi, adapted.card).save(tmp_path / "broken")
+    for command, *arguments in (
+        ("predict", "--input", texts, "--abstain", 0.9),
+        ("evaluate", "--data", data),
+        ("suggest", "--input", texts),
+    ):
+        status, out, err = call(command, "--adapter", broken, *arguments)
+        assert status == 2 and not out and "lower method.test_lr" in err and err.count("error:") == 1
 
 
 def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
@@ -233,6 +296,7 @@ def test_a_file_of_one_label_can_be_scored(call, adapter, tmp_path):
         ("predict", ("--adapter", "a", "--input", "-", "--abstain", "2"), "--abstain: 2.0: is a probability"),
         ("suggest", ("--run", "r", "--input", "-"), "--options: goes with --run"),
         ("suggest", ("--adapter", "a", "--input", "-", "--samples", "1"), "--samples: 0, or at least 2"),
+        ("evaluate", ("--adapter", "a", "--data", "d", "--samples", "-3"), "error: --samples: -3: must be 0 or more"),
         ("evaluate", ("--adapter", "a"), "--data: name the labelled file"),
         ("evaluate", ("--adapter", "a", "--data", "d", "eval.samples=2"), "overrides: does not go with --adapter"),
         ("evaluate", ("--run", "r", "--samples", "2"), "samples: does not go with --run"),

@@ -26,7 +26,8 @@ SIGNATURES = {
     "load_task_models": "(folders: 'Sequence[str | Path]', overrides: 'Sequence[str]' = (),"
     " device: 'str | torch.device | None' = None) -> 'list[TaskModel]'",
     "Prediction": "(label: 'str', confidence: 'float', probabilities: 'dict[str, float]', entropy: 'float',"
-    " variance: 'float | None' = None, mutual_information: 'float | None' = None) -> None",
+    " variance: 'float | None' = None, mutual_information: 'float | None' = None,"
+    " truncated: 'bool' = False) -> None",
     "Example": "(input: 'str', options: 'tuple[str, ...]', output: 'str', demonstrations: 'tuple[Example, ...]' = ())"
     " -> None",
 }

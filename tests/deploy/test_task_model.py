@@ -74,6 +74,32 @@ def test_suggested_are_the_least_sure(adapted):
     assert sorted(adapted.suggest(TEXTS, count=9, samples=4)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("adapted_to", ["phi", "theta"])
+def test_a_prediction_that_is_none_is_refused(meta, adapted, monkeypatch, adapted_to):
+    """An adapter whose phi diverged, from before that was looked at; a theta that did."""
+    broken = TaskModel(adapted.base, {name: value * math.nan for name, value in adapted.phi.items()}, adapted.card)
+    remedy = r"adapt again with a lower method\.test_lr"
+    if adapted_to == "theta":
+        broken, remedy = meta.unadapted(OPTIONS), "use another run"
+        nan = {name: torch.full_like(value, math.nan) for name, value in meta.base.adapters.phi.items()}
+        monkeypatch.setattr(meta.base, "show", lambda phi: [meta.base.adapters.phi[n].copy_(v) for n, v in nan.items()])
+    for ask in (
+        lambda: broken.predict(TEXTS),
+        lambda: broken.predict(TEXTS, samples=2),
+        lambda: broken.evaluate([Example(text, OPTIONS, "bad") for text in TEXTS]),
+        lambda: broken.suggest(TEXTS),
+        lambda: broken.suggest(TEXTS, samples=2),
+    ):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=rf"3 of 3 are not finite, .*{adapted_to} div.*; {remedy}"),
+        ):
+            ask()
+    monkeypatch.undo()
+    meta.base.forget()
+    adapted.predict(TEXTS)
+
+
 def test_a_point_estimate_has_no_samples(tmp_path, build_tiny):
     tiny = build_tiny(method={"name": "reptile"})
     model = MetaModel.load(save_run(tiny, tmp_path), device="cpu").adapt(EXAMPLES, folds=0)
@@ -87,6 +113,11 @@ def test_what_does_not_fit_is_named(run):
     model = meta.adapt(EXAMPLES, folds=0)
     with pytest.raises(ValueError, match=r"does not fit in tasks\.max_tokens: 320"):
         model.predict(["long " * 400])
+
+
+def test_a_text_that_lost_a_part_says_so(adapted):
+    texts = ["No.", "long " * 400]
+    assert [one.truncated for one in adapted.predict(texts)] == adapted.truncated(texts) == [False, True]
 
 
 def test_saved_and_loaded_it_predicts_the_same(adapted, tmp_path):
@@ -202,6 +233,8 @@ def test_a_full_disk_leaves_nothing_half(adapted, tmp_path, monkeypatch):
         (lambda model: model.predict([chr(0xD800)]), "half a surrogate pair"),
         (lambda model: model.predict([Example("a", ("b",), "b")]), "1 option"),
         (lambda model: model.suggest(["a", "b"], samples=1), "one sample has no variance"),
+        (lambda model: model.predict(["a"], samples=-3), "^samples: -3: must be 0 or more; 0 takes"),
+        (lambda model: model.suggest(["a", "b"], samples=-3), "^samples: -3: must be 0 or more"),
     ],
 )
 def test_mistakes_in_texts_are_told(adapted, call, message):

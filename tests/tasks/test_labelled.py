@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abmll.tasks.checks import LETTERS
-from abmll.tasks.labelled import Columns, draw, read_labelled, read_rows, task_files
+from abmll.tasks.labelled import Columns, contradictions, draw, read_labelled, read_rows, task_files
 from abmll.tasks.task import Example
 
 
@@ -64,6 +64,9 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
         ("t.jsonl", '{"text": "a"}', "no column label or output; .* --label"),
         ("t.jsonl", '{"text": 3, "label": "b"}', "the text is 3, a int: it must be a string"),
         ("t.jsonl", '{"text": "a", "label": null}', "the label is None"),
+        ("t.jsonl", '{"text": "a", "label": NaN}', "the label is nan: it must be a text or a finite number; remove"),
+        ("t.jsonl", '{"text": "a", "label": -Infinity}', "the label is -inf"),
+        ("t.jsonl", '{"text": "a", "label": 1e999}', "the label is inf"),
         ("t.jsonl", '{"text": "a", "label": " "}', "the label is ' '"),
         ("t.jsonl", '{"text": "a", "label": ["b"]}', r"the label is \['b'\]"),
         ("t.jsonl", '{"text": "a\\ud800", "label": "b"}', "half a surrogate pair"),
@@ -81,6 +84,40 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
 def test_what_is_wrong_is_named(tmp_path, name, contents, message):
     with pytest.raises(ValueError, match=message):
         read_labelled(write(tmp_path / name, contents))
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (
+            ("Bad", "bad"),
+            r"labels 'Bad' and 'bad' differ in case or spaces alone: write one of them throughout, or rena",
+        ),
+        (("bad", "bad "), "'bad' and 'bad ' differ in case or spaces"),
+        (("\u00a0bad", "bad"), r"'bad' and '\\xa0bad' differ in case or spaces"),
+        (("stra\u00dfe", "STRASSE"), "'STRASSE' and 'straße' differ in case or spaces"),
+        (("caf\u00e9", "cafe\u0301"), r"'cafe\\u0301' and 'caf\\xe9' differ in Unicode form alone"),
+        (("Caf\u00e9", "cafe\u0301 "), "differ in case or spaces"),
+    ],
+)
+def test_one_label_in_two_spellings_is_refused(tmp_path, labels, told):
+    """And not an option of its own."""
+    path = write(tmp_path / "t.jsonl", lines(*({"text": "a", "label": label} for label in (*labels, "good"))))
+    with pytest.raises(ValueError, match=rf"t\.jsonl: labels .*{told.removeprefix('labels ')}"):
+        read_labelled(path)
+
+
+def test_labels_that_differ_otherwise_are_several(tmp_path):
+    path = write(
+        tmp_path / "t.jsonl", lines(*({"text": "a", "label": label} for label in ("not bad", "bad", "b\u00e4d")))
+    )
+    assert len(read_labelled(path)[0].options) == 3
+
+
+def test_questions_with_several_answers_are_counted():
+    one, other = Example("q", ("x", "y"), "x"), Example("q", ("y", "x"), "y")
+    assert contradictions([one, other, one]) == 1
+    assert contradictions([one, one, Example("r", ("x", "y"), "y"), Example("q", ("x", "z"), "z")]) == 0
 
 
 def test_a_missing_file_is_named(tmp_path):
