@@ -14,6 +14,8 @@ from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
 from abmll.config import Refused
 from abmll.files import write_whole
+from abmll.score_files import PREDICTIONS
+from abmll.summary import finished_facts
 
 
 def compare(
@@ -33,23 +35,51 @@ def compare(
         for job in jobs(comparison, {}, extra):
             print(f"{job.folder:<60} {'finished' if runner.finished(job) else ''}")
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     if only != "analysis":
         outcomes = _run(comparison, runner, extra)
-    into = folder / "comparisons" / comparison.name  # runs may serve several comparisons
+    failed = _tell_failures(outcomes)  # first: the analysis may have nothing to show
+    into = _place_of(comparison, folder)
     if not (into / INDEX).is_file():
         raise Refused(f"output: {into}: holds no {INDEX}; run the comparison first")
+    if not _anything_finished(folder, into):
+        raise Refused(f"{into}: none of its runs is finished, so there is nothing to analyse; run the comparison again")
     for written in analyse(folder, into):
         print(written)
+    return 1 if failed else 0
+
+
+def _tell_failures(outcomes: list[Outcome]) -> bool:
+    """A line for each failure, whose log's end was shown when it happened. Whether there are any."""
     failed = [outcome for outcome in outcomes if outcome.problem]
     for outcome in failed:
-        print(f"failed: {outcome.job.folder}: {outcome.problem}", file=sys.stderr)
-    return 1 if failed else 0
+        print(f"failed: {outcome.job.folder}: {outcome.problem.splitlines()[0].rstrip(':')}", file=sys.stderr)
+    return bool(failed)
+
+
+def _anything_finished(folder: Path, into: Path) -> bool:
+    return any(
+        finished_facts(folder / run["folder"]) is not None
+        and any((folder / run["folder"] / scores / PREDICTIONS).is_file() for scores in run["scores"].values())
+        for run in json.loads((into / INDEX).read_text())["runs"]
+    )
+
+
+def _place_of(comparison: Comparison, folder: Path) -> Path:
+    return folder / "comparisons" / comparison.name  # runs may serve several comparisons
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"output: {folder}: cannot be made ({error.strerror}); set another output") from None
+    return folder
 
 
 def _run(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> list[Outcome]:
     outcomes, chosen = [], {}
+    _made(runner.folder)
     if comparison.tune:
         choices, outcomes = choose(comparison, runner, extra)
         chosen = {choice.cell: choice.chosen for choice in choices}
@@ -57,8 +87,7 @@ def _run(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> list
             end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
             print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
     wanted = jobs(comparison, chosen, extra)
-    into = runner.folder / "comparisons" / comparison.name
-    into.mkdir(parents=True, exist_ok=True)
+    into = _made(_place_of(comparison, runner.folder))
     write_whole(into / INDEX, json.dumps(index(comparison, wanted), indent=1))
     return [*outcomes, *runner.run(wanted)]
 

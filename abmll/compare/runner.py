@@ -122,10 +122,13 @@ class Runner:
         place = self._places.get()
         try:
             began = time.monotonic()
-            problem = self._stages(job, place)
+            try:
+                problem = self._stages(job, place)
+            except OSError as error:  # a full disk, a file in the place of a folder: of this run, not of the others
+                problem = f"{self.folder / job.folder}: {error}; make it writable, or set another output"
             if not self._stopped.is_set():
                 took = timedelta(seconds=round(time.monotonic() - began))
-                self.say(f"{job.folder}: {'failed' if problem else 'done'} after {took}")
+                self.say(f"{job.folder}: {f'failed after {took}: {problem}' if problem else f'done after {took}'}")
             return Outcome(job, problem)
         finally:
             self._places.put(place)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from abmll.compare.command import compare
+from abmll.config import Refused
+
 ROOT = Path(__file__).parents[2]
 TEXT = f"""
 name: some
@@ -75,3 +78,34 @@ def test_mistakes_are_told_before_anything_runs(tmp_path):
     assert found.returncode == 2 and "method.nam" in found.stderr and not (tmp_path / "out").exists()
     found = call(*command(tmp_path / "out", "--analysis"))
     assert found.returncode == 2 and "holds no comparison.json; run the comparison first" in found.stderr
+
+
+FAILING = "import sys; sys.exit('it is broken')"
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """compare() with a train.py of its own, which by default fails."""
+
+    def stand_in(*overrides: str, train: str = FAILING, only: str | None = None, text: str = TEXT) -> int:
+        (tmp_path / "train.py").write_text(train)
+        (tmp_path / "some.yaml").write_text(text.replace("OUT", str(tmp_path / "out")))
+        return compare(str(tmp_path / "some.yaml"), list(overrides), tmp_path, 1, 1, only)
+
+    return stand_in
+
+
+def test_where_all_runs_fail_the_reasons_are_told(stand_in, tmp_path, capsys):
+    with pytest.raises(Refused, match="none of its runs is finished"):
+        stand_in()
+    told = capsys.readouterr()
+    assert told.out.count("failed after") == told.out.count("\nit is broken") == 2
+    assert told.err.count("failed: model/tasks/") == told.err.count("exit status 1: ") == 2
+    with pytest.raises(Refused, match="none of its runs is finished"):
+        stand_in(only="analysis")
+
+
+def test_an_output_that_is_no_folder_is_refused(stand_in, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(Refused, match=r"output: .*/out: cannot be made .*; set another output"):
+        stand_in()

@@ -121,11 +121,24 @@ def test_a_failure_is_told_with_its_logs_end_and_stops_no_other(bench):
     outcomes = bench.runner().run(bench.jobs)
     assert [bool(outcome.problem) for outcome in outcomes] == [True, False, True, False]
     assert "it is broken" in outcomes[0].problem and "exit status 1" in outcomes[0].problem
-    assert sum("failed" in line for line in bench.said) == 2
+    told = [line for line in bench.said if "failed after" in line]
+    assert len(told) == 2 and all("it is broken" in line for line in told)
     bench.broken.unlink()
     bench.calls()
     assert not any(outcome.problem for outcome in bench.runner().run(bench.jobs))
     assert bench.calls() == ["train lora seed=0 7", "train lora seed=1 7"]
+
+
+def test_what_a_folder_does_not_allow_stops_no_other_run(bench):
+    lora, abmll = (bench.folder / "out" / job.folder for job in bench.jobs[:2])
+    for place in (lora, abmll / "lock"):
+        place.mkdir(parents=True)
+    lora.rmdir()
+    lora.touch()  # a file in the place of a folder; a folder in the place of the lock
+    outcomes = bench.runner().run(bench.jobs)
+    assert [bool(outcome.problem) for outcome in outcomes] == [True, True, False, False]
+    for place, outcome in zip((lora, abmll), outcomes, strict=False):
+        assert str(place) in outcome.problem and "set another output" in outcome.problem
 
 
 def test_a_folder_of_another_run_is_refused(bench):
