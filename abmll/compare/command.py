@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import PLAIN, Comparison, Job, jobs, load_comparison
+from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, load_comparison
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
@@ -37,7 +37,14 @@ def compare(
         return 0
     outcomes: list[Outcome] = []
     if only != "analysis":
-        outcomes = _run(comparison, runner, extra)
+        _made(folder)
+        chosen, outcomes = _chosen(comparison, runner, extra)
+        if chosen is None:
+            _tell_failures(outcomes)
+            remedy = "call again for these alone, or take out of tune.grid what cannot be trained"
+            print(f"tune: nothing is chosen while tries are missing; {remedy}", file=sys.stderr)
+            return 1
+        outcomes += _run(comparison, runner, chosen, extra)
     failed = _tell_failures(outcomes)  # first: the analysis may have nothing to show
     into = _place_of(comparison, folder)
     if not (into / INDEX).is_file():
@@ -77,19 +84,28 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _run(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> list[Outcome]:
-    outcomes, chosen = [], {}
-    _made(runner.folder)
-    if comparison.tune:
-        choices, outcomes = choose(comparison, runner, extra)
-        chosen = {choice.cell: choice.chosen for choice in choices}
-        for choice in choices:
-            end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
-            print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
+def _chosen(
+    comparison: Comparison, runner: Runner, extra: tuple[str, ...]
+) -> tuple[dict[Cell, Overrides] | None, list[Outcome]]:
+    """Each cell's settings, and what became of the tries; None where one failed."""
+    if not comparison.tune:
+        return {}, []
+    choices, outcomes = choose(comparison, runner, extra)
+    if choices is None:
+        return None, outcomes
+    for choice in choices:
+        end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
+        print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
+    return {choice.cell: choice.chosen for choice in choices}, outcomes
+
+
+def _run(
+    comparison: Comparison, runner: Runner, chosen: dict[Cell, Overrides], extra: tuple[str, ...]
+) -> list[Outcome]:
     wanted = jobs(comparison, chosen, extra)
     into = _made(_place_of(comparison, runner.folder))
     write_whole(into / INDEX, json.dumps(index(comparison, wanted), indent=1))
-    return [*outcomes, *runner.run(wanted)]
+    return runner.run(wanted)
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:

@@ -124,6 +124,8 @@ class Runner:
             began = time.monotonic()
             try:
                 problem = self._stages(job, place)
+                if problem is None and not self.finished(job):
+                    problem = f"{self.folder / job.folder}: its commands ended, and not all of its scores are there"
             except OSError as error:  # a full disk, a file in the place of a folder: of this run, not of the others
                 problem = f"{self.folder / job.folder}: {error}; make it writable, or set another output"
             if not self._stopped.is_set():

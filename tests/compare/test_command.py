@@ -105,6 +105,15 @@ def test_where_all_runs_fail_the_reasons_are_told(stand_in, tmp_path, capsys):
         stand_in(only="analysis")
 
 
+def test_failed_tries_start_no_runs(stand_in, tmp_path, capsys):
+    text = TEXT.replace("tiny.yaml", "cls23.yaml").replace(", tasks.builtin.test_tasks: 3", "")
+    tune = "tune: {tasks: [glue-sst2], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
+    assert stand_in(text=text + tune) == 1
+    told = capsys.readouterr()
+    assert told.err.count("failed: tuning/model/tasks/lora/try-") == 2 and "nothing is chosen" in told.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tuning"]
+
+
 def test_an_output_that_is_no_folder_is_refused(stand_in, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(Refused, match=r"output: .*/out: cannot be made .*; set another output"):

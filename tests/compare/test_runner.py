@@ -129,6 +129,11 @@ def test_a_failure_is_told_with_its_logs_end_and_stops_no_other(bench):
     assert bench.calls() == ["train lora seed=0 7", "train lora seed=1 7"]
 
 
+def test_commands_that_leave_no_scores_have_failed(bench):
+    (bench.folder / "train.py").write_text("")
+    assert all("not all of its scores are there" in outcome.problem for outcome in bench.runner().run(bench.jobs[:1]))
+
+
 def test_what_a_folder_does_not_allow_stops_no_other_run(bench):
     lora, abmll = (bench.folder / "out" / job.folder for job in bench.jobs[:2])
     for place in (lora, abmll / "lock"):
