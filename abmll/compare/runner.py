@@ -55,8 +55,14 @@ class Runner:
         say: Callable[[str], None] = print,
     ):
         """`folder`: the comparison's; `launch`: where train.py and evaluate.py lie."""
+        for option, number in (("--workers", workers), ("--ranks", ranks)):
+            if number is not None and number < 1:
+                raise Refused(f"{option}: {number}: must be at least 1; leave it out for the default")
         self.gpus = visible_gpus()
-        self.workers = workers or max(1, len(self.gpus or range(os.cpu_count() or 1)) // ranks)
+        if self.gpus and ranks > len(self.gpus):
+            visible = f"{len(self.gpus)} visible GPUs ({','.join(self.gpus)})"
+            raise Refused(f"--ranks: {ranks}: each needs a GPU of its own, of {visible}; take at most {len(self.gpus)}")
+        self.workers = workers or max(1, (len(self.gpus) or usable_cores()) // ranks)
         self.config, self.folder, self.launch, self.ranks, self.say = config, folder, launch, ranks, say
         self._places: queue.Queue[int] = queue.Queue()
         for place in range(self.workers):
@@ -161,7 +167,7 @@ class Runner:
 
     def _command(self, name: str, arguments: list[str], log: Path, place: int, lock: IO) -> str | None:
         """Runs a command with its output in `log`; the log's end if it fails."""
-        cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
+        cores, threads = usable_cores(), os.environ.get("OMP_NUM_THREADS")
         environment = {**os.environ, "OMP_NUM_THREADS": threads or str(max(1, cores // self.workers // self.ranks))}
         command = [*self._start(place, environment), str(self.launch / name), *arguments]
         with log.open("a") as stream:
@@ -191,6 +197,13 @@ class Runner:
         # with a number given, the launcher would forget which GPUs are visible
         number = [] if self.gpus else ["--num_accelerators", str(self.ranks)]
         return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
+
+
+def usable_cores() -> int:
+    """Those of this process: a scheduler, a container or taskset may have given it fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

@@ -209,5 +209,33 @@ def test_every_gpu_gets_its_share(bench, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert starts(runner())[1] == ["2", "5"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert runner().workers == os.cpu_count() and starts(runner())[1] == [None] * os.cpu_count()
+    monkeypatch.setattr("abmll.compare.runner.usable_cores", lambda: 3)
+    assert runner().workers == 3 and starts(runner())[1] == [None] * 3
     assert "--num_accelerators" in starts(runner(ranks=2, workers=1))[0][0]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_cores_that_the_process_may_not_use_get_no_runs(bench):
+    code = "from abmll.compare.runner import *; print(Runner('c', Path('f'), Path('l')).workers)"
+    one = min(os.sched_getaffinity(0))
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: os.sched_setaffinity(0, {one}),
+    )  # fmt: skip
+    assert found.stdout.strip() == "1", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"workers": 0}, "--workers: 0: must be at least 1"),
+        ({"workers": -2}, "--workers: -2: must be at least 1"),
+        ({"ranks": 0}, "--ranks: 0: must be at least 1"),
+        ({"ranks": 3}, r"--ranks: 3: each needs a GPU of its own, of 2 visible GPUs \(0,1\); take at most 2"),
+    ],
+)
+def test_numbers_that_cannot_run_are_refused(options, told, bench, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(Refused, match=told):
+        Runner(str(CONFIG), bench.folder / "out", bench.folder, **options)
