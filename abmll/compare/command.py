@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, load_comparison
+from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, load_comparison, output_of
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
@@ -26,9 +26,9 @@ def compare(
     `launch`: the folder of the commands. `only`: "list" prints the runs, "analysis" makes tables and plots alone.
     ConfigError or Refused for a mistake of the user's.
     """
-    extra = tuple(overrides)
+    output, extra = output_of(overrides)
     comparison = load_comparison(path, extra)
-    folder = Path(comparison.output).resolve()
+    folder = Path(output or comparison.output).resolve()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an interrupt: runs are stopped
     runner = Runner(comparison.config, folder, launch, workers, ranks)
     if only == "list":

@@ -9,7 +9,7 @@ test tasks: see `abmll.compare.tuning`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +17,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
-from abmll.config.errors import duplicates
+from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
 from abmll.config.settings import check_settings, is_folder_name
 from abmll.config.task_lists import resolve_task_lists
+from abmll.config.yaml_text import parse
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
 Cell = tuple[str, str, str]  # model, task set, method
 PLAIN = "plain"  # a run's own scores
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+SET_BY_US = {"seed": "set the comparison's `seeds`", "output": "set the comparison's `output`"}  # of each run
 
 
 class Tuning(BaseModel):
@@ -108,6 +110,20 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
     return found
 
 
+def output_of(overrides: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The comparison's folder, where the command line names another one than the file, and the other overrides."""
+    output, others = None, []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key.strip() != "output":
+            others.append(text)
+            continue
+        output = parse(value, f"override: {text}")
+        if not isinstance(output, str) or not output:
+            raise ConfigError([f"override: {text}: {show(output)}: must be text; name the comparison's folder"])
+    return output, tuple(others)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     """What the file says, and of its bases what it does not. `overrides` are put together; all else is one value."""
     data: dict[str, Any] = {}
@@ -182,7 +198,7 @@ def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tup
     """Each cell's combinations with their runs, one a seed, of the cells that have more than one to try."""
     tuning, found = comparison.tune, {}
     plain = comparison.model_copy(update={"settings": {"default": {}}, "seeds": tuning.seeds, "scores": {}})
-    over = (*override_texts({**tuning.overrides, "tasks.test": tuning.tasks}), "tasks.missing=error")
+    over = (*override_texts(tuning.overrides), *extra, *override_texts({"tasks.test": tuning.tasks}))
     for cell in cells(comparison):
         grid = grid_of(tuning, cell[2])
         for number, values in enumerate(grid if len(grid) > 1 else ()):
@@ -191,9 +207,9 @@ def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tup
                     job,
                     setting=f"try-{number}",
                     folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
-                    overrides=(*job.overrides, *over),
+                    overrides=(*job.overrides, *over, "tasks.missing=error"),
                 )
-                for job in jobs(plain, {cell: values}, extra)
+                for job in jobs(plain, {cell: values}, ())
                 if (job.model, job.task_set, job.method) == cell
             ]
             found.setdefault(cell, []).append((values, own))
@@ -218,6 +234,7 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
         yield f"scores.{PLAIN}: is the name of a run's own scores; take another"
     if twice := duplicates(comparison.seeds):
         yield f"seeds: {twice}: listed twice; list each once"
+    yield from _set_by_us(comparison, extra)
     told: dict[str, None] = {}  # in order, each once
     for job in jobs(comparison, {}, extra):
         if job.seed == comparison.seeds[0]:
@@ -226,6 +243,24 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     yield from told
     if comparison.tune:
         yield from _grid_problems(comparison, extra)
+
+
+def _set_by_us(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    """Keys that would do nothing, or train one seed for all."""
+    named = [("overrides", comparison.overrides)]
+    for section in ("models", "task_sets", "methods", "settings"):
+        named += [(f"{section}.{name}", values) for name, values in getattr(comparison, section).items()]
+    if comparison.tune:
+        named.append(("tune.overrides", comparison.tune.overrides))
+        named += [
+            (f"tune.grid.{method}", {key: None for keys in lists for key in keys.split("+")})
+            for method, lists in comparison.tune.grid.items()
+        ]
+    named.append(("override", {text.partition("=")[0].strip(): None for text in extra}))
+    for place, values in named:
+        for key in values:
+            if key in SET_BY_US:
+                yield f"{place}: {key}: each run has its own; {SET_BY_US[key]}"
 
 
 def _run_problems(comparison: Comparison, overrides: list[str], method: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from abmll.compare.command import compare
-from abmll.config import Refused
+from abmll.config import ConfigError, Refused
 
 ROOT = Path(__file__).parents[2]
 TEXT = f"""
@@ -112,6 +112,15 @@ def test_failed_tries_start_no_runs(stand_in, tmp_path, capsys):
     told = capsys.readouterr()
     assert told.err.count("failed: tuning/model/tasks/lora/try-") == 2 and "nothing is chosen" in told.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tuning"]
+
+
+def test_the_command_names_another_output(stand_in, tmp_path):
+    with pytest.raises(Refused, match=f"{tmp_path}/other/comparisons/some: none of its runs is finished"):
+        stand_in(f"output={tmp_path}/other")
+    assert not (tmp_path / "out").exists()
+    assert "output=" not in (tmp_path / "other/comparisons/some/comparison.json").read_text()
+    with pytest.raises(ConfigError, match=r"override: output=3: 3: must be text; name the comparison's folder"):
+        stand_in("output=3")
 
 
 def test_an_output_that_is_no_folder_is_refused(stand_in, tmp_path):
