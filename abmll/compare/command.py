@@ -29,7 +29,7 @@ def compare(
     output, extra = output_of(overrides)
     comparison = load_comparison(path, extra)
     folder = Path(output or comparison.output).resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an interrupt: runs are stopped
+    _stop_at_signals()
     runner = Runner(comparison.config, folder, launch, workers, ranks)
     if only == "list":
         for job in jobs(comparison, {}, extra):
@@ -54,6 +54,13 @@ def compare(
     for written in analyse(folder, into):
         print(written)
     return 1 if failed else 0
+
+
+def _stop_at_signals() -> None:
+    """SIGTERM and a closed terminal are as an interrupt: the runs, which would go on alone, are stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _tell_failures(outcomes: list[Outcome]) -> bool:

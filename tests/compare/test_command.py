@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,49 @@ def stand_in(tmp_path):
         (tmp_path / "some.yaml").write_text(text.replace("OUT", str(tmp_path / "out")))
         return compare(str(tmp_path / "some.yaml"), list(overrides), tmp_path, 1, 1, only)
 
-    return stand_in
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield stand_in
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_runs(number, tmp_path):
+    with started(tmp_path) as (process, run):
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.kill(run, 0)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
+    with started(tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as (process, run):
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        os.kill(run, 0)
+
+
+@contextmanager
+def started(folder: Path, before=None) -> Iterator[tuple[subprocess.Popen, int]]:
+    """The command with a train.py that lasts, once that runs, and its process's number."""
+    (folder / "train.py").write_text(
+        f"import os, pathlib, time; path = pathlib.Path({str(folder)!r}) / 'number'\n"
+        "path.with_suffix('.new').write_text(str(os.getpid())); path.with_suffix('.new').rename(path); time.sleep(99)"
+    )
+    (folder / "some.yaml").write_text(TEXT.replace("OUT", str(folder / "out")))
+    code = "import sys; from pathlib import Path; from abmll.compare.command import compare; at = Path(sys.argv[1])\n"
+    code += "compare(str(at / 'some.yaml'), [], at, 1, 1)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], preexec_fn=before)
+    try:
+        deadline = time.monotonic() + 100
+        while not (folder / "number").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        yield process, int((folder / "number").read_text())
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def test_where_all_runs_fail_the_reasons_are_told(stand_in, tmp_path, capsys):
