@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,7 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
     ConfigError with a line for every unknown key, wrong value, method, task or override.
     """
     try:
-        found = Comparison.model_validate(_read(path))
+        found = _with_all_tasks(Comparison.model_validate(_read(path)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.problems) from None
     except ValidationError as error:
@@ -134,6 +135,31 @@ def _read(path: str | Path) -> dict[str, Any]:
             layer["overrides"] = {**data.get("overrides", {}), **layer["overrides"]}
         data |= layer
     return data
+
+
+def _with_all_tasks(comparison: Comparison) -> Comparison:
+    """`tasks.missing: error` unless a file says otherwise: seeds over different tasks would be put into one mean."""
+    with suppress(ConfigError):  # told with the runs' own mistakes
+        sections = [layer.get("tasks") for _, layer in read_layers(comparison.config)]
+        if any(isinstance(section, dict) and "missing" in section for section in sections):
+            return comparison
+    return comparison.model_copy(update={"overrides": {"tasks.missing": "error", **comparison.overrides}})
+
+
+def missing_tasks(config: Config, config_path: str) -> str | None:
+    """What a run would look for in vain: the tasks' folder, or, where `tasks.missing` is `error`, tasks in it."""
+    if config.tasks.source != "jsonl":
+        return None
+    folder = resolve_path(config.tasks.folder, config_path)
+    if not folder.is_dir():
+        return f"tasks.folder: {folder}: no such folder; set tasks.folder to the folder that holds the tasks"
+    lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, config_path))
+    names = dict.fromkeys((*lists.train, *lists.test, *(lists.validation if config.eval.every else ())))
+    lost = [name for name in names if not (folder / name).is_dir()]
+    if not lost or config.tasks.missing != "error":
+        return None
+    remedy = "prepare them, take them out of the lists, or set tasks.missing=warn"
+    return f"tasks.folder: {folder}: {len(lost)} listed tasks are not there: {', '.join(lost)}; {remedy}"
 
 
 def jobs(comparison: Comparison, chosen: Mapping[Cell, Overrides], extra: tuple[str, ...]) -> list[Job]:

@@ -22,8 +22,8 @@ from typing import IO
 
 import torch
 
-from abmll.compare.grid import Job
-from abmll.config import ConfigError, Refused, load_config, with_absolute_paths
+from abmll.compare.grid import Job, missing_tasks
+from abmll.config import ConfigError, Refused, load_config, override_texts, with_absolute_paths
 from abmll.config.errors import show
 from abmll.config.settings import flat, in_effect
 from abmll.config.yaml_text import dump
@@ -93,7 +93,15 @@ class Runner:
                 raise
 
     def check(self, job: Job) -> None:
-        """Refused where the job's folder holds a run with another configuration, or scores under other overrides."""
+        """Refused where the job's folder holds a run with another configuration, or scores under other overrides, or
+        where tasks that it needs are not there.
+        """
+        if not self.finished(job):
+            for overrides in ((), *(override_texts(values) for values in job.scores.values())):
+                if not overrides or any(text.startswith("tasks.") for text in overrides):
+                    config = load_config(self.config, [*job.overrides, *overrides])
+                    if problem := missing_tasks(config, self.config):
+                        raise Refused(problem)
         for name, values in job.scores.items():
             scored_under(self.folder / job.folder / "scores" / name, values)
         path = self.folder / job.folder / "config.yaml"
@@ -105,13 +113,17 @@ class Runner:
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
         old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))
+        if wanted.tasks.source == "builtin":  # of which none is missing
+            old["tasks.missing"] = new["tasks.missing"]
         if old != new:
             different = [
                 f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
                 for key in dict.fromkeys((*new, *old))
                 if old.get(key) != new.get(key)
             ]
-            raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; remove it, or set another output")
+            back = "set tasks.missing back, " if old["tasks.missing"] != new["tasks.missing"] else ""
+            remedy = f"{back}remove it, or set another output"
+            raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; {remedy}")
 
     def finished(self, job: Job) -> bool:
         """Whether the run and all of its scores are there."""

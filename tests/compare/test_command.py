@@ -149,9 +149,38 @@ def test_where_all_runs_fail_the_reasons_are_told(stand_in, tmp_path, capsys):
         stand_in(only="analysis")
 
 
+def with_files(folder: Path, *present: str) -> str:
+    """A comparison of runs that train on task a and are scored on b; only those named are there."""
+    for name in present:
+        (folder / "tasks" / name).mkdir(parents=True)
+    tasks = f"tasks.folder: {folder}/tasks, tasks.train: [a], tasks.test: [b]"
+    return TEXT.replace("tiny.yaml", "cls23.yaml").replace("tasks.builtin.test_tasks: 3", tasks)
+
+
+@pytest.mark.parametrize(
+    ("present", "more", "told"),
+    [
+        ("", "", r"tasks\.folder: .*/tasks: no such folder"),
+        ("a", "", r"1 listed tasks are not there: b; prepare them, .*or set tasks.missing=warn"),
+        ("ab", "tune: {tasks: [c], grid: {all: {method.outer_lr: [1e-4, 1e-3]}}}", "are not there: c;"),
+        ("ab", "settings: {other: {tasks.test: [d]}}", "are not there: d;"),
+    ],
+)
+def test_tasks_are_looked_for_before_the_first_run(present, more, told, stand_in, tmp_path):
+    text = with_files(tmp_path, *present)
+    with pytest.raises(Refused, match=told):
+        stand_in(text=f"{text}{more}\n")
+    scored = text.replace("eval.samples: 2", "tasks.test: [e]")
+    if present == "ab":
+        with pytest.raises(Refused, match="are not there: e;"):
+            stand_in(text=scored)
+    assert not list((tmp_path / "out").rglob("compare.log"))
+    assert stand_in(text=text, only="list") == 0
+
+
 def test_failed_tries_start_no_runs(stand_in, tmp_path, capsys):
-    text = TEXT.replace("tiny.yaml", "cls23.yaml").replace(", tasks.builtin.test_tasks: 3", "")
-    tune = "tune: {tasks: [glue-sst2], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
+    text = with_files(tmp_path, "a", "b", "c")
+    tune = "tune: {tasks: [c], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
     assert stand_in(text=text + tune) == 1
     told = capsys.readouterr()
     assert told.err.count("failed: tuning/model/tasks/lora/try-") == 2 and "nothing is chosen" in told.err

@@ -163,6 +163,18 @@ def test_the_command_lines_overrides_stand_behind_those_of_the_tries_but_not_bef
             assert config.method.beta == values["method.beta"]
 
 
+def test_all_tasks_must_be_there_unless_told_otherwise(write, tmp_path):
+    def missing(path, *extra):
+        comparison = load_comparison(path, extra)
+        return {load_config(comparison.config, job.overrides).tasks.missing for job in jobs(comparison, {}, extra)}
+
+    assert missing(write()) == {"error"}
+    assert missing(write(), "tasks.missing=warn") == {"warn"}
+    assert missing(write(change=("{method.inner_lr: 1e-2}", "{tasks.missing: warn}"))) == {"warn"}
+    (tmp_path / "warns.yaml").write_text(f"base: {CONFIGS}/tiny.yaml\ntasks: {{missing: warn}}\n")
+    assert missing(write(change=(f"{CONFIGS}/tiny.yaml", f"{tmp_path}/warns.yaml"))) == {"warn"}
+
+
 def test_a_file_may_be_based_on_another(write, tmp_path):
     write()
     (tmp_path / "more").mkdir()
@@ -173,7 +185,7 @@ def test_a_file_may_be_based_on_another(write, tmp_path):
     )
     found = load_comparison(above)
     assert (found.name, found.seeds, list(found.methods)) == ("other", [4, 5], ["abmll"])
-    assert found.overrides == {"method.inner_lr": 1e-2, "trainer.episodes": 9}
+    assert found.overrides == {"tasks.missing": "error", "method.inner_lr": 1e-2, "trainer.episodes": 9}
     assert found.config == str(CONFIGS / "tiny.yaml")
 
 

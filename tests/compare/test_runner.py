@@ -155,11 +155,31 @@ def test_a_folder_of_another_run_is_refused(bench):
     unread = wanted.eval.model_copy(update={"select_by": "nll"})  # eval.every is null: no theta is chosen
     save_config(with_absolute_paths(wanted.model_copy(update={"eval": unread}), CONFIG), place / "config.yaml")
     bench.runner().check(job)
+    warns = wanted.tasks.model_copy(update={"missing": "warn"})  # of generated tasks none is missing
+    save_config(with_absolute_paths(wanted.model_copy(update={"tasks": warns}), CONFIG), place / "config.yaml")
+    bench.runner().check(job)
     other = wanted.model_copy(update={"seed": 9})
     save_config(with_absolute_paths(other, CONFIG), place / "config.yaml")
     with pytest.raises(Refused, match="holds another run: seed: 9 there, 0 now; remove it"):
         bench.runner().run(bench.jobs)
     assert bench.calls() == []
+
+
+def test_a_run_that_may_lack_tasks_is_refused_with_the_way_back(bench):
+    for name in "ab":
+        (bench.folder / "tasks" / name).mkdir(parents=True)
+    (bench.folder / "comparison.yaml").write_text(TEXT.replace("tiny.yaml", "cls23.yaml"))
+    extra = (f"tasks.folder={bench.folder}/tasks", "tasks.train=[a]", "tasks.test=[b]")
+    path, runner = bench.folder / "comparison.yaml", bench.runner()
+    runner.config = str(CONFIG.with_name("cls23.yaml"))
+    job = jobs(load_comparison(path, extra), {}, extra)[0]
+    place = bench.folder / "out" / job.folder
+    as_before = load_config(runner.config, [*job.overrides, "tasks.missing=warn", f"output={place}"])
+    as_before = as_before.model_copy(update={"logging": as_before.logging.model_copy(update={"progress_bar": False})})
+    save_config(with_absolute_paths(as_before, runner.config), place / "config.yaml")
+    with pytest.raises(Refused, match=r"tasks\.missing: 'warn' there, 'error' now; set tasks\.missing back, remove it"):
+        runner.check(job)
+    runner.check(jobs(load_comparison(path, extra), {}, (*extra, "tasks.missing=warn"))[0])
 
 
 def test_an_interrupt_stops_what_runs(bench):
