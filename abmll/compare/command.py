@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, load_comparison, output_of
+from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, lists_of, load_comparison, output_of
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner
 from abmll.compare.tuning import choose
@@ -97,7 +97,9 @@ def _chosen(
     """Each cell's settings, and what became of the tries; None where one failed."""
     if not comparison.tune:
         return {}, []
-    choices, outcomes = choose(comparison, runner, extra)
+    for job in jobs(comparison, {}, extra):  # a refusal behind the tries would come late
+        runner.check(job, [key for keys in lists_of(comparison.tune, job.method) for key in keys.split("+")])
+    choices, outcomes = choose(comparison, runner, extra, _made(_place_of(comparison, runner.folder)))
     if choices is None:
         return None, outcomes
     for choice in choices:
@@ -110,9 +112,9 @@ def _run(
     comparison: Comparison, runner: Runner, chosen: dict[Cell, Overrides], extra: tuple[str, ...]
 ) -> list[Outcome]:
     wanted = jobs(comparison, chosen, extra)
-    into = _made(_place_of(comparison, runner.folder))
-    write_whole(into / INDEX, json.dumps(index(comparison, wanted), indent=1))
-    return runner.run(wanted)
+    text = json.dumps(index(comparison, wanted), indent=1)
+    into = _place_of(comparison, runner.folder)
+    return runner.run(wanted, lambda: write_whole(_made(into) / INDEX, text))  # an index of refused runs would mislead
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:

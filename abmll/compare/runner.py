@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,14 +71,16 @@ class Runner:
         self._stopped = threading.Event()
         self._starting = threading.Lock()  # nothing is started behind the stop
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def run(self, jobs: Sequence[Job], ready: Callable[[], None] = lambda: None) -> list[Outcome]:
         """All jobs, in their order as far as they are beside each other. A failed one does not stop the others.
+        `ready` is called when nothing was refused, before the first one starts.
 
         Refused where a folder holds another run than the job's. Interrupted, it stops the running commands, which
         continue from their last checkpoints when called again.
         """
         for job in jobs:
             self.check(job)
+        ready()
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._run, job) for job in jobs]
             try:
@@ -92,9 +94,9 @@ class Runner:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job, to_choose: Collection[str] = ()) -> None:
         """Refused where the job's folder holds a run with another configuration, or scores under other overrides, or
-        where tasks that it needs are not there.
+        where tasks that it needs are not there. `to_choose`: the keys whose values are not known yet.
         """
         if not self.finished(job):
             for overrides in ((), *(override_texts(values) for values in job.scores.values())):
@@ -115,12 +117,12 @@ class Runner:
         old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))
         if wanted.tasks.source == "builtin":  # of which none is missing
             old["tasks.missing"] = new["tasks.missing"]
-        if old != new:
-            different = [
-                f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
-                for key in dict.fromkeys((*new, *old))
-                if old.get(key) != new.get(key)
-            ]
+        different = [
+            f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
+            for key in dict.fromkeys((*new, *old))
+            if key not in to_choose and old.get(key) != new.get(key)
+        ]
+        if different:
             back = "set tasks.missing back, " if old["tasks.missing"] != new["tasks.missing"] else ""
             remedy = f"{back}remove it, or set another output"
             raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; {remedy}")

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from abmll.compare.grid import Cell, Comparison, Job, Overrides, cells, grid_of, lists_of, tries
@@ -36,9 +37,11 @@ class Choice:
         return {**place, "chosen": self.chosen, "at_the_end_of": self.at_the_end_of, "tried": tried}
 
 
-def choose(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> tuple[list[Choice] | None, list[Outcome]]:
-    """Runs the tries of every method and writes tuning.json. None, and nothing written, where a try failed: what it
-    would have scored is not known, and another setting than the best would go into all runs.
+def choose(
+    comparison: Comparison, runner: Runner, extra: tuple[str, ...], into: Path
+) -> tuple[list[Choice] | None, list[Outcome]]:
+    """Runs the tries of every method and writes INTO/tuning.json. None, and nothing written, where a try failed: what
+    it would have scored is not known, and another setting than the best would go into all runs.
 
     Methods with one combination have nothing to try, and run nothing.
     """
@@ -54,7 +57,7 @@ def choose(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> tu
         else:
             choices.append(Choice(cell, [], *grid_of(comparison.tune, cell[2]), []))
     text = json.dumps([choice.to_json() for choice in choices], indent=1)
-    write_whole(runner.folder / "tuning.json", text)
+    write_whole(into / "tuning.json", text)
     return choices, outcomes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from abmll.compare.command import compare
-from abmll.config import ConfigError, Refused
+from abmll.compare.grid import jobs, load_comparison
+from abmll.config import ConfigError, Refused, load_config, save_config, with_absolute_paths
 
 ROOT = Path(__file__).parents[2]
 TEXT = f"""
@@ -184,7 +186,52 @@ def test_failed_tries_start_no_runs(stand_in, tmp_path, capsys):
     assert stand_in(text=text + tune) == 1
     told = capsys.readouterr()
     assert told.err.count("failed: tuning/model/tasks/lora/try-") == 2 and "nothing is chosen" in told.err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tuning"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tuning", "comparisons"}
+    assert list((tmp_path / "out/comparisons/some").iterdir()) == []
+
+
+TRIED = """
+import json, sys
+from pathlib import Path
+folder = Path(next(a for a in sys.argv if a.startswith("output=")).removeprefix("output="))
+(folder / "final").mkdir(parents=True)
+(folder / "scores.json").write_text(json.dumps([{"overall": {"5": {"nll_options": 1.0}}}]))
+(folder / "final/summary.json").write_text('{"scores": []}')
+"""
+
+
+def test_comparisons_of_one_output_keep_their_choices_apart(stand_in, tmp_path):
+    text = with_files(tmp_path, "a", "b", "c").replace("scores: {samples", "scores: {} #")
+    for name, rates in (("some", "[1e-4, 1e-3]"), ("other", "[1e-4, 1e-3, 1e-2]")):
+        tune = f"tune: {{tasks: [c], grid: {{lora: {{method.outer_lr: {rates}}}, abmll: {{}}}}}}\n"
+        with pytest.raises(Refused, match="none of its runs is finished"):  # there are no predictions
+            stand_in(text=text.replace("name: some", f"name: {name}") + tune, train=TRIED)
+    tried = [json.loads((tmp_path / f"out/comparisons/{n}/tuning.json").read_text())[0] for n in ("some", "other")]
+    assert [len(one["tried"]) for one in tried] == [2, 3]
+
+
+def another_runs(config: str, place: Path, *overrides: str) -> None:
+    """What a run with these overrides leaves in its folder."""
+    found = load_config(config, [*overrides, f"output={place}", "logging.progress_bar=false"])
+    save_config(with_absolute_paths(found, config), place / "config.yaml")
+
+
+def test_another_runs_folder_is_refused_before_the_tries_and_before_the_index(stand_in, tmp_path):
+    text = with_files(tmp_path, "a", "b", "c")
+    tune = "tune: {tasks: [c], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
+    (tmp_path / "some.yaml").write_text(text)
+    comparison = load_comparison(tmp_path / "some.yaml")
+    lora = jobs(comparison, {}, ())[0]
+    place = tmp_path / "out" / lora.folder
+    another_runs(comparison.config, place, *lora.overrides, "method.outer_lr=1e-4", "trainer.episodes=7")
+    for more in (tune, ""):
+        with pytest.raises(Refused, match=r"holds another run: .*trainer\.episodes: 7 there, 6 now"):
+            stand_in(text=text + more)
+        assert not list((tmp_path / "out").rglob("compare.log"))
+        assert not list((tmp_path / "out").rglob("comparison.json"))
+    another_runs(comparison.config, place, *lora.overrides, "method.outer_lr=1e-4")
+    assert stand_in(text=text + tune) == 1  # that its value is yet to be chosen is no other run: the tries start
+    assert len(list((tmp_path / "out").rglob("compare.log"))) == 2
 
 
 def test_the_command_names_another_output(stand_in, tmp_path):

@@ -63,7 +63,7 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
 
     runner = MadeUp(tmp_path / "out", nll)
     runner.folder.mkdir()
-    choices, outcomes = choose(comparison, runner, ("tasks.folder=x",))
+    choices, outcomes = choose(comparison, runner, ("tasks.folder=x",), tmp_path)
     assert len(outcomes) == len(runner.jobs) == 2 * (3 + 4)
     for job in runner.jobs:
         config = load_config(CONFIG, job.overrides)
@@ -75,7 +75,7 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
     assert found["abmll"].chosen == {"method.outer_lr": 1e-3, "method.beta": 1e-10}
     assert found["abmll"].at_the_end_of == ["method.outer_lr", "method.beta"]
     assert found["pretrained"].chosen == {"method.test_lr": 3e-4} and found["pretrained"].tried == []
-    written = json.loads((runner.folder / "tuning.json").read_text())
+    written = json.loads((tmp_path / "tuning.json").read_text())
     assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
     scores = [one["score"] for one in written[1]["tried"]]
     assert scores == pytest.approx([1 + 2 + 0.25, 1 + 0.25, 2 + 0.25, 0.25])
@@ -88,9 +88,9 @@ def test_while_a_try_is_missing_nothing_is_chosen(tmp_path):
     runner = MadeUp(tmp_path / "out", lambda config: config.method.outer_lr)  # the smallest rate has the best score
     runner.folder.mkdir()
     runner.failing = {1e-4}
-    choices, outcomes = choose(comparison, runner, ())
+    choices, outcomes = choose(comparison, runner, (), tmp_path)
     assert choices is None and sum(outcome.problem == "broken" for outcome in outcomes) == 2 * (1 + 2)
-    assert not (runner.folder / "tuning.json").exists()
+    assert not (tmp_path / "tuning.json").exists()
 
 
 def test_a_diverged_try_counts_as_the_worst(tmp_path):
@@ -100,9 +100,9 @@ def test_a_diverged_try_counts_as_the_worst(tmp_path):
         tmp_path / "out", lambda c: math.nan if (c.method.outer_lr, c.seed) == (1e-4, 8) else c.method.outer_lr
     )
     runner.folder.mkdir()
-    choices, _ = choose(comparison, runner, ())
+    choices, _ = choose(comparison, runner, (), tmp_path)
     assert {choice.cell[2]: choice.chosen.get("method.outer_lr") for choice in choices}["lora"] == 1e-3
-    lora = json.loads((runner.folder / "tuning.json").read_text())[0]
+    lora = json.loads((tmp_path / "tuning.json").read_text())[0]
     assert [one["score"] for one in lora["tried"]] == [None, 1e-3, 1e-2]
 
 
