@@ -37,7 +37,6 @@ def compare(
         return 0
     outcomes: list[Outcome] = []
     if only != "analysis":
-        _made(folder)
         chosen, outcomes = _chosen(comparison, runner, extra)
         if chosen is None:
             _tell_failures(outcomes)
