@@ -10,7 +10,7 @@ from pathlib import Path
 from abmll.compare.analysis import analyse
 from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, lists_of, load_comparison, output_of
 from abmll.compare.results import INDEX
-from abmll.compare.runner import Outcome, Runner
+from abmll.compare.runner import Outcome, Runner, made
 from abmll.compare.tuning import choose
 from abmll.config import Refused
 from abmll.files import write_whole
@@ -82,14 +82,6 @@ def _place_of(comparison: Comparison, folder: Path) -> Path:
     return folder / "comparisons" / comparison.name  # runs may serve several comparisons
 
 
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"output: {folder}: cannot be made ({error.strerror}); set another output") from None
-    return folder
-
-
 def _chosen(
     comparison: Comparison, runner: Runner, extra: tuple[str, ...]
 ) -> tuple[dict[Cell, Overrides] | None, list[Outcome]]:
@@ -98,7 +90,7 @@ def _chosen(
         return {}, []
     for job in jobs(comparison, {}, extra):  # a refusal behind the tries would come late
         runner.check(job, [key for keys in lists_of(comparison.tune, job.method) for key in keys.split("+")])
-    choices, outcomes = choose(comparison, runner, extra, _made(_place_of(comparison, runner.folder)))
+    choices, outcomes = choose(comparison, runner, extra, _place_of(comparison, runner.folder))
     if choices is None:
         return None, outcomes
     for choice in choices:
@@ -113,7 +105,7 @@ def _run(
     wanted = jobs(comparison, chosen, extra)
     text = json.dumps(index(comparison, wanted), indent=1)
     into = _place_of(comparison, runner.folder)
-    return runner.run(wanted, lambda: write_whole(_made(into) / INDEX, text))  # an index of refused runs would mislead
+    return runner.run(wanted, lambda: write_whole(made(into) / INDEX, text))  # an index of refused runs would mislead
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:

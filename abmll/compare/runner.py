@@ -213,6 +213,14 @@ class Runner:
         return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
 
 
+def made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"output: {folder}: cannot be made ({error.strerror}); set another output") from None
+    return folder
+
+
 def usable_cores() -> int:
     """Those of this process: a scheduler, a container or taskset may have given it fewer than the machine has."""
     if hasattr(os, "process_cpu_count"):  # from Python 3.13

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from abmll.compare.grid import Cell, Comparison, Job, Overrides, cells, grid_of, lists_of, tries
-from abmll.compare.runner import Outcome, Runner
+from abmll.compare.runner import Outcome, Runner, made
 from abmll.config import Refused
 from abmll.files import write_whole
 from abmll.metrics import HIGHER_IS_BETTER
@@ -46,7 +46,7 @@ def choose(
     Methods with one combination have nothing to try, and run nothing.
     """
     tried = tries(comparison, extra)
-    outcomes = runner.run([job for of_cell in tried.values() for _, own in of_cell for job in own])
+    outcomes = runner.run([job for of_cell in tried.values() for _, own in of_cell for job in own], lambda: made(into))
     if any(outcome.problem for outcome in outcomes):
         return None, outcomes
     choices = []

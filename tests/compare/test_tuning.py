@@ -38,7 +38,7 @@ class MadeUp:
         self.folder, self.nll, self.jobs = folder, nll, []
         self.failing = set()  # values of the outer rate whose runs fail
 
-    def run(self, jobs):
+    def run(self, jobs, ready):
         for job in jobs:
             self.jobs.append(job)
             config = load_config(CONFIG, job.overrides)
