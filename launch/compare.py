@@ -16,7 +16,12 @@ def main() -> int:
     only.add_argument(
         "--analysis", action="store_const", const="analysis", dest="only", help="tables and plots of what is there"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of all runs")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="override keys of all runs; output=FOLDER: of the comparison",
+    )
     arguments = parser.parse_intermixed_args()
 
     if importlib.util.find_spec("matplotlib") is None:

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import PLAIN, Comparison, Job, jobs, load_comparison
+from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, lists_of, load_comparison, output_of
 from abmll.compare.results import INDEX
-from abmll.compare.runner import Outcome, Runner
+from abmll.compare.runner import Outcome, Runner, made
 from abmll.compare.tuning import choose
 from abmll.config import Refused
 from abmll.files import write_whole
+from abmll.score_files import PREDICTIONS
+from abmll.summary import finished_facts
 
 
 def compare(
@@ -24,43 +26,86 @@ def compare(
     `launch`: the folder of the commands. `only`: "list" prints the runs, "analysis" makes tables and plots alone.
     ConfigError or Refused for a mistake of the user's.
     """
-    extra = tuple(overrides)
+    output, extra = output_of(overrides)
     comparison = load_comparison(path, extra)
-    folder = Path(comparison.output).resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an interrupt: runs are stopped
+    folder = Path(output or comparison.output).resolve()
+    _stop_at_signals()
     runner = Runner(comparison.config, folder, launch, workers, ranks)
     if only == "list":
         for job in jobs(comparison, {}, extra):
             print(f"{job.folder:<60} {'finished' if runner.finished(job) else ''}")
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     if only != "analysis":
-        outcomes = _run(comparison, runner, extra)
-    into = folder / "comparisons" / comparison.name  # runs may serve several comparisons
+        chosen, outcomes = _chosen(comparison, runner, extra)
+        if chosen is None:
+            _tell_failures(outcomes)
+            remedy = "call again for these alone, or take out of tune.grid what cannot be trained"
+            print(f"tune: nothing is chosen while tries are missing; {remedy}", file=sys.stderr)
+            return 1
+        outcomes += _run(comparison, runner, chosen, extra)
+    failed = _tell_failures(outcomes)  # first: the analysis may have nothing to show
+    into = _place_of(comparison, folder)
     if not (into / INDEX).is_file():
         raise Refused(f"output: {into}: holds no {INDEX}; run the comparison first")
+    if not _anything_finished(folder, into):
+        raise Refused(f"{into}: none of its runs is finished, so there is nothing to analyse; run the comparison again")
     for written in analyse(folder, into):
         print(written)
-    failed = [outcome for outcome in outcomes if outcome.problem]
-    for outcome in failed:
-        print(f"failed: {outcome.job.folder}: {outcome.problem}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> list[Outcome]:
-    outcomes, chosen = [], {}
-    if comparison.tune:
-        choices, outcomes = choose(comparison, runner, extra)
-        chosen = {choice.cell: choice.chosen for choice in choices}
-        for choice in choices:
-            end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
-            print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
+def _stop_at_signals() -> None:
+    """SIGTERM and a closed terminal are as an interrupt: the runs, which would go on alone, are stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def _tell_failures(outcomes: list[Outcome]) -> bool:
+    """A line for each failure, whose log's end was shown when it happened. Whether there are any."""
+    failed = [outcome for outcome in outcomes if outcome.problem]
+    for outcome in failed:
+        print(f"failed: {outcome.job.folder}: {outcome.problem.splitlines()[0].rstrip(':')}", file=sys.stderr)
+    return bool(failed)
+
+
+def _anything_finished(folder: Path, into: Path) -> bool:
+    return any(
+        finished_facts(folder / run["folder"]) is not None
+        and any((folder / run["folder"] / scores / PREDICTIONS).is_file() for scores in run["scores"].values())
+        for run in json.loads((into / INDEX).read_text())["runs"]
+    )
+
+
+def _place_of(comparison: Comparison, folder: Path) -> Path:
+    return folder / "comparisons" / comparison.name  # runs may serve several comparisons
+
+
+def _chosen(
+    comparison: Comparison, runner: Runner, extra: tuple[str, ...]
+) -> tuple[dict[Cell, Overrides] | None, list[Outcome]]:
+    """Each cell's settings, and what became of the tries; None where one failed."""
+    if not comparison.tune:
+        return {}, []
+    for job in jobs(comparison, {}, extra):  # a refusal behind the tries would come late
+        runner.check(job, [key for keys in lists_of(comparison.tune, job.method) for key in keys.split("+")])
+    choices, outcomes = choose(comparison, runner, extra, _place_of(comparison, runner.folder))
+    if choices is None:
+        return None, outcomes
+    for choice in choices:
+        end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
+        print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
+    return {choice.cell: choice.chosen for choice in choices}, outcomes
+
+
+def _run(
+    comparison: Comparison, runner: Runner, chosen: dict[Cell, Overrides], extra: tuple[str, ...]
+) -> list[Outcome]:
     wanted = jobs(comparison, chosen, extra)
-    into = runner.folder / "comparisons" / comparison.name
-    into.mkdir(parents=True, exist_ok=True)
-    write_whole(into / INDEX, json.dumps(index(comparison, wanted), indent=1))
-    return [*outcomes, *runner.run(wanted)]
+    text = json.dumps(index(comparison, wanted), indent=1)
+    into = _place_of(comparison, runner.folder)
+    return runner.run(wanted, lambda: write_whole(made(into) / INDEX, text))  # an index of refused runs would mislead
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:

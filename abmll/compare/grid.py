@@ -9,7 +9,8 @@ test tasks: see `abmll.compare.tuning`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
-from abmll.config.errors import duplicates
+from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
 from abmll.config.settings import check_settings, is_folder_name
 from abmll.config.task_lists import resolve_task_lists
+from abmll.config.yaml_text import parse
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
 Cell = tuple[str, str, str]  # model, task set, method
 PLAIN = "plain"  # a run's own scores
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+SET_BY_US = {"seed": "set the comparison's `seeds`", "output": "set the comparison's `output`"}  # of each run
 
 
 class Tuning(BaseModel):
@@ -96,7 +99,7 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
     ConfigError with a line for every unknown key, wrong value, method, task or override.
     """
     try:
-        found = Comparison.model_validate(_read(path))
+        found = _with_all_tasks(Comparison.model_validate(_read(path)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {line}" for line in error.problems) from None
     except ValidationError as error:
@@ -106,6 +109,20 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def output_of(overrides: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The comparison's folder, where the command line names another one than the file, and the other overrides."""
+    output, others = None, []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key.strip() != "output":
+            others.append(text)
+            continue
+        output = parse(value, f"override: {text}")
+        if not isinstance(output, str) or not output:
+            raise ConfigError([f"override: {text}: {show(output)}: must be text; name the comparison's folder"])
+    return output, tuple(others)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -118,6 +135,31 @@ def _read(path: str | Path) -> dict[str, Any]:
             layer["overrides"] = {**data.get("overrides", {}), **layer["overrides"]}
         data |= layer
     return data
+
+
+def _with_all_tasks(comparison: Comparison) -> Comparison:
+    """`tasks.missing: error` unless a file says otherwise: seeds over different tasks would be put into one mean."""
+    with suppress(ConfigError):  # told with the runs' own mistakes
+        sections = [layer.get("tasks") for _, layer in read_layers(comparison.config)]
+        if any(isinstance(section, dict) and "missing" in section for section in sections):
+            return comparison
+    return comparison.model_copy(update={"overrides": {"tasks.missing": "error", **comparison.overrides}})
+
+
+def missing_tasks(config: Config, config_path: str) -> str | None:
+    """What a run would look for in vain: the tasks' folder, or, where `tasks.missing` is `error`, tasks in it."""
+    if config.tasks.source != "jsonl":
+        return None
+    folder = resolve_path(config.tasks.folder, config_path)
+    if not folder.is_dir():
+        return f"tasks.folder: {folder}: no such folder; set tasks.folder to the folder that holds the tasks"
+    lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, config_path))
+    names = dict.fromkeys((*lists.train, *lists.test, *(lists.validation if config.eval.every else ())))
+    lost = [name for name in names if not (folder / name).is_dir()]
+    if not lost or config.tasks.missing != "error":
+        return None
+    remedy = "prepare them, take them out of the lists, or set tasks.missing=warn"
+    return f"tasks.folder: {folder}: {len(lost)} listed tasks are not there: {', '.join(lost)}; {remedy}"
 
 
 def jobs(comparison: Comparison, chosen: Mapping[Cell, Overrides], extra: tuple[str, ...]) -> list[Job]:
@@ -182,7 +224,7 @@ def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tup
     """Each cell's combinations with their runs, one a seed, of the cells that have more than one to try."""
     tuning, found = comparison.tune, {}
     plain = comparison.model_copy(update={"settings": {"default": {}}, "seeds": tuning.seeds, "scores": {}})
-    over = (*override_texts({**tuning.overrides, "tasks.test": tuning.tasks}), "tasks.missing=error")
+    over = (*override_texts(tuning.overrides), *extra, *override_texts({"tasks.test": tuning.tasks}))
     for cell in cells(comparison):
         grid = grid_of(tuning, cell[2])
         for number, values in enumerate(grid if len(grid) > 1 else ()):
@@ -191,9 +233,9 @@ def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tup
                     job,
                     setting=f"try-{number}",
                     folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
-                    overrides=(*job.overrides, *over),
+                    overrides=(*job.overrides, *over, "tasks.missing=error"),
                 )
-                for job in jobs(plain, {cell: values}, extra)
+                for job in jobs(plain, {cell: values}, ())
                 if (job.model, job.task_set, job.method) == cell
             ]
             found.setdefault(cell, []).append((values, own))
@@ -218,6 +260,7 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
         yield f"scores.{PLAIN}: is the name of a run's own scores; take another"
     if twice := duplicates(comparison.seeds):
         yield f"seeds: {twice}: listed twice; list each once"
+    yield from _set_by_us(comparison, extra)
     told: dict[str, None] = {}  # in order, each once
     for job in jobs(comparison, {}, extra):
         if job.seed == comparison.seeds[0]:
@@ -226,6 +269,24 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     yield from told
     if comparison.tune:
         yield from _grid_problems(comparison, extra)
+
+
+def _set_by_us(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    """Keys that would do nothing, or train one seed for all."""
+    named = [("overrides", comparison.overrides)]
+    for section in ("models", "task_sets", "methods", "settings"):
+        named += [(f"{section}.{name}", values) for name, values in getattr(comparison, section).items()]
+    if comparison.tune:
+        named.append(("tune.overrides", comparison.tune.overrides))
+        named += [
+            (f"tune.grid.{method}", {key: None for keys in lists for key in keys.split("+")})
+            for method, lists in comparison.tune.grid.items()
+        ]
+    named.append(("override", {text.partition("=")[0].strip(): None for text in extra}))
+    for place, values in named:
+        for key in values:
+            if key in SET_BY_US:
+                yield f"{place}: {key}: each run has its own; {SET_BY_US[key]}"
 
 
 def _run_problems(comparison: Comparison, overrides: list[str], method: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from typing import IO
 
 import torch
 
-from abmll.compare.grid import Job
-from abmll.config import ConfigError, Refused, load_config, with_absolute_paths
+from abmll.compare.grid import Job, missing_tasks
+from abmll.config import ConfigError, Refused, load_config, override_texts, with_absolute_paths
 from abmll.config.errors import show
 from abmll.config.settings import flat, in_effect
 from abmll.config.yaml_text import dump
@@ -55,8 +55,14 @@ class Runner:
         say: Callable[[str], None] = print,
     ):
         """`folder`: the comparison's; `launch`: where train.py and evaluate.py lie."""
+        for option, number in (("--workers", workers), ("--ranks", ranks)):
+            if number is not None and number < 1:
+                raise Refused(f"{option}: {number}: must be at least 1; leave it out for the default")
         self.gpus = visible_gpus()
-        self.workers = workers or max(1, len(self.gpus or range(os.cpu_count() or 1)) // ranks)
+        if self.gpus and ranks > len(self.gpus):
+            visible = f"{len(self.gpus)} visible GPUs ({','.join(self.gpus)})"
+            raise Refused(f"--ranks: {ranks}: each needs a GPU of its own, of {visible}; take at most {len(self.gpus)}")
+        self.workers = workers or max(1, (len(self.gpus) or usable_cores()) // ranks)
         self.config, self.folder, self.launch, self.ranks, self.say = config, folder, launch, ranks, say
         self._places: queue.Queue[int] = queue.Queue()
         for place in range(self.workers):
@@ -65,14 +71,16 @@ class Runner:
         self._stopped = threading.Event()
         self._starting = threading.Lock()  # nothing is started behind the stop
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def run(self, jobs: Sequence[Job], ready: Callable[[], None] = lambda: None) -> list[Outcome]:
         """All jobs, in their order as far as they are beside each other. A failed one does not stop the others.
+        `ready` is called when nothing was refused, before the first one starts.
 
         Refused where a folder holds another run than the job's. Interrupted, it stops the running commands, which
         continue from their last checkpoints when called again.
         """
         for job in jobs:
             self.check(job)
+        ready()
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._run, job) for job in jobs]
             try:
@@ -86,8 +94,16 @@ class Runner:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def check(self, job: Job) -> None:
-        """Refused where the job's folder holds a run with another configuration, or scores under other overrides."""
+    def check(self, job: Job, to_choose: Collection[str] = ()) -> None:
+        """Refused where the job's folder holds a run with another configuration, or scores under other overrides, or
+        where tasks that it needs are not there. `to_choose`: the keys whose values are not known yet.
+        """
+        if not self.finished(job):
+            for overrides in ((), *(override_texts(values) for values in job.scores.values())):
+                if not overrides or any(text.startswith("tasks.") for text in overrides):
+                    config = load_config(self.config, [*job.overrides, *overrides])
+                    if problem := missing_tasks(config, self.config):
+                        raise Refused(problem)
         for name, values in job.scores.items():
             scored_under(self.folder / job.folder / "scores" / name, values)
         path = self.folder / job.folder / "config.yaml"
@@ -99,13 +115,17 @@ class Runner:
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
         old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))
-        if old != new:
-            different = [
-                f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
-                for key in dict.fromkeys((*new, *old))
-                if old.get(key) != new.get(key)
-            ]
-            raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; remove it, or set another output")
+        if wanted.tasks.source == "builtin":  # of which none is missing
+            old["tasks.missing"] = new["tasks.missing"]
+        different = [
+            f"{key}: {show(old.get(key))} there, {show(new.get(key))} now"
+            for key in dict.fromkeys((*new, *old))
+            if key not in to_choose and old.get(key) != new.get(key)
+        ]
+        if different:
+            back = "set tasks.missing back, " if old["tasks.missing"] != new["tasks.missing"] else ""
+            remedy = f"{back}remove it, or set another output"
+            raise Refused(f"{path.parent}: holds another run: {'; '.join(different)}; {remedy}")
 
     def finished(self, job: Job) -> bool:
         """Whether the run and all of its scores are there."""
@@ -122,10 +142,15 @@ class Runner:
         place = self._places.get()
         try:
             began = time.monotonic()
-            problem = self._stages(job, place)
+            try:
+                problem = self._stages(job, place)
+                if problem is None and not self.finished(job):
+                    problem = f"{self.folder / job.folder}: its commands ended, and not all of its scores are there"
+            except OSError as error:  # a full disk, a file in the place of a folder: of this run, not of the others
+                problem = f"{self.folder / job.folder}: {error}; make it writable, or set another output"
             if not self._stopped.is_set():
                 took = timedelta(seconds=round(time.monotonic() - began))
-                self.say(f"{job.folder}: {'failed' if problem else 'done'} after {took}")
+                self.say(f"{job.folder}: {f'failed after {took}: {problem}' if problem else f'done after {took}'}")
             return Outcome(job, problem)
         finally:
             self._places.put(place)
@@ -156,7 +181,7 @@ class Runner:
 
     def _command(self, name: str, arguments: list[str], log: Path, place: int, lock: IO) -> str | None:
         """Runs a command with its output in `log`; the log's end if it fails."""
-        cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
+        cores, threads = usable_cores(), os.environ.get("OMP_NUM_THREADS")
         environment = {**os.environ, "OMP_NUM_THREADS": threads or str(max(1, cores // self.workers // self.ranks))}
         command = [*self._start(place, environment), str(self.launch / name), *arguments]
         with log.open("a") as stream:
@@ -186,6 +211,21 @@ class Runner:
         # with a number given, the launcher would forget which GPUs are visible
         number = [] if self.gpus else ["--num_accelerators", str(self.ranks)]
         return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
+
+
+def made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"output: {folder}: cannot be made ({error.strerror}); set another output") from None
+    return folder
+
+
+def usable_cores() -> int:
+    """Those of this process: a scheduler, a container or taskset may have given it fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

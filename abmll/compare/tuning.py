@@ -10,10 +10,11 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from abmll.compare.grid import Cell, Comparison, Job, Overrides, cells, grid_of, lists_of, tries
-from abmll.compare.runner import Outcome, Runner
+from abmll.compare.runner import Outcome, Runner, made
 from abmll.config import Refused
 from abmll.files import write_whole
 from abmll.metrics import HIGHER_IS_BETTER
@@ -36,13 +37,18 @@ class Choice:
         return {**place, "chosen": self.chosen, "at_the_end_of": self.at_the_end_of, "tried": tried}
 
 
-def choose(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> tuple[list[Choice], list[Outcome]]:
-    """Runs the tries of every method and writes tuning.json; failed tries count as the worst.
+def choose(
+    comparison: Comparison, runner: Runner, extra: tuple[str, ...], into: Path
+) -> tuple[list[Choice] | None, list[Outcome]]:
+    """Runs the tries of every method and writes INTO/tuning.json. None, and nothing written, where a try failed: what
+    it would have scored is not known, and another setting than the best would go into all runs.
 
     Methods with one combination have nothing to try, and run nothing.
     """
     tried = tries(comparison, extra)
-    outcomes = runner.run([job for of_cell in tried.values() for _, own in of_cell for job in own])
+    outcomes = runner.run([job for of_cell in tried.values() for _, own in of_cell for job in own], lambda: made(into))
+    if any(outcome.problem for outcome in outcomes):
+        return None, outcomes
     choices = []
     for cell in cells(comparison):
         scored = [(values, _score(own, runner, comparison)) for values, own in tried.get(cell, ())]
@@ -51,14 +57,14 @@ def choose(comparison: Comparison, runner: Runner, extra: tuple[str, ...]) -> tu
         else:
             choices.append(Choice(cell, [], *grid_of(comparison.tune, cell[2]), []))
     text = json.dumps([choice.to_json() for choice in choices], indent=1)
-    write_whole(runner.folder / "tuning.json", text)
+    write_whole(into / "tuning.json", text)
     return choices, outcomes
 
 
 def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, lists: Mapping[str, list[Any]]) -> Choice:
-    """The first of the best; NaN, of a try that failed or diverged, is the worst. Refused where all did."""
+    """The first of the best; NaN, of a try that diverged, is the worst. Refused where all did."""
     if all(math.isnan(score) for _, score in scored):
-        raise Refused(f"tune: {' '.join(cell)}: all {len(scored)} tries failed or diverged; see their compare.log")
+        raise Refused(f"tune: {' '.join(cell)}: all {len(scored)} tries diverged; name other values in tune.grid")
     sign = -1.0 if select_by in HIGHER_IS_BETTER else 1.0
     chosen, _ = min(scored, key=lambda one: math.inf if math.isnan(one[1]) else sign * one[1])
     numbers = {key: values for key, values in lists.items() if all(isinstance(value, (int, float)) for value in values)}
@@ -68,11 +74,9 @@ def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, list
 
 
 def _score(own: list[Job], runner: Runner, comparison: Comparison) -> float:
-    """The mean over seeds; NaN where a run is missing or not finished."""
+    """The mean over seeds; NaN where a run diverged."""
     found = []
     for job in own:
-        if not runner.trained(job):
-            return math.nan
         *_, last = json.loads((runner.folder / job.folder / SCORES).read_text())
         steps = max(last["overall"], key=int)
         found.append(last["overall"][steps][comparison.tune.select_by])

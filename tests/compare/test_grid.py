@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.grid import grid_of, jobs, load_comparison
+from abmll.compare.grid import grid_of, jobs, load_comparison, tries
 from abmll.config import ConfigError, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -133,6 +133,48 @@ def test_tries_are_checked_too(tune, told, write):
         load_comparison(write(f"{text}tune: {{tasks: [glue-sst2], {tune}}}"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{method.inner_lr: 1e-2}", "{seed: 1}", "overrides: seed: each run has its own; set the comparison's `seeds`"),
+        ("method.beta: 1e-6}", "output: x}", r"settings\.beta-1e-6: output: each run has its own; .*`output`"),
+        ("seeds: [0]", "seeds: [0], overrides: {seed: 3}", r"tune\.overrides: seed: each run"),
+        ("method.beta: [1]", "method.beta+seed: [1, 2]", r"tune\.grid\.all: seed: each run"),
+    ],
+)
+def test_a_runs_seed_and_folder_are_the_comparisons(old, new, told, write):
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    text += "tune: {tasks: [glue-sst2], seeds: [0], grid: {all: {method.beta: [1]}}}\n"
+    with pytest.raises(ConfigError, match=told):
+        load_comparison(write(text, change=(old, new)))
+    with pytest.raises(ConfigError, match="override: seed: each run has its own"):
+        load_comparison(write(text), ("seed=3",))
+
+
+def test_the_command_lines_overrides_stand_behind_those_of_the_tries_but_not_before_their_tasks(write):
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    text += "tune: {tasks: [glue-sst2], grid: {all: {method.beta: [1, 2]}}, overrides: {trainer.episodes: 9}}\n"
+    extra = ("trainer.episodes=2", "tasks.test=[ag_news]")
+    comparison = load_comparison(write(text), extra)
+    for of_cell in tries(comparison, extra).values():
+        for values, (job,) in of_cell:
+            config = load_config(comparison.config, job.overrides)
+            assert (config.trainer.episodes, config.tasks.test) == (2, ("glue-sst2",))
+            assert config.method.beta == values["method.beta"]
+
+
+def test_all_tasks_must_be_there_unless_told_otherwise(write, tmp_path):
+    def missing(path, *extra):
+        comparison = load_comparison(path, extra)
+        return {load_config(comparison.config, job.overrides).tasks.missing for job in jobs(comparison, {}, extra)}
+
+    assert missing(write()) == {"error"}
+    assert missing(write(), "tasks.missing=warn") == {"warn"}
+    assert missing(write(change=("{method.inner_lr: 1e-2}", "{tasks.missing: warn}"))) == {"warn"}
+    (tmp_path / "warns.yaml").write_text(f"base: {CONFIGS}/tiny.yaml\ntasks: {{missing: warn}}\n")
+    assert missing(write(change=(f"{CONFIGS}/tiny.yaml", f"{tmp_path}/warns.yaml"))) == {"warn"}
+
+
 def test_a_file_may_be_based_on_another(write, tmp_path):
     write()
     (tmp_path / "more").mkdir()
@@ -143,7 +185,7 @@ def test_a_file_may_be_based_on_another(write, tmp_path):
     )
     found = load_comparison(above)
     assert (found.name, found.seeds, list(found.methods)) == ("other", [4, 5], ["abmll"])
-    assert found.overrides == {"method.inner_lr": 1e-2, "trainer.episodes": 9}
+    assert found.overrides == {"tasks.missing": "error", "method.inner_lr": 1e-2, "trainer.episodes": 9}
     assert found.config == str(CONFIGS / "tiny.yaml")
 
 

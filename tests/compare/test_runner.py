@@ -122,11 +122,29 @@ def test_a_failure_is_told_with_its_logs_end_and_stops_no_other(bench):
     outcomes = bench.runner().run(bench.jobs)
     assert [bool(outcome.problem) for outcome in outcomes] == [True, False, True, False]
     assert "it is broken" in outcomes[0].problem and "exit status 1" in outcomes[0].problem
-    assert sum("failed" in line for line in bench.said) == 2
+    told = [line for line in bench.said if "failed after" in line]
+    assert len(told) == 2 and all("it is broken" in line for line in told)
     bench.broken.unlink()
     bench.calls()
     assert not any(outcome.problem for outcome in bench.runner().run(bench.jobs))
     assert bench.calls() == ["train lora seed=0 7", "train lora seed=1 7"]
+
+
+def test_commands_that_leave_no_scores_have_failed(bench):
+    (bench.folder / "train.py").write_text("")
+    assert all("not all of its scores are there" in outcome.problem for outcome in bench.runner().run(bench.jobs[:1]))
+
+
+def test_what_a_folder_does_not_allow_stops_no_other_run(bench):
+    lora, abmll = (bench.folder / "out" / job.folder for job in bench.jobs[:2])
+    for place in (lora, abmll / "lock"):
+        place.mkdir(parents=True)
+    lora.rmdir()
+    lora.touch()  # a file in the place of a folder; a folder in the place of the lock
+    outcomes = bench.runner().run(bench.jobs)
+    assert [bool(outcome.problem) for outcome in outcomes] == [True, True, False, False]
+    for place, outcome in zip((lora, abmll), outcomes, strict=False):
+        assert str(place) in outcome.problem and "set another output" in outcome.problem
 
 
 def test_a_folder_of_another_run_is_refused(bench):
@@ -138,11 +156,31 @@ def test_a_folder_of_another_run_is_refused(bench):
     unread = wanted.eval.model_copy(update={"select_by": "nll"})  # eval.every is null: no theta is chosen
     save_config(with_absolute_paths(wanted.model_copy(update={"eval": unread}), CONFIG), place / "config.yaml")
     bench.runner().check(job)
+    warns = wanted.tasks.model_copy(update={"missing": "warn"})  # of generated tasks none is missing
+    save_config(with_absolute_paths(wanted.model_copy(update={"tasks": warns}), CONFIG), place / "config.yaml")
+    bench.runner().check(job)
     other = wanted.model_copy(update={"seed": 9})
     save_config(with_absolute_paths(other, CONFIG), place / "config.yaml")
     with pytest.raises(Refused, match="holds another run: seed: 9 there, 0 now; remove it"):
         bench.runner().run(bench.jobs)
     assert bench.calls() == []
+
+
+def test_a_run_that_may_lack_tasks_is_refused_with_the_way_back(bench):
+    for name in "ab":
+        (bench.folder / "tasks" / name).mkdir(parents=True)
+    (bench.folder / "comparison.yaml").write_text(TEXT.replace("tiny.yaml", "cls23.yaml"))
+    extra = (f"tasks.folder={bench.folder}/tasks", "tasks.train=[a]", "tasks.test=[b]")
+    path, runner = bench.folder / "comparison.yaml", bench.runner()
+    runner.config = str(CONFIG.with_name("cls23.yaml"))
+    job = jobs(load_comparison(path, extra), {}, extra)[0]
+    place = bench.folder / "out" / job.folder
+    as_before = load_config(runner.config, [*job.overrides, "tasks.missing=warn", f"output={place}"])
+    as_before = as_before.model_copy(update={"logging": as_before.logging.model_copy(update={"progress_bar": False})})
+    save_config(with_absolute_paths(as_before, runner.config), place / "config.yaml")
+    with pytest.raises(Refused, match=r"tasks\.missing: 'warn' there, 'error' now; set tasks\.missing back, remove it"):
+        runner.check(job)
+    runner.check(jobs(load_comparison(path, extra), {}, (*extra, "tasks.missing=warn"))[0])
 
 
 def test_an_interrupt_stops_what_runs(bench):
@@ -192,7 +230,8 @@ def test_every_gpu_gets_its_share(bench, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert starts(runner())[1] == ["2", "5"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert runner().workers == os.cpu_count() and starts(runner())[1] == [None] * os.cpu_count()
+    monkeypatch.setattr("abmll.compare.runner.usable_cores", lambda: 3)
+    assert runner().workers == 3 and starts(runner())[1] == [None] * 3
     assert "--num_accelerators" in starts(runner(ranks=2, workers=1))[0][0]
 
 
@@ -206,3 +245,30 @@ def test_a_run_that_names_its_model_from_here_is_the_same_run(bench, tmp_path, m
     here = with_absolute_paths(wanted, CONFIG)
     save_config(here.model_copy(update={"model": wanted.model}), place / "config.yaml")
     bench.runner().check(job)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_cores_that_the_process_may_not_use_get_no_runs(bench):
+    code = "from abmll.compare.runner import *; print(Runner('c', Path('f'), Path('l')).workers)"
+    one = min(os.sched_getaffinity(0))
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: os.sched_setaffinity(0, {one}),
+    )  # fmt: skip
+    assert found.stdout.strip() == "1", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"workers": 0}, "--workers: 0: must be at least 1"),
+        ({"workers": -2}, "--workers: -2: must be at least 1"),
+        ({"ranks": 0}, "--ranks: 0: must be at least 1"),
+        ({"ranks": 3}, r"--ranks: 3: each needs a GPU of its own, of 2 visible GPUs \(0,1\); take at most 2"),
+    ],
+)
+def test_numbers_that_cannot_run_are_refused(options, told, bench, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(Refused, match=told):
+        Runner(str(CONFIG), bench.folder / "out", bench.folder, **options)

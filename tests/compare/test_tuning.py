@@ -36,12 +36,9 @@ class MadeUp:
 
     def __init__(self, folder, nll):
         self.folder, self.nll, self.jobs = folder, nll, []
-        self.failing = set()  # values of lora's rate whose runs fail
+        self.failing = set()  # values of the outer rate whose runs fail
 
-    def trained(self, job):
-        return load_config(CONFIG, job.overrides).method.outer_lr not in self.failing
-
-    def run(self, jobs):
+    def run(self, jobs, ready):
         for job in jobs:
             self.jobs.append(job)
             config = load_config(CONFIG, job.overrides)
@@ -49,7 +46,8 @@ class MadeUp:
             place.mkdir(parents=True)
             overall = {"0": {"nll_options": 9.0}, "5": {"nll_options": self.nll(config)}}
             (place / "scores.json").write_text(json.dumps([{"overall": overall}]))
-        return [Outcome(job, None) for job in jobs]
+        rates = [load_config(CONFIG, job.overrides).method.outer_lr for job in jobs]
+        return [Outcome(job, "broken" if rate in self.failing else None) for job, rate in zip(jobs, rates, strict=True)]
 
 
 def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
@@ -65,7 +63,7 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
 
     runner = MadeUp(tmp_path / "out", nll)
     runner.folder.mkdir()
-    choices, outcomes = choose(comparison, runner, ("tasks.folder=x",))
+    choices, outcomes = choose(comparison, runner, ("tasks.folder=x",), tmp_path)
     assert len(outcomes) == len(runner.jobs) == 2 * (3 + 4)
     for job in runner.jobs:
         config = load_config(CONFIG, job.overrides)
@@ -77,27 +75,39 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
     assert found["abmll"].chosen == {"method.outer_lr": 1e-3, "method.beta": 1e-10}
     assert found["abmll"].at_the_end_of == ["method.outer_lr", "method.beta"]
     assert found["pretrained"].chosen == {"method.test_lr": 3e-4} and found["pretrained"].tried == []
-    written = json.loads((runner.folder / "tuning.json").read_text())
+    written = json.loads((tmp_path / "tuning.json").read_text())
     assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
     scores = [one["score"] for one in written[1]["tried"]]
     assert scores == pytest.approx([1 + 2 + 0.25, 1 + 0.25, 2 + 0.25, 0.25])
 
 
-def test_a_failed_try_does_not_count_with_what_it_left_behind(tmp_path):
-    """The pretrained model's score, which is written before the training."""
+def test_while_a_try_is_missing_nothing_is_chosen(tmp_path):
+    """A full disk is no verdict on a setting; nor is the pretrained score, which is written before the training."""
     (tmp_path / "comparison.yaml").write_text(TEXT)
     comparison = load_comparison(tmp_path / "comparison.yaml")
     runner = MadeUp(tmp_path / "out", lambda config: config.method.outer_lr)  # the smallest rate has the best score
     runner.folder.mkdir()
     runner.failing = {1e-4}
-    choices, _ = choose(comparison, runner, ())
+    choices, outcomes = choose(comparison, runner, (), tmp_path)
+    assert choices is None and sum(outcome.problem == "broken" for outcome in outcomes) == 2 * (1 + 2)
+    assert not (tmp_path / "tuning.json").exists()
+
+
+def test_a_diverged_try_counts_as_the_worst(tmp_path):
+    (tmp_path / "comparison.yaml").write_text(TEXT)
+    comparison = load_comparison(tmp_path / "comparison.yaml")
+    runner = MadeUp(
+        tmp_path / "out", lambda c: math.nan if (c.method.outer_lr, c.seed) == (1e-4, 8) else c.method.outer_lr
+    )
+    runner.folder.mkdir()
+    choices, _ = choose(comparison, runner, (), tmp_path)
     assert {choice.cell[2]: choice.chosen.get("method.outer_lr") for choice in choices}["lora"] == 1e-3
-    lora = json.loads((runner.folder / "tuning.json").read_text())[0]
+    lora = json.loads((tmp_path / "tuning.json").read_text())[0]
     assert [one["score"] for one in lora["tried"]] == [None, 1e-3, 1e-2]
 
 
-def test_where_all_tries_fail_nothing_is_chosen():
-    with pytest.raises(Refused, match=r"tune: model tasks lora: all 2 tries failed or diverged"):
+def test_where_all_tries_diverge_nothing_is_chosen():
+    with pytest.raises(Refused, match=r"tune: model tasks lora: all 2 tries diverged; name other values in tune.grid"):
         best(("model", "tasks", "lora"), [({"a": 1}, math.nan), ({"a": 2}, math.nan)], "nll", {"a": [1, 2]})
 
 
