@@ -99,7 +99,7 @@ def start_ranks() -> Ranks:
         _set_here.extend(alone)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        device = torch.device("cuda", gpu_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+        device = torch.device("cuda", take_gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -148,9 +148,14 @@ def _joining(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def gpu_index(local_rank: int, visible: int) -> int:
-    """This rank's GPU among those that it sees: SLURM may show each rank its own one only."""
-    return local_rank if visible > 1 else 0
+def take_gpu(visible: int) -> int:
+    """This rank's GPU among those that it sees: SLURM may show each rank its own one only.
+
+    LOCAL_RANK says so too from here on: DeepSpeed takes its device by it, however many there are.
+    """
+    if visible == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    return int(os.environ["LOCAL_RANK"])
 
 
 def stop_ranks(error: BaseException | None = None) -> None:

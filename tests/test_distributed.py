@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from abmll import distributed
-from abmll.distributed import Ranks, check_shared, gpu_index
+from abmll.distributed import Ranks, check_shared, take_gpu
 
 
 class Threads(Ranks):
@@ -84,10 +84,11 @@ def test_a_folder_that_is_seen_late_is_shared(check, tmp_path):
     late.join()
 
 
-def test_a_rank_takes_its_own_gpu():
-    """All GPUs are visible, or, as SLURM may bind them, the rank's own one."""
-    assert [gpu_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert gpu_index(3, 1) == 0
+@pytest.mark.parametrize(("visible", "taken"), [(4, "3"), (1, "0")])
+def test_a_rank_takes_its_own_gpu(visible, taken, monkeypatch):
+    """All GPUs are visible, or, as SLURM may bind them, the rank's own one; DeepSpeed is told by the environment."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert take_gpu(visible) == int(taken) and os.environ["LOCAL_RANK"] == taken
 
 
 def test_what_deepspeed_leaves_in_shared_memory_is_removed(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abmll.learner import Learner, StepTerms
 from abmll.methods.base import Method, Update, Visit
+from abmll.models.packing import prompt_by_prompt
 from abmll.objective import gradient_norm
 from abmll.tasks.task import Batch
 
@@ -41,7 +42,7 @@ class MAML(FOMAML):
         config, answers = self.config, _Answers(learner)
         start = phi = {name: value.detach().requires_grad_() for name, value in learner.adapters.phi.items()}
         inner = []
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        with prompt_by_prompt(learner.model), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             for batch in visit.support:
                 nll = answers.nll(phi, batch)
                 gradients = torch.autograd.grad(nll.sum(), list(phi.values()), create_graph=True)

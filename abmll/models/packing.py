@@ -13,7 +13,8 @@ Three ways, the first that gives the model's own logits is taken (`pack_prompts`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,6 +164,20 @@ def ways_of(attention: str, device: torch.device, dtype: torch.dtype) -> list[st
     if device.type == "cuda" and dtype.itemsize == 2:
         ways.append("torch")
     return [*ways, "prompt"]
+
+
+@contextmanager
+def prompt_by_prompt(model: PreTrainedModel) -> Iterator[None]:
+    """Packed prompts by SDPA, one after another: the varlen kernels' backward passes have no derivative."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before in (PREFIX + "fa2", PREFIX + "torch"):
+        model.set_attn_implementation(register("prompt"))
+    try:
+        yield
+    finally:
+        if config._attn_implementation != before:
+            model.set_attn_implementation(before)
 
 
 @torch.no_grad()

@@ -11,7 +11,15 @@ import transformers
 
 from abmll.models import packing
 from abmll.models.architectures import architecture_config, random_model
-from abmll.models.packing import is_packed, pack_prompts, packed_inputs, tokens_of, ways_of
+from abmll.models.packing import (
+    is_packed,
+    pack_prompts,
+    packed_inputs,
+    prompt_by_prompt,
+    register,
+    tokens_of,
+    ways_of,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = {
@@ -82,6 +90,20 @@ def test_the_ways_that_are_tried():
     assert ways_of("sdpa", CUDA, torch.float32) == ["prompt"]
     assert ways_of("sdpa", CUDA, torch.bfloat16) == ["torch", "prompt"]
     assert ways_of("flash_attention_2", CUDA, torch.bfloat16) == ["fa2", "torch", "prompt"]
+
+
+def test_second_derivatives_go_prompt_by_prompt(monkeypatch):
+    """A GPU's 16-bit way is left for the time being, and comes back, after an error too."""
+    model = model_of("llama")
+    assert pack_prompts(model) == "prompt"
+    with prompt_by_prompt(model):
+        assert model.config._attn_implementation == register("prompt")
+    model.set_attn_implementation(register("torch"))
+    inputs = packed_inputs(*tokens_of(LENGTHS, CPU, 300))
+    with pytest.raises(ZeroDivisionError), prompt_by_prompt(model):
+        assert hidden(model, **inputs).isfinite().all()  # on a CPU the other way would fail
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == register("torch")
 
 
 def test_a_model_that_does_not_pass_on_who_belongs_together_is_left_as_it_was(monkeypatch):
