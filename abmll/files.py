@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 TEMPORARY, MANIFEST, LOCK = ".partial-", "manifest.json", ".lock"
@@ -29,6 +30,21 @@ def write_whole(path: Path, contents: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a file cannot be written, and what to do, or None: asked before the work whose result it is for."""
+    if path.is_dir():
+        return f"is a folder; name a file in it, such as {path / 'FILE'}"
+    if not path.parent.is_dir():
+        return f"{path.parent} is no folder; make it, or name another file"
+    try:
+        with TemporaryFile(
+            dir=path.parent
+        ):  # permissions do not tell it: a disk may be read-only, /proc holds no files
+            return None
+    except OSError as error:
+        return f"nothing can be written in {path.parent} ({error.strerror}); name another file"
 
 
 def read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
-from abmll.files import file_digest, write_whole
+from abmll.files import file_digest, unwritable, write_whole
 from abmll.lockstep import in_step
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
@@ -92,10 +92,13 @@ def evaluate(run: str, overrides: list[str], output: str | None, settings: str |
     """The command `launch/evaluate.py`: print a run's table of scores, and write them as JSON where asked to.
 
     `settings`: a YAML file of named overrides; each one's scores go to RUN/scores/NAME, and those that are there, of
-    the same theta, are not made again. ConfigError or Refused as `FinishedRun`.
+    the same theta, are not made again. ConfigError or Refused as `FinishedRun`, and Refused before anything is loaded
+    where `output` cannot be written.
     """
     named = read_settings(settings) if settings else {}
     with joined_ranks() as ranks:
+        if problem := ranks.from_main(unwritable(Path(output)) if output else None):
+            raise Refused(f"--output: {output}: {problem}")
         finished = FinishedRun(run, ranks, overrides)
         with told_as_settings(finished.config, finished.folder):
             if settings:

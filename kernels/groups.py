@@ -26,7 +26,7 @@ class Groups:
         """ValueError where a group is empty or there is none."""
         if not sizes or min(sizes) < 1:
             raise ValueError(f"sizes: {tuple(sizes)}: at least one group, and every group has at least one row")
-        bounds = torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32)
+        bounds = torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32, device="cpu")
         if torch.device(device).type == "cuda":
             bounds = bounds.pin_memory()  # a copy from pageable memory waits for the GPU
         return cls(tuple(sizes), bounds.to(device, non_blocking=True))

@@ -32,6 +32,10 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a task's own is told with the task: this is the folder's
+        problem = error.strerror or error
+        print(f"error: --out: {arguments.out}: {problem}; name a folder that can be written in", file=sys.stderr)
+        return 2
     print(report(outcomes))
     return 1 if any(outcome.failure for outcome in outcomes) else 0
 

@@ -40,7 +40,7 @@ class Deviations(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Uniform in [initial / sqrt(2), initial], as the authors start."""
         low = self.initial / math.sqrt(2.0)
-        self.root.copy_(torch.empty(self.root.shape).uniform_(low, self.initial, generator=generator))
+        self.root.copy_(torch.empty(self.root.shape, device="cpu").uniform_(low, self.initial, generator=generator))
 
     def std(self) -> Tensor:
         return self.root.square()

@@ -29,7 +29,7 @@ class LowRankPair(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """a Kaiming-uniform with slope sqrt(5), b zero: the product starts at zero. Same bits on every device."""
         bound = 1.0 / math.sqrt(self.a.shape[-1])  # Kaiming: sqrt(6 / ((1 + 5) fan_in))
-        self.a.copy_(torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator))
+        self.a.copy_(torch.empty(self.a.shape, device="cpu").uniform_(-bound, bound, generator=generator))
         self.b.zero_()
 
     def factors(self) -> LowRank:

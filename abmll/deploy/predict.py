@@ -21,7 +21,7 @@ from tqdm import tqdm
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
 from abmll.deploy.truncation import told_truncated
-from abmll.files import write_whole
+from abmll.files import unwritable, write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
 from abmll.tasks.task import Example
@@ -183,9 +183,9 @@ def evaluate_adapter(
 
     In the JSON a score that is not a number is null.
     """
-    for path in filter(None, (output, diagram)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{path}: {Path(path).parent} is no folder; make it, or name another file")
+    for option, path in (("--output", output), ("--diagram", diagram)):
+        if path and (problem := unwritable(Path(path))):
+            raise ValueError(f"{option}: {path}: {problem}")
     own = load_task_models([adapter], moved_to(model), device)[0]
     examples = read_labelled(source, columns, own.options or ())
     found = own.predictions(examples, samples, calibrated)

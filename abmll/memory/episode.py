@@ -310,8 +310,9 @@ def episodes_beside(config: Config, world_size: int) -> int:
 
 
 def make_batch(examples: int, tokens: int) -> Batch:
-    """Zeros in a batch's shapes: every prompt as long as the longest allowed."""
-    return collate([PromptedExample([0] * tokens, 0, OPTIONS)] * examples, range(OPTIONS))
+    """Zeros in a batch's shapes, on the default device: every prompt as long as the longest allowed."""
+    batch = collate([PromptedExample([0] * tokens, 0, OPTIONS)] * examples, range(OPTIONS))
+    return batch.to(torch.get_default_device())
 
 
 def read_ledger(counter: StorageCounter, scored: int | None = None) -> Ledger:

@@ -214,8 +214,8 @@ def _hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
 def tokens_of(lengths: tuple[int, ...], device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor, Groups]:
     """Some tokens, their positions and prompts."""
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(vocabulary, (sum(lengths),), generator=generator).to(device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    input_ids = torch.randint(vocabulary, (sum(lengths),), generator=generator, device="cpu").to(device)
+    positions = torch.cat([torch.arange(length, device="cpu") for length in lengths]).to(device)
     return input_ids, positions, Groups.of(lengths, device)
 
 

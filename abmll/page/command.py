@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from abmll.compare.statistics import Estimate
 from abmll.config import Refused
-from abmll.files import write_whole
+from abmll.files import unwritable, write_whole
 from abmll.metrics import HIGHER_IS_BETTER
 from abmll.page.charts import all_charts
 from abmll.page.facts import RunFacts, read_runs
@@ -34,7 +34,7 @@ from abmll.page.measures import (
 
 def report(folders: Sequence[str], out: str | None) -> Path:
     """Write the page of these runs and return its path: RUN/report.html for one, `out` for several. Refused as
-    `read_runs`, and where several have no `out`."""
+    `read_runs`, where several have no `out`, and where the page cannot be written."""
     if out is None and len(folders) > 1:
         raise Refused(
             f"--out: not set, and the page is of {len(folders)} runs; name its file, such as --out report.html"
@@ -43,7 +43,13 @@ def report(folders: Sequence[str], out: str | None) -> Path:
     path = Path(out) if out else runs[0].folder / "report.html"
     if path.is_dir():
         raise Refused(f"--out: {path}: is a folder; name a file in it, such as {path / 'report.html'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = unwritable(path)
+    except OSError as error:
+        problem = f"{path.parent} cannot be a folder ({error.strerror}); name another file"
+    if problem:
+        raise Refused(f"--out: {path}: {problem}")
     write_whole(path, page(runs))
     return path
 

@@ -73,12 +73,12 @@ def normal_tile(rows, first_column, columns, name_ptr, layer, WIDTH: tl.constexp
     seed = tl.load(name_ptr).to(tl.uint64)
     step = tl.load(name_ptr + 1).to(tl.uint32)
     group = tl.load(name_ptr + 2).to(tl.uint32)
-    quads = tl.cdiv(columns, QUAD).to(tl.uint32)
+    quads = tl.cast(tl.cdiv(columns, QUAD), tl.uint32)  # an argument of 1 is a constant, which has no `to`
     within = (first_column // QUAD + tl.arange(0, WIDTH // QUAD)).to(tl.uint32)
     # 32-bit words: the caller has checked that rows x quads fits them
     counter = rows.to(tl.uint32)[:, None] * quads + within[None, :]
     zero = counter * 0
-    words = philox(seed, counter, zero + group, zero + step, zero + layer.to(tl.uint32))
+    words = philox(seed, counter, zero + group, zero + step, zero + tl.cast(layer, tl.uint32))
     normal_0, normal_1 = box_muller(words[0], words[1])
     normal_2, normal_3 = box_muller(words[2], words[3])
     # the last index of the outer join is the low bit of the lane

@@ -253,6 +253,17 @@ def test_no_file_is_lost_to_an_output(call, adapter, texts, tmp_path):
     assert texts.read_text() == before and kept.read_text() == "kept"
 
 
+@pytest.mark.parametrize("option", ["--output", "--diagram"])
+def test_scores_that_cannot_be_written_cost_no_work(call, data, tmp_path, option):
+    for path, problem in (
+        (tmp_path / "no/s.svg", "is no folder"),
+        (tmp_path, "is a folder"),
+        ("/proc/s.svg", "nothing"),
+    ):
+        status, _, err = call("evaluate", "--adapter", "none", "--data", data, option, path)
+        assert status == 2 and err.startswith(f"error: {option}: {path}: ") and problem in err
+
+
 def test_an_occupied_folder_is_told_before_the_work(call, data, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/notes.txt").write_text("mine")

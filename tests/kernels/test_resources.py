@@ -207,6 +207,29 @@ def test_compiled_kernels_are_within_limits_and_as_committed(committed, tmp_path
         assert found["rows"] == expected
 
 
+ONE_COLUMN = """
+import torch, triton
+from abmll.kernels.fused import resources as r
+for run, sizes in ((r._activation_step, (5, 16, 1)), (r._weight_step, (5, 1, 16)), (r._activation_step, (1, 1, 1))):
+    with r.recorded_launches() as launches:
+        run(torch.bfloat16, 8, sizes=sizes)
+    triton.runtime.driver.set_active(r._Absent(90))
+    for launched in launches:
+        launched.kernel.warmup(*launched.arguments, grid=(1,), **launched.constants, **launched.options)
+        print(launched.name)
+"""
+
+
+def test_matrices_of_one_column_compile():
+    """Triton makes a constant of an argument that is 1, which the interpreter does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_COLUMN], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"sample_kernel", "adjoint_kernel"} < set(done.stdout.split())
+
+
 def test_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):

@@ -9,7 +9,9 @@ import torch
 from setups import make_setup
 from torch.profiler import ProfilerActivity, profile
 
-from abmll.memory.episode import Setup, read_ledger, run_episode
+from abmll.adapters.pairs import LowRankPair
+from abmll.kernels import NoiseKey, rows_of_keys
+from abmll.memory.episode import Setup, make_batch, read_ledger, run_episode
 from abmll.memory.fake import counted
 from abmll.memory.storages import (
     BACKWARD,
@@ -23,6 +25,7 @@ from abmll.memory.storages import (
     StorageCounter,
     Uncounted,
 )
+from abmll.models.packing import tokens_of
 
 SETUPS = {
     "plain LoRA": {"method": {"name": "lora"}},
@@ -157,3 +160,15 @@ def test_meta_tensors_take_nothing():
     with StorageCounter().counting() as counter:
         torch.empty(1000, device="meta")
     assert counter.storages == []
+
+
+def test_under_a_default_device_only_what_is_meant_for_it_is_made_there():
+    """What a GPU's run makes on the host first (by a CPU's generator, or to be pinned) is not redirected."""
+    with torch.device("meta"):
+        ids, positions, prompts = tokens_of((2, 3), torch.device("cpu"), 10)
+        names = rows_of_keys([NoiseKey(1, 2)], "cpu")
+        pair = LowRankPair(4, 3, 2, "cpu")
+        pair.initialise(torch.Generator().manual_seed(0))
+        batch = make_batch(2, 4)
+    assert {tensor.device.type for tensor in (ids, positions, prompts.bounds, names, pair.a)} == {"cpu"}
+    assert batch.groups.bounds.device.type == batch.input_ids.device.type == "meta"

@@ -235,3 +235,6 @@ def test_the_command_writes_where_it_says(tmp_path):
         report([str(one), str(two)], None)
     with pytest.raises(Refused, match=r"--out: .*pages: is a folder; name a file in it"):
         report([str(one)], str(tmp_path / "pages"))
+    for path in (out / "below.html", "/proc/x.html", "/proc/no/x.html"):
+        with pytest.raises(Refused, match=rf"--out: {path}: .* \(.*\); name another file"):
+            report([str(one)], str(path))

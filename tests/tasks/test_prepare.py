@@ -331,6 +331,15 @@ def test_two_commands_do_not_sweep_away_what_the_other_has_begun(command, hub, t
     assert not (tmp_path / ".partial-sick").exists()
 
 
+@pytest.mark.parametrize("out", ["file", "file/in", "/proc", "/proc/x"])
+def test_a_folder_that_cannot_be_written_in_is_one_line(command, hub, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert command("--tasks", "glue-rte", "--out", out) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out: {out}: ") and not hub.asked
+    assert Path("file").read_text() == "mine"
+
+
 def test_status_of_the_command(command, hub, tmp_path, capsys):
     hub("nyu-mll/glue", "rte", train=rte(9), validation=rte(2))
     assert command("--tasks", "glue-rte,glue-cola", "--out", tmp_path / "out", "--max-examples", 3) == 1

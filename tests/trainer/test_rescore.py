@@ -27,6 +27,21 @@ def test_the_same_settings_give_the_same_scores(finished, tmp_path, capsys):
     assert (finished.folder / "scores.md").read_text() in printed
 
 
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("nodir/s.json", "nodir is no folder; make it, or name"),
+        (".", "is a folder; name a file in it"),
+        ("/proc/s", "no"),
+    ],
+)
+def test_an_output_that_cannot_be_written_costs_no_scores(finished, tmp_path, output, problem, monkeypatch):
+    monkeypatch.setattr("abmll.rescore.FinishedRun", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(Refused, match=rf"--output: {tmp_path / output}: .*{problem}"):
+        evaluate(str(finished.folder), [], str(tmp_path / output))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_theta_was_trained_with_is_not_changed(finished):
     """A theta of the same shape would load, and mean something else."""
     for override, trained in (("adapters.log_variance_alpha=1.6", "null"), ("adapters.alpha=4", "16.0")):
