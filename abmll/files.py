@@ -39,9 +39,8 @@ def unwritable(path: Path) -> str | None:
     if not path.parent.is_dir():
         return f"{path.parent} is no folder; make it, or name another file"
     try:
-        with TemporaryFile(
-            dir=path.parent
-        ):  # permissions do not tell it: a disk may be read-only, /proc holds no files
+        # permissions do not tell it: a disk may be read-only, /proc holds no files
+        with TemporaryFile(dir=path.parent):
             return None
     except OSError as error:
         return f"nothing can be written in {path.parent} ({error.strerror}); name another file"
