@@ -12,9 +12,13 @@ from abmll.metrics import CALIBRATION_BINS
 GAPS = [f"gap{number}" for number in range(CALIBRATION_BINS)]
 
 
+def _bins_of(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+
+
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each bin, closed on the left and the last on both sides: share of the examples, mean confidence, accuracy."""
-    number = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    number = _bins_of(confidence)
     size, *sums = (np.bincount(number, values, CALIBRATION_BINS) for values in (None, confidence, correct))
     with np.errstate(invalid="ignore"):  # an empty bin has no mean
         return size / len(confidence), *(total / size for total in sums)
@@ -40,8 +44,7 @@ def chance_ece(confidence: np.ndarray) -> float:
     """
     if np.isnan(confidence).any():
         return math.nan
-    number = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    total = 0.0
+    number, total = _bins_of(confidence), 0.0
     for bin_number in np.unique(number):
         own = confidence[number == bin_number].astype(np.float64)
         counts = np.ones(1)  # the probability of each count of right answers, an answer after the other

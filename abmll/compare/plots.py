@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abmll.compare.calibration import reliability_bins
+from abmll.compare.calibration import gaps, pooled_ece, reliability_bins
 from abmll.compare.estimates import MAIN, Metric, adapted, groups, sweeps
 from abmll.compare.results import STANDARD, Results
 from abmll.compare.statistics import estimate
@@ -158,11 +158,11 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
 
 def _pooled_ece(own: pd.DataFrame) -> float:
     """Of one label's examples [confidence, correct, run], a run a seed."""
-    errors = []
-    for _, of_seed in own.groupby("run"):
-        share, confidence, accuracy = reliability_bins(of_seed["confidence"].to_numpy(), of_seed["correct"].to_numpy())
-        errors.append(np.nansum(share * np.abs(accuracy - confidence)))
-    return float(np.mean(errors))
+    rows = [
+        {"seed": run, "n": len(part), **gaps(part["confidence"].to_numpy(), part["correct"].to_numpy())}
+        for run, part in own.groupby("run")
+    ]
+    return pooled_ece(pd.DataFrame(rows))
 
 
 def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:

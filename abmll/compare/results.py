@@ -19,7 +19,7 @@ import pandas as pd
 from abmll.compare.calibration import chance_ece, gaps
 from abmll.config.schema import MethodConfig
 from abmll.files import whole_lines
-from abmll.methods import METHODS
+from abmll.methods import METHODS, Frequencies
 from abmll.metrics import score
 from abmll.score_files import PREDICTIONS, as_predictions
 from abmll.summary import finished_facts
@@ -162,7 +162,7 @@ def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, floa
         "outer_steps": len(steps) * method.updates_per_episode,
         "tokens": round(sum(line["real_tokens_per_second"] * line["seconds"] for line in steps)),
         "peak_memory_bytes": max((line["peak_memory_bytes"] for line in steps), default=np.nan),
-        "parameters": facts["parameters"] if method.reads_model else 0,
+        "parameters": 0 if isinstance(method, Frequencies) else facts["parameters"],
     }
 
 

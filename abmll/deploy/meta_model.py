@@ -17,7 +17,7 @@ from abmll.deploy.base import BATCH_SIZE, AdaptedBase, Phi
 from abmll.deploy.cross_validation import Fold, make_folds, summarise
 from abmll.deploy.task_model import TaskModel
 from abmll.files import file_digest
-from abmll.methods import METHODS
+from abmll.methods import Frequencies
 from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
 from abmll.summary import FINAL, THETA, load_summary
@@ -52,7 +52,7 @@ class MetaModel:
             theta, facts = load_summary(summary)
             config = config_from(facts["config"], summary, overrides, scoring=True)
             refuse_other_training(config, facts)
-            if not METHODS[config.method.name].reads_model:
+            if config.method.name == Frequencies.name:
                 raise ValueError(f"method.name: {config.method.name}: has no model to adapt; name another method's run")
             base = AdaptedBase(config, device)
             refuse_other_base(config, base.fingerprint, facts)

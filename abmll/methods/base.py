@@ -84,7 +84,6 @@ class Method:
     pooled: ClassVar[bool] = False  # batches mix all tasks instead of holding one
     second_order: ClassVar[bool] = False  # an update keeps the graphs of all its inner steps
     inner_loop: ClassVar[bool] = True  # an update adapts phi to its task, by the inner optimizer
-    reads_model: ClassVar[bool] = True  # predicts with the adapted model; what does not, by itself (`Frequencies`)
 
     def __init__(self, config: MethodConfig, posterior: Posterior = "activation"):
         self.config, self.posterior = config, posterior

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
@@ -21,7 +20,6 @@ class Frequencies(Pretrained):
     """
 
     name = "frequencies"
-    reads_model: ClassVar[bool] = False
 
     def adapt(
         self, learner: Learner, batches: Sequence[Batch], keys: Sequence[NoiseKey | torch.Tensor]
