@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import PLAIN, Cell, Comparison, Job, Overrides, jobs, lists_of, load_comparison, output_of
+from abmll.compare.grid import (
+    PLAIN,
+    Cell,
+    Comparison,
+    Job,
+    Overrides,
+    jobs,
+    lists_of,
+    load_comparison,
+    output_of,
+    place_of_score,
+)
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner, made
 from abmll.compare.tuning import choose
@@ -111,7 +122,11 @@ def _run(
 def index(comparison: Comparison, wanted: list[Job]) -> dict:
     """What the analysis reads: every run of the comparison, finished or not."""
     runs = [
-        {**job.facts(), "overrides": job.overrides, "scores": {PLAIN: ".", **{n: f"scores/{n}" for n in job.scores}}}
+        {
+            **job.facts(),
+            "overrides": job.overrides,
+            "scores": {name: place_of_score(name) for name in (PLAIN, *job.scores)},
+        }
         for job in wanted
     ]
     return {"name": comparison.name, "baselines": comparison.baselines, "runs": runs}

@@ -9,7 +9,7 @@ test tasks: see `abmll.compare.tuning`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
 Cell = tuple[str, str, str]  # model, task set, method
 PLAIN = "plain"  # a run's own scores
+OF_TEST = "method.test_"  # keys of the adaptation to an unseen task, which no training reads
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
 SET_BY_US = {"seed": "set the comparison's `seeds`", "output": "set the comparison's `output`"}  # of each run
 
@@ -88,9 +89,19 @@ class Job:
     folder: str
     overrides: tuple[str, ...]
     scores: Named
+    needed: tuple[str, ...] = ()  # tasks that must be there, whatever tasks.missing says
 
     def facts(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("overrides", "scores")}
+        return {key: value for key, value in asdict(self).items() if key not in ("overrides", "scores", "needed")}
+
+
+@dataclass(frozen=True)
+class Try:
+    """One combination of a method's grid, the runs (one a seed) that it is scored by, and the name of that score."""
+
+    values: Overrides
+    runs: list[Job]
+    score: str
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Comparison:
@@ -146,8 +157,10 @@ def _with_all_tasks(comparison: Comparison) -> Comparison:
     return comparison.model_copy(update={"overrides": {"tasks.missing": "error", **comparison.overrides}})
 
 
-def missing_tasks(config: Config, config_path: str) -> str | None:
-    """What a run would look for in vain: the tasks' folder, or, where `tasks.missing` is `error`, tasks in it."""
+def missing_tasks(config: Config, config_path: str, needed: Collection[str] = ()) -> str | None:
+    """What a run would look for in vain: the tasks' folder, or tasks in it: where `tasks.missing` is `error` any,
+    else those of `needed`.
+    """
     if config.tasks.source != "jsonl":
         return None
     folder = resolve_path(config.tasks.folder, config_path)
@@ -156,9 +169,12 @@ def missing_tasks(config: Config, config_path: str) -> str | None:
     lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, config_path))
     names = dict.fromkeys((*lists.train, *lists.test, *(lists.validation if config.eval.every else ())))
     lost = [name for name in names if not (folder / name).is_dir()]
-    if not lost or config.tasks.missing != "error":
-        return None
     remedy = "prepare them, take them out of the lists, or set tasks.missing=warn"
+    if config.tasks.missing != "error":
+        lost = [name for name in lost if name in needed]
+        remedy = "prepare them, or take them out of the list"
+    if not lost:
+        return None
     return f"tasks.folder: {folder}: {len(lost)} listed tasks are not there: {', '.join(lost)}; {remedy}"
 
 
@@ -220,26 +236,63 @@ def grid_of(tuning: Tuning, method: str) -> list[Overrides]:
     ]
 
 
-def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[tuple[Overrides, list[Job]]]]:
-    """Each cell's combinations with their runs, one a seed, of the cells that have more than one to try."""
-    tuning, found = comparison.tune, {}
+def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[Try]]:
+    """Each cell's combinations, of the cells that have more than one to try. Those that differ in the adaptation to
+    an unseen task alone (`OF_TEST`) share a training: the first one's runs are scored as the others say, too.
+    """
+    found = {}
+    for cell in cells(comparison):
+        grid = grid_of(comparison.tune, cell[2])
+        of_cell: list[Try] = []
+        first: dict[str, int] = {}  # by what is trained, the first try's number
+        for number, values in enumerate(grid if len(grid) > 1 else ()):
+            own = _runs_of_try(comparison, extra, cell, values, number)
+            of_test = {key: value for key, value in values.items() if key.startswith(OF_TEST)}
+            trained = repr([item for item in values.items() if item[0] not in of_test])
+            if trained in first and not _chooses_theta(comparison, own[0]):
+                own, name = of_cell[first[trained]].runs, f"try-{number}"
+                for job in own:
+                    job.scores[name] = of_test
+                of_cell.append(Try(values, own, name))
+            else:
+                first[trained] = number
+                of_cell.append(Try(values, own, PLAIN))
+        if of_cell:
+            found[cell] = of_cell
+    return found
+
+
+def _chooses_theta(comparison: Comparison, job: Job) -> bool:
+    """Whether validations on the way choose the run's theta, so that the adaptation is a part of its training."""
+    with suppress(ConfigError):  # told with the other mistakes
+        settings = load_config(comparison.config, job.overrides).eval
+        return settings.every is not None and settings.select_by is not None
+    return True
+
+
+def _runs_of_try(
+    comparison: Comparison, extra: tuple[str, ...], cell: Cell, values: Overrides, number: int
+) -> list[Job]:
+    tuning = comparison.tune
     plain = comparison.model_copy(update={"settings": {"default": {}}, "seeds": tuning.seeds, "scores": {}})
     over = (*override_texts(tuning.overrides), *extra, *override_texts({"tasks.test": tuning.tasks}))
-    for cell in cells(comparison):
-        grid = grid_of(tuning, cell[2])
-        for number, values in enumerate(grid if len(grid) > 1 else ()):
-            own = [
-                replace(
-                    job,
-                    setting=f"try-{number}",
-                    folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
-                    overrides=(*job.overrides, *over, "tasks.missing=error"),
-                )
-                for job in jobs(plain, {cell: values}, ())
-                if (job.model, job.task_set, job.method) == cell
-            ]
-            found.setdefault(cell, []).append((values, own))
-    return found
+    return [
+        replace(
+            job,
+            setting=f"try-{number}",
+            folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
+            overrides=(*job.overrides, *over),
+            scores={},
+            needed=tuple(tuning.tasks),
+        )
+        for job in jobs(plain, {cell: values}, ())
+        if (job.model, job.task_set, job.method) == cell
+    ]
+
+
+def place_of_score(name: str) -> str:
+    """Where a run keeps a score, relative to its folder."""
+    return "." if name == PLAIN else f"scores/{name}"
 
 
 def cells(comparison: Comparison) -> list[Cell]:
@@ -308,10 +361,14 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
     if without:
         yield f"tune.grid: nothing to try for {', '.join(without)}; add them, or `all`"
     told: dict[str, None] = {}
+    given = {text.partition("=")[0].strip() for text in extra}
+    for method in comparison.methods:
+        for key in sorted(given & {key for keys in lists_of(tuning, method) for key in keys.split("+")}):
+            told[f"override: {key}: is to be chosen by tune.grid for {method}; take it out of one of the two"] = None
     for (_, _, method), of_cell in tries(comparison, extra).items():
-        for _, own in of_cell:
+        for one in of_cell:
             try:
-                load_config(comparison.config, own[0].overrides)
+                load_config(comparison.config, [*one.runs[0].overrides, *override_texts(one.values), *extra])
             except ConfigError as error:
                 told |= dict.fromkeys(f"tune: {method}: {line}" for line in error.problems)
     yield from told

@@ -102,7 +102,7 @@ class Runner:
             for overrides in ((), *(override_texts(values) for values in job.scores.values())):
                 if not overrides or any(text.startswith("tasks.") for text in overrides):
                     config = load_config(self.config, [*job.overrides, *overrides])
-                    if problem := missing_tasks(config, self.config):
+                    if problem := missing_tasks(config, self.config, job.needed):
                         raise Refused(problem)
         for name, values in job.scores.items():
             scored_under(self.folder / job.folder / "scores" / name, values)

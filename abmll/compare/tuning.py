@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abmll.compare.grid import Cell, Comparison, Job, Overrides, cells, grid_of, lists_of, tries
+from abmll.compare.grid import Cell, Comparison, Overrides, Try, cells, grid_of, lists_of, place_of_score, tries
 from abmll.compare.runner import Outcome, Runner, made
 from abmll.config import Refused
 from abmll.files import write_whole
@@ -46,12 +46,13 @@ def choose(
     Methods with one combination have nothing to try, and run nothing.
     """
     tried = tries(comparison, extra)
-    outcomes = runner.run([job for of_cell in tried.values() for _, own in of_cell for job in own], lambda: made(into))
+    runs = {job.folder: job for of_cell in tried.values() for one in of_cell for job in one.runs}
+    outcomes = runner.run(list(runs.values()), lambda: made(into))
     if any(outcome.problem for outcome in outcomes):
         return None, outcomes
     choices = []
     for cell in cells(comparison):
-        scored = [(values, _score(own, runner, comparison)) for values, own in tried.get(cell, ())]
+        scored = [(one.values, _score(one, runner, comparison)) for one in tried.get(cell, ())]
         if scored:
             choices.append(best(cell, scored, comparison.tune.select_by, lists_of(comparison.tune, cell[2])))
         else:
@@ -73,11 +74,11 @@ def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, list
     return Choice(cell, scored, chosen, ends)
 
 
-def _score(own: list[Job], runner: Runner, comparison: Comparison) -> float:
+def _score(one: Try, runner: Runner, comparison: Comparison) -> float:
     """The mean over seeds; NaN where a run diverged."""
     found = []
-    for job in own:
-        *_, last = json.loads((runner.folder / job.folder / SCORES).read_text())
+    for job in one.runs:
+        *_, last = json.loads((runner.folder / job.folder / place_of_score(one.score) / SCORES).read_text())
         steps = max(last["overall"], key=int)
         found.append(last["overall"][steps][comparison.tune.select_by])
     return statistics.mean(found)

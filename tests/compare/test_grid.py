@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.grid import grid_of, jobs, load_comparison, tries
-from abmll.config import ConfigError, load_config
+from abmll.compare.grid import grid_of, jobs, load_comparison, missing_tasks, tries
+from abmll.config import ConfigError, load_config, override_texts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT = f"""
@@ -157,10 +157,47 @@ def test_the_command_lines_overrides_stand_behind_those_of_the_tries_but_not_bef
     extra = ("trainer.episodes=2", "tasks.test=[ag_news]")
     comparison = load_comparison(write(text), extra)
     for of_cell in tries(comparison, extra).values():
-        for values, (job,) in of_cell:
+        for one in of_cell:
+            (job,) = one.runs
             config = load_config(comparison.config, job.overrides)
             assert (config.trainer.episodes, config.tasks.test) == (2, ("glue-sst2",))
-            assert config.method.beta == values["method.beta"]
+            assert config.method.beta == one.values["method.beta"]
+    with pytest.raises(ConfigError, match=r"override: method\.beta: is to be chosen by tune\.grid for abmll"):
+        load_comparison(write(text), ("method.beta=3",))
+
+
+@pytest.mark.parametrize(("change", "shared"), [("eval.every: null", True), ("eval.every: 3", False)])
+def test_tries_that_differ_in_the_adaptation_alone_share_a_training(change, shared, write):
+    """... unless validations, which adapt, choose the theta that is kept."""
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    grid = "{method.outer_lr: [1e-4, 1e-3], method.test_lr: [1e-5, 1e-4], method.test_steps: [3, 4]}"
+    over = "{" + change + ", eval.select_by: accuracy}"
+    text += f"tune: {{tasks: [glue-sst2], seeds: [0, 1], grid: {{all: {grid}}}, overrides: {over}}}\n"
+    comparison = load_comparison(write(text))
+    of_cell = next(iter(tries(comparison, ()).values()))
+    assert len(of_cell) == 8 and [one.values["method.outer_lr"] for one in of_cell] == [1e-4] * 4 + [1e-3] * 4
+    folders = {job.folder for one in of_cell for job in one.runs}
+    assert len(folders) == 2 * (2 if shared else 8)
+    for number, one in enumerate(of_cell):
+        for job in one.runs:
+            over = () if one.score == "plain" else override_texts(job.scores[one.score])
+            config = load_config(comparison.config, [*job.overrides, *over])
+            assert {key: getattr(config.method, key.partition(".")[2]) for key in one.values} == one.values
+        assert one.score == ("plain" if number in (0, 4) or not shared else f"try-{number}")
+
+
+def test_what_is_chosen_by_must_be_there(write, tmp_path):
+    """A run may warn of missing tasks; a setting chosen by fewer tasks than were named is another choice."""
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
+    text += "tune: {tasks: [glue-sst2, glue-qnli], grid: {all: {method.beta: [1, 2]}}}\n"
+    (tmp_path / "data/glue-sst2").mkdir(parents=True)
+    comparison = load_comparison(write(text), ("tasks.missing=warn",))
+    extra = ("tasks.missing=warn", f"tasks.folder={tmp_path}/data")
+    ((_, of_cell), *_) = tries(comparison, extra).items()
+    (job,) = of_cell[0].runs
+    config = load_config(comparison.config, job.overrides)
+    assert "glue-qnli; prepare them, or take them out" in missing_tasks(config, comparison.config, job.needed)
+    assert missing_tasks(config, comparison.config) is None
 
 
 def test_all_tasks_must_be_there_unless_told_otherwise(write, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from abmll.compare.grid import load_comparison
 from abmll.compare.runner import Outcome
 from abmll.compare.tuning import best, choose
-from abmll.config import Refused, load_config
+from abmll.config import Refused, load_config, override_texts
 
 CONFIG = Path(__file__).parents[2] / "configs/cls23.yaml"
 TEXT = f"""
@@ -46,6 +46,12 @@ class MadeUp:
             place.mkdir(parents=True)
             overall = {"0": {"nll_options": 9.0}, "5": {"nll_options": self.nll(config)}}
             (place / "scores.json").write_text(json.dumps([{"overall": overall}]))
+            for name, values in job.scores.items():
+                of_score = {
+                    "5": {"nll_options": self.nll(load_config(CONFIG, [*job.overrides, *override_texts(values)]))}
+                }
+                (place / "scores" / name).mkdir(parents=True)
+                (place / "scores" / name / "scores.json").write_text(json.dumps([{"overall": of_score}]))
         rates = [load_config(CONFIG, job.overrides).method.outer_lr for job in jobs]
         return [Outcome(job, "broken" if rate in self.failing else None) for job, rate in zip(jobs, rates, strict=True)]
 
@@ -79,6 +85,20 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
     assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
     scores = [one["score"] for one in written[1]["tried"]]
     assert scores == pytest.approx([1 + 2 + 0.25, 1 + 0.25, 2 + 0.25, 0.25])
+
+
+def test_tries_of_the_adaptation_are_further_scores_of_one_training(tmp_path):
+    grid = "pretrained: {method.test_lr: [1e-2, 1e-4, 1e-5]}"
+    text = TEXT.replace("pretrained: {method.test_lr: [3e-4]}", grid)
+    text = text.replace("trainer.episodes: 4", "trainer.episodes: 4, eval.every: null")
+    (tmp_path / "comparison.yaml").write_text(text)
+    comparison = load_comparison(tmp_path / "comparison.yaml")
+    runner = MadeUp(tmp_path / "out", lambda config: abs(math.log10(config.method.test_lr) + 4) + (config.seed == 8))
+    runner.folder.mkdir()
+    choices, _ = choose(comparison, runner, (), tmp_path)
+    assert sum(job.method == "pretrained" for job in runner.jobs) == 2  # one a seed
+    assert choices[2].chosen == {"method.test_lr": 1e-4} and choices[2].at_the_end_of == []
+    assert [score for _, score in choices[2].tried] == pytest.approx([2.5, 0.5, 1.5])
 
 
 def test_while_a_try_is_missing_nothing_is_chosen(tmp_path):
