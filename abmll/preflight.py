@@ -13,6 +13,7 @@ from abmll.build import measure_prompts, prompt_tasks, prompter_of, read_tasks
 from abmll.checkpoint import newest_whole
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import load_deepspeed
+from abmll.config.native import in_software
 from abmll.distributed import local_ranks
 from abmll.engine import check_monitors
 from abmll.memory import plan_run
@@ -47,7 +48,8 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
     device = torch.device("cuda" if on_gpu else "cpu")
 
     def model() -> str:
-        return describe(config.model)
+        slow = in_software(config.model.dtype, device.type)
+        return describe(config.model) + (f"\n        note: {slow}" if slow else "")
 
     def quantization() -> str:
         check_quantization(config.model, device)

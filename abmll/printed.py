@@ -5,6 +5,7 @@ from __future__ import annotations
 from abmll.adapters import base_dtype, projection_backend
 from abmll.build import Parts
 from abmll.config import Config
+from abmll.config.native import in_software
 from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
@@ -59,7 +60,8 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         "tokens a step": f"at most {prompts * config.tasks.max_tokens:,} in {passes} forward passes on each rank",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
-    notes = [*tasks.notes, *unlike_published(config, sizes, trainer.tasks_per_step)]
+    slow = in_software(config.model.dtype, ranks.device.type)
+    notes = [*tasks.notes, *([slow] if slow else []), *unlike_published(config, sizes, trainer.tasks_per_step)]
     notes = "".join(f"\nnote: {note}" for note in notes)
     return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from abmll.build import build, rebuild_for_scoring
 from abmll.config import Config, ConfigError, Refused, load_config, override_texts, read_settings
+from abmll.config.native import in_software
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
 from abmll.evaluation import Evaluation, Evaluator
@@ -85,7 +86,8 @@ class FinishedRun:
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
-        return evaluations, parts.tasks.notes
+        slow = in_software(config.model.dtype, self.ranks.device.type)
+        return evaluations, [*parts.tasks.notes, *([slow] if slow else [])]
 
 
 def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:

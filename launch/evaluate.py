@@ -28,10 +28,13 @@ def main() -> int:
     of_adapter.add_argument("--calibrated", action="store_true", help="at the temperature of cross-validation")
     of_adapter.add_argument("--diagram", help="file for a reliability diagram: .svg, .png or .pdf")
     of_adapter.add_argument("--model", help="where the base model is now, if its name has moved")
+    of_adapter.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the base's weights; default: the run's"
+    )
     of_adapter.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_intermixed_args()
-    foreign = ("data", "text", "label", "samples", "calibrated", "diagram", "model", "device")
+    foreign = ("data", "text", "label", "samples", "calibrated", "diagram", "model", "dtype", "device")
     if arguments.adapter:
         foreign = ("settings", "overrides")
         if not arguments.data:
@@ -60,6 +63,7 @@ def main() -> int:
             calibrated=arguments.calibrated,
             diagram=arguments.diagram,
             model=arguments.model,
+            dtype=arguments.dtype,
             device=arguments.device,
         )
         return exit_status(command)

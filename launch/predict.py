@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--calibrated", action="store_true", help="at the temperature that cross-validation found")
     parser.add_argument("--abstain", type=float, metavar="P", help="leave out the label of what is less sure than P")
     parser.add_argument("--model", help="where the base model is now, if its name has moved")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights; default: the run's")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     arguments = parser.parse_args()
     if arguments.samples < 0:
@@ -40,6 +41,7 @@ def main() -> int:
         calibrated=arguments.calibrated,
         abstain=arguments.abstain,
         model=arguments.model,
+        dtype=arguments.dtype,
         device=arguments.device,
     )
     return exit_status(command)

@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=4, help="rows to print (default: 4)")
     parser.add_argument("--samples", type=int, default=0, help="by the variance of so many samples; 0: by the entropy")
     parser.add_argument("--model", help="where the base model is now, if its name has moved")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights; default: the run's")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     arguments = parser.parse_args()
     if (arguments.run is None) != (arguments.options is None):
@@ -43,6 +44,7 @@ def main() -> int:
         samples=arguments.samples,
         options=arguments.options,
         model=arguments.model,
+        dtype=arguments.dtype,
         device=arguments.device,
     )
     return exit_status(command)

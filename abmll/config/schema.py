@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from .checks import sections_disagree
+from .native import resolved_dtype
 
 
 class Section(BaseModel):
@@ -27,7 +28,11 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Revision of a hub model.")
     # no float16: gradients through an fp16 model underflow without loss scaling
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the frozen base weights.")
+    dtype: Annotated[Literal["bfloat16", "float32", "auto"], AfterValidator(resolved_dtype)] = Field(
+        "bfloat16",
+        description="Of the frozen base weights; auto: bfloat16 on a GPU or a CPU with instructions for it, else "
+        "float32. A run writes down which it was.",
+    )
     quantization: Literal["none", "nf4"] = Field(
         "none", description="nf4: frozen layers in 4 bits, by bitsandbytes; products and the rest in dtype."
     )

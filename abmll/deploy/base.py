@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from abmll.build import adapt_model, prompter_of
 from abmll.config import Config
+from abmll.config.native import in_software
 from abmll.config.schema import EvalConfig
 from abmll.evaluation.predictor import Predictor
 from abmll.models.checkpointing import checkpoint_layers
@@ -44,6 +47,8 @@ class AdaptedBase:
             "trainer": config.trainer.model_copy(update={"parallel_episodes": 1}),
         }
         self.config = config = config.model_copy(update=alone)
+        if slow := in_software(config.model.dtype, self.device.type):
+            warnings.warn(slow, stacklevel=2)
         self.model, self.tokenizer = load_model(config.model, self.device)
         self.prompter = prompter_of(config, self.tokenizer)
         self.fingerprint = fingerprint(self.model)  # before there are adapters in it

@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, moved_to
+from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, of_base
 from abmll.deploy.truncation import told_truncated
 from abmll.files import unwritable, write_whole
 from abmll.metrics import Predictions, score
@@ -39,6 +39,7 @@ def predict(
     calibrated: bool = False,
     abstain: float | None = None,
     model: str | None = None,
+    dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """A JSONL line for every row and adapter, written as they come. ValueErrors for a user's mistakes.
@@ -48,7 +49,7 @@ def predict(
     both = [Path(name) for name in (source, output) if name is not None]
     if len(both) == 2 and all(path.exists() for path in both) and both[0].samefile(both[1]):
         raise ValueError(f"--output: {output}: is the input; name another file")
-    models = load_task_models(adapters, moved_to(model), device)
+    models = load_task_models(adapters, of_base(model, dtype), device)
     names = [own.name for own in models]
     if len(set(names)) < len(names):
         names = list(adapters)
@@ -156,14 +157,15 @@ def suggest(
     samples: int,
     options: Sequence[str] | None,
     model: str | None = None,
+    dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself."""
     rows = list(read_rows(source))
     if run is not None:
-        own = MetaModel.load(run, moved_to(model), device).unadapted(options or ())
+        own = MetaModel.load(run, of_base(model, dtype), device).unadapted(options or ())
     else:
-        own = load_task_models([str(adapter)], moved_to(model), device)[0]
+        own = load_task_models([str(adapter)], of_base(model, dtype), device)[0]
     for place in own.suggest(_questions(own, rows, columns), count, samples):
         print(_as_json({"row": place, **_no_nan(rows[place].fields)}))
 
@@ -177,6 +179,7 @@ def evaluate_adapter(
     calibrated: bool,
     diagram: str | None,
     model: str | None = None,
+    dtype: str | None = None,
     device: str | None = None,
 ) -> None:
     """Prints all scores of a labelled file; writes them as JSON and draws a reliability diagram where asked to.
@@ -186,7 +189,7 @@ def evaluate_adapter(
     for option, path in (("--output", output), ("--diagram", diagram)):
         if path and (problem := unwritable(Path(path))):
             raise ValueError(f"{option}: {path}: {problem}")
-    own = load_task_models([adapter], moved_to(model), device)[0]
+    own = load_task_models([adapter], of_base(model, dtype), device)[0]
     examples = read_labelled(source, columns, own.options or ())
     found = own.predictions(examples, samples, calibrated)
     values = {**asdict(score(found)), **asdict(uncertainty(found))}

@@ -210,9 +210,10 @@ def load_task_models(
         raise Refused(str(error)) from error
 
 
-def moved_to(model: str | None) -> list[str]:
-    """The override that names a model's new place; none where it has not moved."""
-    return [] if model is None else override_texts({"model.name": model})
+def of_base(model: str | None, dtype: str | None) -> list[str]:
+    """The overrides that name a base model's new place, and another dtype than the run's; none for None."""
+    chosen = {"model.name": model, "model.dtype": dtype}
+    return list(override_texts({key: value for key, value in chosen.items() if value is not None}))
 
 
 def over(

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,30 @@ def test_texts_that_fit_are_not_told(call, run, adapter, data, tmp_path):
     ):
         status, out, err = call(command, *arguments)
         assert status == 0 and "cut" not in out + err and "truncated" not in out
+
+
+def test_an_adapter_serves_its_base_in_another_dtype(call, run, adapter, data, texts, monkeypatch):
+    """One made on a GPU is ten times as fast in float32 on a CPU without instructions for bfloat16, which says so."""
+    monkeypatch.setattr("abmll.config.native._cpu_multiplies_bfloat16", lambda: False)
+    of_adapter = ("--adapter", adapter, "--device", "cpu")
+    for command, *arguments in (
+        ("predict", *of_adapter, "--input", texts),
+        ("suggest", *of_adapter, "--input", texts),
+        ("suggest", "--run", run, "--options", *OPTIONS, "--device", "cpu", "--input", texts),
+        ("evaluate", *of_adapter, "--data", data),
+    ):
+        with pytest.warns(UserWarning, match=r"this CPU has no instructions .* set model\.dtype=float32"):
+            status, _, err = call(command, *arguments, "--dtype", "bfloat16")
+        assert status == 0, err
+    out = adapter.parent / "in-bfloat16"
+    with pytest.warns(UserWarning, match="this CPU has no instructions"):
+        status, _, err = call(
+            "adapt", "--run", run, "--data", data, "--out", out, "--folds", 0, "--device", "cpu", "model.dtype=bfloat16"
+        )
+    assert status == 0 and json.loads((out / "card.json").read_text())["config"]["model"]["dtype"] == "bfloat16", err
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        status, _, err = call("predict", *of_adapter, "--input", texts, "--dtype", "float32")
+    assert status == 0, err
 
 
 def test_predict_streams_standard_input(call, adapter, monkeypatch):

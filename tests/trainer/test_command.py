@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from runs import TRAIN, Run, call
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -183,6 +184,15 @@ def test_prompts_beyond_the_models_positions(run: Run, command, short_models, ca
         assert command(*arguments, *tokens, llama, "tasks.max_tokens=140", f"output={run.folder}-short") == 0
         assert beyond not in capsys.readouterr().out
     assert command(*tokens, opt, "tasks.max_tokens=140", "--overwrite") == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the instructions")
+def test_a_dtype_without_instructions_is_told(run: Run, command, monkeypatch, capsys):
+    monkeypatch.setattr("abmll.config.native._cpu_multiplies_bfloat16", lambda: False)
+    for dtype in ("bfloat16", "float32"):
+        assert command(f"model.dtype={dtype}", "trainer.episodes=1", f"output={run.folder}-{dtype}") == 0
+        told = "note: model.dtype: bfloat16: this CPU has no instructions" in capsys.readouterr().out
+        assert told == (dtype == "bfloat16")
 
 
 def test_missing_tasks_are_told(run: Run, command, jsonl, capsys):

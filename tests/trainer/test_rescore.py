@@ -42,6 +42,14 @@ def test_an_output_that_cannot_be_written_costs_no_scores(finished, tmp_path, ou
     assert list(tmp_path.iterdir()) == []
 
 
+def test_theta_serves_another_dtype_and_a_slow_one_is_told(finished, monkeypatch, capsys):
+    monkeypatch.setattr("abmll.config.native._cpu_multiplies_bfloat16", lambda: False)
+    for dtype in ("float32", "bfloat16"):
+        evaluate(str(finished.folder), [f"model.dtype={dtype}", "eval.max_examples=1"], None)
+        told = "note: model.dtype: bfloat16: this CPU has no instructions" in capsys.readouterr().out
+        assert told == (dtype == "bfloat16" and not torch.cuda.is_available())
+
+
 def test_what_theta_was_trained_with_is_not_changed(finished):
     """A theta of the same shape would load, and mean something else."""
     for override, trained in (("adapters.log_variance_alpha=1.6", "null"), ("adapters.alpha=4", "16.0")):

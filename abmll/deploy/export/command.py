@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from abmll.config import override_texts
 from abmll.deploy.export.push import check_push, push
 from abmll.deploy.export.write import export_adapter
 from abmll.deploy.folder import REPORT, check_free
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import load_task_models
+from abmll.deploy.task_model import load_task_models, of_base
 
 
 def export(
@@ -29,8 +28,7 @@ def export(
     check_free(Path(out), REPORT)  # before a model is loaded
     if repository is not None:
         check_push(repository)
-    chosen = {"model.name": model, "model.dtype": dtype}
-    overrides = override_texts({key: value for key, value in chosen.items() if value is not None})
+    overrides = of_base(model, dtype)
     if run is None:
         own = load_task_models([str(adapter)], overrides, device)[0]
     else:
