@@ -54,7 +54,9 @@ def _device() -> str:
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+    named = f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+    # one name may stand for CPUs of several generations; times and the order of sums depend on this
+    return f"{named}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _driver() -> str | None:

@@ -57,6 +57,16 @@ def test_a_cpu_without_its_facts_has_a_name(provenance, tmp_path, monkeypatch):
     assert provenance.provenance()["device"]
 
 
+def test_a_cpu_is_named_with_its_instructions(provenance, tmp_path, monkeypatch):
+    """Machines of one name differ in them, tenfold in bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor : 0\nmodel name : Some CPU\nprocessor : 1\nmodel name : Some CPU\n")
+    monkeypatch.setattr(provenance, "CPU_FACTS", facts)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert provenance.provenance()["device"] == "2 x Some CPU, AVX2"
+
+
 def test_a_copy_without_its_history_has_no_commit(provenance, monkeypatch):
     def no_git(*arguments, **options):
         raise FileNotFoundError("git")
