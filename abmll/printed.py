@@ -11,7 +11,7 @@ from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import summary
 from abmll.methods.advice import unlike_published
-from abmll.models.packing import is_packed
+from abmll.models.packing import told_layout
 from abmll.models.quantization import num_parameters
 from abmll.models.sharding import gathered_bytes
 from abmll.trainer import Trainer
@@ -53,7 +53,7 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
         f"{sum(task.test.num_rows for task in tasks.test):,} test examples; prompts of at most "
         f"{config.tasks.max_tokens} tokens, longer ones {_TOO_LONG[config.tasks.too_long]} (--validate counts them)",
         **_demonstrations(config),
-        "prompts": "packed" if is_packed(parts.model) else "padded, which is all that this attention takes",
+        "prompts": told_layout(parts.model),
         "steps": f"{trainer.num_steps:,} of {trainer.tasks_per_step} episodes on {ranks.world_size} ranks"
         f"{f', {beside} side by side' if beside > 1 else ''} ({trainer.num_episodes:,} episodes, "
         f"{trainer.num_episodes / trainer.sampler.episodes_per_epoch:.1f} epochs)",

@@ -27,7 +27,7 @@ class Groups:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"sizes: {tuple(sizes)}: at least one group, and every group has at least one row")
         bounds = torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32, device="cpu")
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda" and not torch.compiler.is_compiling():  # which has no pinned tensors
             bounds = bounds.pin_memory()  # a copy from pageable memory waits for the GPU
         return cls(tuple(sizes), bounds.to(device, non_blocking=True))
 

@@ -56,7 +56,7 @@ def rows_of_keys(keys: Sequence[NoiseKey], device: torch.device | str) -> torch.
 
 def _on_device(names: list[list[int]], device: torch.device | str) -> torch.Tensor:
     rows = torch.tensor(names, dtype=torch.int64, device="cpu")
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or torch.compiler.is_compiling():  # which has no pinned tensors
         return rows.to(device)
     return rows.pin_memory().to(device, non_blocking=True)  # a copy from pageable memory waits for the GPU
 

@@ -40,6 +40,12 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
             f"method.test_lr: {method.test_lr:g}: MAML's theta was trained for steps of method.inner_lr: "
             f"{method.inner_lr:g}; set method.test_lr={method.inner_lr:g}"
         )
+    if METHODS[method.name].inner_loop and tasks_per_step > 1:
+        rate = "method.reptile_step" if method.name == "reptile" else "method.outer_lr"
+        found.append(
+            f"trainer.tasks_per_step: {tasks_per_step}: each outer step averages so many tasks, so that there are that "
+            f"many times fewer of them, and theta moves less at the same rate; raise {rate} or trainer.epochs with it"
+        )
     if method.name == "structured_lora" and tasks_per_step > 1:
         found.append(
             f"trainer.tasks_per_step: {tasks_per_step}: each of structured LoRA's steps then averages so many tasks, "

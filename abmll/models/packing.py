@@ -12,6 +12,7 @@ Three ways, the first that gives the model's own logits is taken (`pack_prompts`
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,9 @@ def _torch_varlen(q, k, v, bounds, longest, scale, window, softcap) -> Tensor:
 
     if softcap is not None:
         raise ValueError("torch's attention of several lengths has no softcap")
-    shared = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    # an older PyTorch has no such word, and its kernel takes fewer heads of keys without being told
+    grouped = q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    shared = {"enable_gqa": True} if grouped else {}
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(window, 0), **shared)
 
 
@@ -121,6 +124,12 @@ _WAYS: dict[str, Callable] = {
     "torch": _at_once(_torch_varlen),
     "prompt": _by_prompt,
 }
+_TOLD = {
+    "fa2": "their attention by flash-attn, all at once",
+    "torch": "their attention by PyTorch's varlen_attn, all at once",
+    "prompt": "their attention one prompt after another",
+}
+_PADDED = "padded, which is all that this attention takes"
 
 
 def register(way: str, attend: Callable | None = None) -> str:
@@ -154,6 +163,12 @@ def _by_row(
 
 def is_packed(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation.startswith(PREFIX)
+
+
+def told_layout(model: PreTrainedModel) -> str:
+    """How prompts lie in a batch, and what their attention runs by: one way is much faster than another."""
+    way = model.config.get_text_config()._attn_implementation
+    return f"packed, {_TOLD[way.removeprefix(PREFIX)]}" if is_packed(model) else _PADDED
 
 
 def ways_of(attention: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -198,6 +213,8 @@ def pack_prompts(model: PreTrainedModel) -> str | None:
             found = _hidden(model, **packed_inputs(*batch))
             # NaN fails this as well
             if is_packed(model) and (found - right).abs().max() <= TOLERANCE * right.abs().max():
+                if way != "prompt":
+                    _differentiate(_WAYS[way], model, batch[2])
                 return way
             logger.info("packed prompts, %s: not the model's own numbers", way)
         except Exception as error:  # whatever a model's code does with arguments that it does not expect
@@ -205,6 +222,20 @@ def pack_prompts(model: PreTrainedModel) -> str | None:
             forget_pass(model)
         model.set_attn_implementation(before)
     return None
+
+
+def _differentiate(attend: Callable, model: PreTrainedModel, prompts: Groups) -> None:
+    """Raises what a kernel's own backward pass raises, at the model's heads."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    grouped = getattr(config, "num_key_value_heads", None) or heads
+    with torch.enable_grad():
+        ones = [
+            torch.ones(1, count, prompts.total, size, device=model.device, dtype=model.dtype, requires_grad=True)
+            for count in (heads, grouped, grouped)
+        ]
+        attend(model, *ones, None, prompts=prompts, scaling=size**-0.5)[0].sum().backward()
 
 
 def _hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:

@@ -96,12 +96,15 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> list[FSDPModule]:
 def forget_pass(model: PreTrainedModel) -> None:
     """After an error in a forward pass, on all ranks at the same place: the next one begins as if it had not been.
 
-    Nothing where the base is whole. RuntimeError where this PyTorch cannot.
+    Nothing where the base is whole. ValueError where this PyTorch cannot.
     """
     decoder = model.get_decoder()
     if isinstance(decoder, FSDPModule):
         if not hasattr(decoder, "reset_iter_state"):
-            raise RuntimeError(f"{KEY}: this torch {torch.__version__} cannot go on after an error in a forward pass")
+            raise ValueError(
+                f"{KEY}: this torch {torch.__version__} cannot go on after an attention that the model does not take; "
+                "set model.attention=eager, whose prompts are padded, or install torch 2.13"
+            )
         decoder.reset_iter_state()
 
 

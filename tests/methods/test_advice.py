@@ -46,6 +46,13 @@ def test_structured_lora_of_several_tasks_a_step(tmp_path):
     assert advice(tmp_path, "lora", tasks_per_step=8) == []
 
 
+@pytest.mark.parametrize(("name", "rate"), [("abmll", "method.outer_lr"), ("reptile", "method.reptile_step")])
+def test_fewer_outer_steps_at_the_same_rate_are_told(name, rate, tmp_path):
+    """Eight GPUs by themselves make an eighth of the steps."""
+    (line,) = advice(tmp_path, name, tasks_per_step=8)
+    assert line.startswith("trainer.tasks_per_step: 8: ") and f"raise {rate} or trainer.epochs" in line
+
+
 def test_a_task_that_fills_the_pool_is_told(tmp_path):
     """97 of 100 examples are one of four tasks': 3.88 times the average's."""
     sizes = {"rare": 1, "large": 97, "few": 1, "small": 1}

@@ -18,6 +18,7 @@ from abmll.models.packing import (
     prompt_by_prompt,
     register,
     tokens_of,
+    told_layout,
     ways_of,
 )
 
@@ -125,6 +126,30 @@ def test_a_way_with_other_numbers_is_not_taken(monkeypatch):
     assert pack_prompts(model) == "prompt"
 
 
+def test_a_way_without_a_backward_pass_is_not_taken(monkeypatch):
+    """Training would find out in its first step."""
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, found):
+            return found.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no backward pass for this head size")
+
+    def attend(*tensors, **named):
+        return Forward.apply(packing._by_prompt(*tensors, **named)[0]), None
+
+    monkeypatch.setattr(packing, "ways_of", lambda *_: ["fa2"])
+    monkeypatch.setitem(packing._WAYS, "fa2", attend)
+    model = model_of("llama")
+    monkeypatch.setattr(model, "num_key_value_groups", 2, raising=False)  # of the module that SDPA asks
+    before = model.config._attn_implementation
+    assert pack_prompts(model) is None and model.config._attn_implementation == before
+    assert told_layout(model) == "padded, which is all that this attention takes"
+
+
 def varlen_in_float64(q, k, v, bounds, scale, window):
     """Attention of [T, H, D] and [T, Hkv, D] prompt by prompt, in plain arithmetic; window: tokens seen, -1 all."""
     found, shared = [], q.shape[1] // k.shape[1]
@@ -139,8 +164,11 @@ def varlen_in_float64(q, k, v, bounds, scale, window):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("way", ["fa2", "torch"])
-def test_kernels_of_several_lengths_are_called_as_they_say(way, family, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [("fa2", "flash-attn"), ("torch", "PyTorch's varlen_attn"), ("torch 2.11", "PyTorch's varlen_attn")],
+)
+def test_kernels_of_several_lengths_are_called_as_they_say(way, told, family, monkeypatch):
     """Their calls, on stand-ins with their documented arguments: neither kernel runs without a GPU."""
     seen = []
 
@@ -161,15 +189,23 @@ def test_kernels_of_several_lengths_are_called_as_they_say(way, family, monkeypa
         seen.append(way)
         return varlen_in_float64(query, key, value, cu_seq_q, scale, window_size[0])
 
+    def varlen_attn_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    way, _, old = way.partition(" ")
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_2_11 if old else varlen_attn)
     monkeypatch.setattr(packing, "ways_of", lambda *_: [way])
     model = model_of(family)
     input_ids, positions, prompts = tokens_of(LENGTHS, CPU, 300)
     right = torch.cat([hidden(model, input_ids=prompt[None]) for prompt in input_ids.split(LENGTHS)])
     assert pack_prompts(model) == way
     found = hidden(model, **packed_inputs(input_ids, positions, prompts))
-    assert len(seen) == 2 * model.config.num_hidden_layers  # tried, and used
+    assert len(seen) == 2 * model.config.num_hidden_layers + 1  # tried, differentiated, and used
+    assert told_layout(model) == f"packed, their attention by {told}, all at once"
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))

@@ -115,7 +115,8 @@ def test_null_tasks_a_step_are_those_that_fit_side_by_side(run, capsys):
     with run.session("trainer.parallel_episodes=3") as session:
         assert session.trainer.tasks_per_step == 3
     header = capsys.readouterr().out
-    assert "prompts         packed\n" in header and "2 of 3 episodes on 1 ranks, 3 side by side (6 episodes" in header
+    assert "prompts         packed, their attention one prompt after another\n" in header
+    assert "2 of 3 episodes on 1 ranks, 3 side by side (6 episodes" in header
     passes = session.parts.method.passes_per_episode
     assert f"in {passes} forward passes on each rank" in header
 
