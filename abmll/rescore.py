@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from abmll.printed import score_table
 from abmll.run import plan_on
 from abmll.score_files import save_scores, scored_under
 from abmll.summary import FINAL, THETA, load_summary
-from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training
+from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training, refuse_unread
 
 
 class FinishedRun:
@@ -38,6 +38,7 @@ class FinishedRun:
         self.config_path = self.folder / "config.yaml"
         if not self.config_path.is_file():
             raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
+        refuse_unread(overrides)
         self.config = load_config(self.config_path, overrides, scoring=True)
         try:
             self.theta, self.facts = load_summary(self.folder / FINAL)
@@ -58,7 +59,8 @@ class FinishedRun:
         return {"theta": file_digest(self.folder / FINAL / THETA), "overrides": self.overrides}
 
     def configured(self, overrides: Sequence[str]) -> Config:
-        """ConfigError for overrides that are wrong, or of the model or the adapters, which are loaded."""
+        """ConfigError for overrides that are wrong or do nothing, or of the model or the adapters, which are loaded."""
+        refuse_unread(overrides)
         config = load_config(self.config_path, [*self.overrides, *overrides], scoring=True)
         loaded = flat(self.config.model_dump(mode="json"))
         refuse_other(config, loaded, "what was loaded depends on it; set it for all, or score another run")
@@ -86,8 +88,13 @@ class FinishedRun:
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
-        slow = in_software(config.model.dtype, self.ranks.device.type)
-        return evaluations, [*parts.tasks.notes, *([slow] if slow else [])]
+        return evaluations, [*parts.tasks.notes, *self._notes(config, [task.name for task in parts.tasks.test])]
+
+    def _notes(self, config: Config, scored: Sequence[str]) -> Iterator[str]:
+        if slow := in_software(config.model.dtype, self.ranks.device.type):
+            yield slow
+        if seen := [name for name in scored if name in self.facts.get("trained_on", ())]:
+            yield f"{', '.join(seen)}: this run was trained on them; their scores are not those of unseen tasks"
 
 
 def evaluate(run: str, overrides: list[str], output: str | None, settings: str | None = None) -> None:
@@ -139,7 +146,9 @@ def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]
             if ranks.is_main:
                 print(f"{name}: is there already")
             continue
-        evaluations, _ = finished.score(override_texts(values))
+        evaluations, notes = finished.score(override_texts(values))
         if ranks.is_main:
+            for note in notes:
+                print(f"note: {note}")
             save_scores(folders / name, evaluations, values, made_with)
             print(f"{name}\n{score_table(evaluations)}")

@@ -174,14 +174,15 @@ class Session:
         """Of theta as it stands: `step` is the one it comes from, `trained_steps` all that were made.
 
         `layers`: the adapted layers' names, in the order of `kl_by_layer` in metrics.jsonl. `fingerprint`: the base's
-        (`abmll.models.fingerprint`), or None.
+        (`abmll.models.fingerprint`), or None. `trained_on`: the training tasks' names.
         """
         step = position.best["step"] if position.best else position.step
         config = self.config.model_dump(mode="json")
         adapters = self.parts.learner.adapters
         parameters = sum(value.numel() for value in adapters.theta.values())
         steps = {"step": step, "trained_steps": position.step, "best": position.best}
-        base = {"fingerprint": self.parts.fingerprint}
+        trained_on = [task.name for task in self.parts.tasks.train] if self.trainer.num_steps else []
+        base = {"fingerprint": self.parts.fingerprint, "trained_on": trained_on}
         return {"config": config, **base, "parameters": parameters, "layers": list(adapters.layers), **steps}
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:

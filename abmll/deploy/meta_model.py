@@ -24,7 +24,7 @@ from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
 from abmll.tasks.labelled import check_spelling, readable
 from abmll.tasks.task import Example
-from abmll.trained_with import refuse_other_base, refuse_other_training
+from abmll.trained_with import refuse_other_base, refuse_other_training, refuse_unread
 
 FOLDS = 4
 
@@ -50,6 +50,7 @@ class MetaModel:
         summary = folder / FINAL if (folder / FINAL).is_dir() else folder
         try:
             theta, facts = load_summary(summary)
+            refuse_unread(overrides)
             config = config_from(facts["config"], summary, overrides, scoring=True)
             refuse_other_training(config, facts)
             if config.method.name == Frequencies.name:

@@ -15,6 +15,7 @@ from abmll.deploy.meta_model import MetaModel
 from abmll.models.load import load_model
 from abmll.rescore import evaluate
 from abmll.score_files import load_scores
+from abmll.summary import load_summary, save_summary
 from abmll.trained_with import refuse_other_base, trained_with
 
 
@@ -48,6 +49,38 @@ def test_theta_serves_another_dtype_and_a_slow_one_is_told(finished, monkeypatch
         evaluate(str(finished.folder), [f"model.dtype={dtype}", "eval.max_examples=1"], None)
         told = "note: model.dtype: bfloat16: this CPU has no instructions" in capsys.readouterr().out
         assert told == (dtype == "bfloat16" and not torch.cuda.is_available())
+
+
+def test_scores_on_tasks_of_the_training_are_told(finished, tmp_path, capsys):
+    """The shipped lists share tasks: scored by another list, a run may meet what it was trained on."""
+    facts = json.loads((finished.folder / "final/summary.json").read_text())
+    episodes = map(json.loads, (finished.folder / "episodes.jsonl").read_text().splitlines())
+    assert {line["task"] for line in episodes} <= set(facts["trained_on"]) and len(facts["trained_on"]) == 3
+    evaluate(str(finished.folder), ["eval.max_examples=1"], None)
+    assert "trained on them" not in capsys.readouterr().out
+    seen = next(iter(finished.scores[-1]["tasks"]["0"]))
+    shutil.copytree(finished.folder, tmp_path / "run")
+    theta, facts = load_summary(finished.folder / "final")
+    save_summary(tmp_path / "run/final", theta, {**facts, "trained_on": [seen, "another"]})
+    evaluate(str(tmp_path / "run"), ["eval.max_examples=1"], None)
+    assert f"note: {seen}: this run was trained on them; their scores are not" in capsys.readouterr().out
+
+
+def test_overrides_that_nothing_would_read_are_refused(finished, tmp_path):
+    for key, remedy in (
+        ("output=x", "with --output"),
+        ("method.inner_lr=1", "set method.test_lr"),
+        ("trainer.episodes=9", "remove"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"override: {key.partition('=')[0]}: only training reads it; .*{remedy}"
+        ):
+            evaluate(str(finished.folder), [key], None)
+        with pytest.raises(ConfigError, match="only training reads it"):
+            MetaModel.load(finished.folder, [key])
+    (tmp_path / "settings.yaml").write_text("rate: {method.inner_lr: 1.0}\n")
+    with pytest.raises(ConfigError, match=r"rate: override: method\.inner_lr: only training reads it"):
+        evaluate(str(finished.folder), [], None, str(tmp_path / "settings.yaml"))
 
 
 def test_what_theta_was_trained_with_is_not_changed(finished):
