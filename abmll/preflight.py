@@ -25,6 +25,7 @@ from abmll.models.positions import beyond_positions, check_positions
 from abmll.models.quantization import check_quantization
 from abmll.run import as_checkpointed
 from abmll.run_folder import check_folder
+from abmll.tasks.doubts import doubts
 from abmll.trainer import tasks_per_step
 
 
@@ -112,7 +113,10 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         )
         losses = [count.loss(name, config.tasks.max_tokens) for name, count in counts.items()]
         beyond = beyond_positions(longest, architecture)
-        return summary + "".join(f"\n        note: {note}" for note in (*found.notes, *losses, beyond) if note)
+        named = {task.name: task for task in (*loaded.train, *loaded.validation, *loaded.test)}
+        doubtful = [line for task in named.values() for line in doubts(task)]
+        notes = (*found.notes, *losses, *doubtful, beyond)
+        return summary + "".join(f"\n        note: {note}" for note in notes if note)
 
     lines.append(f"ok      configuration: {config_path}")
     check("output", output)
