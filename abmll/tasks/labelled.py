@@ -180,11 +180,16 @@ def check_spelling(labels: Iterable[str], where: str) -> None:
             )
 
 
+def question(example: Example) -> tuple[str, frozenset[str]]:
+    """What an example asks: its text and its options, in whatever order."""
+    return example.input, frozenset(example.options)
+
+
 def by_question(examples: Iterable[Example]) -> list[list[Example]]:
-    """The examples that ask the same (text and options, in whatever order) together, in the order of the first ones."""
+    """The examples that ask the same together, in the order of the first ones."""
     found: dict[tuple[str, frozenset[str]], list[Example]] = defaultdict(list)
     for example in examples:
-        found[example.input, frozenset(example.options)].append(example)
+        found[question(example)].append(example)
     return list(found.values())
 
 
