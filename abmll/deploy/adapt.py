@@ -15,7 +15,7 @@ from abmll.deploy.folder import CARD, check_free
 from abmll.deploy.meta_model import Diverged, MetaModel
 from abmll.deploy.truncation import told_truncated
 from abmll.evaluation.temperature import RANGE
-from abmll.tasks.labelled import Columns, contradictions, draw, read_labelled, task_files
+from abmll.tasks.labelled import Columns, by_question, contradictions, draw, read_labelled, task_files
 from abmll.tasks.task import Example
 
 
@@ -89,6 +89,7 @@ def describe(card: AdapterCard, given: Sequence[Example], folds: int) -> str:
     adaptation, loss = card.adaptation, card.adaptation.loss
     options = ", ".join(card.options) if card.options else "each question's own"
     left_out, twofold = len(given) - adaptation.examples, contradictions(given)
+    repeated = len(given) - len(by_question(given))
     rows = {
         "task": f"{card.task}: {adaptation.examples} examples; options: {options}"
         + (f"; {left_out} more did not fit in a prompt" if left_out else ""),
@@ -97,8 +98,13 @@ def describe(card: AdapterCard, given: Sequence[Example], folds: int) -> str:
     }
     if adaptation.truncated:
         rows["cut"] = told_truncated(adaptation.truncated, adaptation.examples, card.config["tasks"]["max_tokens"])
+    notes = []
+    if repeated:
+        notes.append(f"{repeated} of {len(given)} rows repeat another: the interval counts a question once")
     if twofold:
-        rows["note"] = f"{twofold} text{'s' if twofold > 1 else ''} with more than one label: correct the wrong ones"
+        notes.append(f"{twofold} text{'s' if twofold > 1 else ''} with more than one label: correct the wrong ones")
+    if notes:
+        rows["note"] = f"\n{'note':<15} ".join(notes)
     found, before = card.scores.get("cross_validation"), card.scores.get("before_adaptation")
     if found and before:
         rows["expect"] = (

@@ -12,6 +12,7 @@ from abmll.deploy.adaptation import Support, make_support
 from abmll.deploy.base import AdaptedBase
 from abmll.evaluation.temperature import RANGE, fit_temperature
 from abmll.metrics import Predictions, score
+from abmll.tasks.labelled import by_question
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 
@@ -32,7 +33,7 @@ def make_folds(base: AdaptedBase, task: str, examples: Sequence[Example], folds:
     A question that occurs several times is left out as a whole. `steps`: of each adaptation, None: as `make_support`.
     """
     by_label: dict[str, list[list[Example]]] = defaultdict(list)
-    for alike in _by_question(examples):
+    for alike in by_question(examples):
         by_label[alike[0].output].append(alike)
     dealt: list[list[Example]] = []
     for label, questions in sorted(by_label.items()):
@@ -48,23 +49,17 @@ def make_folds(base: AdaptedBase, task: str, examples: Sequence[Example], folds:
     return made
 
 
-def _by_question(examples: Sequence[Example]) -> list[list[Example]]:
-    found: dict[tuple, list[Example]] = defaultdict(list)
-    for example in examples:
-        found[example.input, frozenset(example.options)].append(example)
-    return list(found.values())
-
-
-def summarise(held_out: Predictions, folds: int) -> dict[str, float]:
+def summarise(held_out: Predictions, folds: int, questions: int | None = None) -> dict[str, float]:
     """Scores of all held-out examples as one set (see `abmll.metrics.Scores`), and what they say beyond them.
 
-    accuracy_low, accuracy_high: Wilson's 95 % interval, which takes the examples for independent: they share
-    most of what the folds were adapted on, so it is a little too narrow. temperature: the one that fits the held-out
+    accuracy_low, accuracy_high: Wilson's 95 % interval of the accuracy on `questions` independent ones, None: as many
+    as there are examples; those that repeat another tell nothing new. The questions share most of what the folds were
+    adapted on, so it is a little too narrow. temperature: the one that fits the held-out
     predictions (`fit_temperature`); NaN where one of them is, or where it lies at an end of its range: predictions that
     are no better than guesses say nothing about confidence in others.
     """
     scores = asdict(score(held_out))
-    _, low, high = wilson(scores["accuracy"], scores["n"])
+    _, low, high = wilson(scores["accuracy"], scores["n"] if questions is None else questions)
     temperature = fit_temperature(held_out)
     if not RANGE[0] * NEAR < temperature < RANGE[1] / NEAR:
         temperature = math.nan

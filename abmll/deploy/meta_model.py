@@ -22,7 +22,7 @@ from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
 from abmll.summary import FINAL, THETA, load_summary
 from abmll.tasks.checks import check_options, check_output
-from abmll.tasks.labelled import check_spelling, readable
+from abmll.tasks.labelled import by_question, check_spelling, readable
 from abmll.tasks.task import Example
 from abmll.trained_with import refuse_other_base, refuse_other_training, refuse_unread
 
@@ -130,8 +130,8 @@ class MetaModel:
                 held_out[name].append(own)
         for name, own in held_out.items():
             if own and name not in diverged:
-                scores = {"cross_validation": summarise(concatenate(own), len(own)), "before_adaptation": before[name]}
-                model = found[name]
+                summary = summarise(concatenate(own), len(own), len(by_question(given[name])))
+                scores, model = {"cross_validation": summary, "before_adaptation": before[name]}, found[name]
                 found[name] = TaskModel(self.base, model.phi, model.card.model_copy(update={"scores": _json(scores)}))
         models = {name: found[name] for name in given if name not in diverged}
         if diverged:
@@ -157,10 +157,15 @@ class MetaModel:
         return self.base.predictor().predict(self.base.method, ("held out", task, number), prompts, slot)
 
     def _fitting(self, examples: Sequence[Example], task: str) -> tuple[list[Example], int]:
-        """Those that fit in a prompt, and how many of them lose a part to it."""
+        """Those that fit in a prompt, and how many of them lose a part to it. ValueError where they have one label."""
+        if _one_label(examples):
+            raise ValueError(
+                f"task {task}: every label is {examples[0].output!r}: an adaptation needs examples of another of the "
+                "options too; add some"
+            )
         prompts = self.base.prompter.encode(examples)
         found = [example for example, prompt in zip(examples, prompts, strict=True) if prompt is not None]
-        if len({example.output for example in found}) < 2 and len({example.options for example in found}) < 2:
+        if _one_label(found):
             raise ValueError(
                 f"task {task}: {len(found)} of {len(examples)} examples fit in tasks.max_tokens: "
                 f"{self.base.config.tasks.max_tokens}, and they have one label; raise the key"
@@ -221,6 +226,11 @@ def as_examples(examples: Sequence[Example | tuple[str, str]], task: str = "task
         check_output(example.output, example.options, where)
         readable(example.input + "".join(example.options), where)
     return found
+
+
+def _one_label(examples: Sequence[Example]) -> bool:
+    """Whether there is nothing to tell apart: one answer to the same options throughout, or none."""
+    return len({example.output for example in examples}) < 2 and len({example.options for example in examples}) < 2
 
 
 def _options_of(examples: Sequence[Example]) -> tuple[str, ...] | None:

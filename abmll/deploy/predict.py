@@ -5,22 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import pandas as pd
 from tqdm import tqdm
 
 from abmll.deploy.meta_model import MetaModel
-from abmll.deploy.task_model import Prediction, TaskModel, load_task_models, of_base
-from abmll.deploy.truncation import told_truncated
+from abmll.deploy.task_model import Prediction, TaskModel, TooLong, load_task_models, of_base
+from abmll.deploy.truncation import told_too_long, told_truncated
 from abmll.files import unwritable, write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
@@ -28,6 +31,7 @@ from abmll.tasks.task import Example
 from abmll.uncertainty import uncertainty
 
 CHUNK = 256  # rows read, predicted and written at a time: their prompts go by length through one batch after another
+Found = TypeVar("Found")
 
 
 def predict(
@@ -49,29 +53,32 @@ def predict(
     both = [Path(name) for name in (source, output) if name is not None]
     if len(both) == 2 and all(path.exists() for path in both) and both[0].samefile(both[1]):
         raise ValueError(f"--output: {output}: is the input; name another file")
+    if output is not None and (problem := _cannot_write_into(Path(output))):
+        raise ValueError(f"--output: {output}: {problem}")
     models = load_task_models(adapters, of_base(model, dtype), device)
     names = [own.name for own in models]
     if len(set(names)) < len(names):
         names = list(adapters)
     rows = (checked(row, columns) for row in read_rows(source))
     chunks = as_they_come(rows) if source == "-" else in_chunks(rows)
-    first = next(chunks, None)  # a file that cannot be read costs no output
-    chunks = chunks if first is None else chain([first], chunks)
+    lines = predicted_lines(models, names, chunks, columns, samples, calibrated, abstain)
+    first = next(lines, None)  # what cannot be read or predicted costs no output
     written = abstained = 0
-    cut, last_cut = 0, None
+    told: Counter[str] = Counter()
+    last: dict[str, int] = {}
     with _output(output) as file, tqdm(unit="line", file=sys.stderr, leave=False, disable=None) as bar:
-        for line in predicted_lines(models, names, chunks, columns, samples, calibrated, abstain):
+        for line in lines if first is None else chain([first], lines):
             file.write(_as_json(line) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
-            if line.get("truncated") and line["row"] != last_cut:  # by several adapters it is one text
-                cut, last_cut = cut + 1, line["row"]
+            for what in ("truncated", "too_long"):
+                if line.get(what) and line["row"] != last.get(what):  # by several adapters it is one text
+                    told[what], last[what] = told[what] + 1, line["row"]
             bar.update()
             if written % CHUNK == 0 or source == "-":
                 file.flush()
     left_out = f", the label left out of {abstained:,}" if abstain is not None else ""
     print(f"{written:,} predictions{left_out}", file=sys.stderr)
-    if cut:
-        _tell_truncated(models[0], cut, written // len(models))
+    _tell_long(models[0], told["truncated"], told["too_long"], written // len(models))
 
 
 def predicted_lines(
@@ -83,14 +90,21 @@ def predicted_lines(
     calibrated: bool = False,
     abstain: float | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What `predict` writes, chunk by chunk of the rows; `names` tell the models apart."""
+    """What `predict` writes, chunk by chunk of the rows; `names` tell the models apart.
+
+    A text that fits in no prompt has a line without a prediction: one of them does not stop the others.
+    """
     number = 0
     for chunk in chunks:
-        by_model = [own.predict(_questions(own, chunk, columns), samples, calibrated) for own in models]
+        by_model: list[dict[int, Prediction]] = []
+        for own in models:
+            ask = partial(own.predict, samples=samples, calibrated=calibrated)
+            found, fitting = _of_fitting(ask, _questions(own, chunk, columns))
+            by_model.append(dict(zip(fitting, found or (), strict=True)))
         for place in range(len(chunk)):
             text = chunk[place].text(columns)
-            for name, found in zip(names, by_model, strict=True):
-                yield _line(number, name if len(names) > 1 else None, text, found[place], abstain)
+            for name, predicted in zip(names, by_model, strict=True):
+                yield _line(number, name if len(names) > 1 else None, text, predicted.get(place), abstain)
             number += 1
 
 
@@ -160,14 +174,19 @@ def suggest(
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself."""
-    rows = list(read_rows(source))
+    """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself.
+
+    Of rows that ask the same the first; those that fit in no prompt are left out, and told.
+    """
+    rows = [checked(row, columns) for row in read_rows(source)]
     if run is not None:
         own = MetaModel.load(run, of_base(model, dtype), device).unadapted(options or ())
     else:
         own = load_task_models([str(adapter)], of_base(model, dtype), device)[0]
-    for place in own.suggest(_questions(own, rows, columns), count, samples):
+    chosen, fitting = _of_fitting(partial(own.suggest, count=count, samples=samples), _questions(own, rows, columns))
+    for place in (fitting[at] for at in chosen or ()):
         print(_as_json({"row": place, **_no_nan(rows[place].fields)}))
+    _tell_long(own, 0, len(rows) - len(fitting), len(rows))
 
 
 def evaluate_adapter(
@@ -184,20 +203,27 @@ def evaluate_adapter(
 ) -> None:
     """Prints all scores of a labelled file; writes them as JSON and draws a reliability diagram where asked to.
 
-    In the JSON a score that is not a number is null.
+    In the JSON a score that is not a number is null. Rows that fit in no prompt are left out, and told.
     """
     for option, path in (("--output", output), ("--diagram", diagram)):
         if path and (problem := unwritable(Path(path))):
             raise ValueError(f"{option}: {path}: {problem}")
+    if diagram:
+        _check_picture(diagram)
     own = load_task_models([adapter], of_base(model, dtype), device)[0]
     examples = read_labelled(source, columns, own.options or ())
-    found = own.predictions(examples, samples, calibrated)
+    found, fitting = _of_fitting(partial(own.predictions, samples=samples, calibrated=calibrated), examples)
+    if found is None:
+        raise ValueError(
+            f"{source}: none of its {len(examples):,} texts fits in tasks.max_tokens: "
+            f"{own.base.config.tasks.max_tokens}; shorten them, or adapt again with a larger one"
+        )
     values = {**asdict(score(found)), **asdict(uncertainty(found))}
     print(
         "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
     )
-    if truncated := sum(own.truncated(examples)):
-        _tell_truncated(own, truncated, len(examples))
+    truncated = sum(own.truncated([examples[place] for place in fitting]))
+    _tell_long(own, truncated, len(examples) - len(fitting), len(examples))
     if output:
         told = {name: None if not math.isfinite(value) else value for name, value in values.items()}
         write_whole(Path(output), json.dumps(told, indent=1, allow_nan=False))
@@ -205,15 +231,36 @@ def evaluate_adapter(
         _draw(found, own.name, diagram)
 
 
-def _draw(found: Predictions, name: str, path: str) -> None:
-    """A reliability diagram; the file's ending says which kind of picture."""
+def _check_picture(path: str) -> None:
+    """ValueError unless matplotlib is there and draws pictures of the file's ending."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--diagram: is drawn by matplotlib; run: pip install -e '.[report]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if Path(path).suffix.lower()[1:] not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--diagram: {path}: is no picture by its ending; name a .svg, .png or .pdf file")
+
+
+def _draw(found: Predictions, name: str, path: str) -> None:
+    """A reliability diagram; the file's ending says which kind of picture."""
     from abmll.compare.plots import reliability
 
     confidence, choice = (column.numpy() for column in found.options.max(dim=1))
     examples = {"label": name, "run": name, "confidence": confidence, "correct": choice == found.label.numpy()}
     reliability(pd.DataFrame(examples)).savefig(path)
+
+
+def _of_fitting(
+    ask: Callable[[Sequence[Any]], Found], questions: Sequence[str | Example]
+) -> tuple[Found | None, Sequence[int]]:
+    """What `ask` says of the questions that fit in a prompt, None where there are none, and their places."""
+    places = range(len(questions))
+    try:
+        return ask(questions), places
+    except TooLong as error:  # found out by asking, so that texts that fit are tokenised once
+        left_out = set(error.places)
+    fitting = [place for place in places if place not in left_out]
+    return ask([questions[place] for place in fitting]) if fitting else None, fitting
 
 
 def _questions(own: TaskModel, rows: Sequence[Row], columns: Columns) -> list[str | Example]:
@@ -229,8 +276,12 @@ def _question(own: TaskModel, row: Row, columns: Columns) -> str | Example:
     return Example(row.text(columns), options, options[0])
 
 
-def _line(number: int, name: str | None, text: str, found: Prediction, abstain: float | None) -> dict[str, Any]:
-    line: dict[str, Any] = {"row": number, **({"adapter": name} if name else {}), "text": text, **asdict(found)}
+def _line(number: int, name: str | None, text: str, found: Prediction | None, abstain: float | None) -> dict[str, Any]:
+    """`found` None: the text fits in no prompt."""
+    line: dict[str, Any] = {"row": number, **({"adapter": name} if name else {}), "text": text}
+    if found is None:
+        return {**line, "label": None, "too_long": True}
+    line.update(asdict(found))
     if abstain is not None:
         line["abstained"] = found.confidence < abstain
         line["label"] = None if line["abstained"] else found.label
@@ -239,8 +290,11 @@ def _line(number: int, name: str | None, text: str, found: Prediction, abstain: 
     return {key: value for key, value in line.items() if value is not None or key == "label"}
 
 
-def _tell_truncated(own: TaskModel, count: int, texts: int) -> None:
-    print(told_truncated(count, texts, own.base.config.tasks.max_tokens), file=sys.stderr)
+def _tell_long(own: TaskModel, truncated: int, too_long: int, texts: int) -> None:
+    """So many of the texts, where there are any."""
+    for count, told in ((truncated, told_truncated), (too_long, told_too_long)):
+        if count:
+            print(told(count, texts, own.base.config.tasks.max_tokens), file=sys.stderr)
 
 
 def _as_json(line: dict[str, Any]) -> str:
@@ -254,6 +308,13 @@ def _no_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_no_nan(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cannot_write_into(path: Path) -> str | None:
+    """As `unwritable`; but what there is, be it a pipe or /dev/null, is written into, and its folder does not matter."""
+    if not path.exists() or path.is_dir():
+        return unwritable(path)
+    return None if os.access(path, os.W_OK) else "cannot be written; name another file"
 
 
 def _output(path: str | None) -> AbstractContextManager[TextIO]:

@@ -16,7 +16,7 @@ from abmll.deploy.export import export_adapter
 from abmll.evaluation.active import choose
 from abmll.metrics import Predictions, Scores, score
 from abmll.tasks.checks import check_options
-from abmll.tasks.labelled import readable
+from abmll.tasks.labelled import question, readable
 from abmll.tasks.task import Example, PromptedExample
 
 # what a base's layers and prompts are made with
@@ -39,6 +39,14 @@ class Prediction:
     variance: float | None = None
     mutual_information: float | None = None
     truncated: bool = False
+
+
+class TooLong(ValueError):
+    """Texts that fit in no prompt; `places`: theirs among those that were given."""
+
+    def __init__(self, message: str, places: Sequence[int]):
+        super().__init__(message)
+        self.places = tuple(places)
 
 
 class TaskModel:
@@ -64,8 +72,8 @@ class TaskModel:
 
         `samples`: of the posterior, whose predictions are averaged; 0: its mean. `calibrated`: at the temperature
         that cross-validation found for predictions by the mean; variance and mutual information stay as they are at
-        T = 1. ValueError where a text has no options, does not fit, or there is no such thing, and where a prediction
-        is not finite.
+        T = 1. ValueError where a text has no options or there is no such thing, and where a prediction is not finite;
+        TooLong, one too, where texts do not fit.
         """
         examples = self._all_asked(texts)
         if not examples:
@@ -89,7 +97,7 @@ class TaskModel:
         return [prompt.truncated for prompt in self._prompts(self._all_asked(texts))]
 
     def suggest(self, texts: Sequence[str | Example], count: int = 4, samples: int = 0) -> list[int]:
-        """Places of the `count` texts that are most worth a label, the most uncertain first.
+        """Places of the `count` texts that are most worth a label, the most uncertain first; a question's once.
 
         By the variance over posterior samples, or without samples by the entropy of the prediction. ValueError as
         `predict`.
@@ -99,7 +107,9 @@ class TaskModel:
         examples = self._all_asked(texts)
         if not examples:
             return []
-        predictor, prompts = self.base.predictor(samples), self._prompts(examples)
+        predictor, prompted = self.base.predictor(samples), self._prompts(examples)
+        first = {question(examples[place]): place for place in reversed(range(len(examples)))}
+        prompts = [prompted[place] for place in sorted(first.values())]
         self.base.show(self.phi)
         stream = ("candidate", self.name, self.card.adaptation.steps)
         chosen = choose(
@@ -108,7 +118,7 @@ class TaskModel:
             count,
             "variance" if samples else "entropy",
         )
-        places = {id(prompt): place for place, prompt in enumerate(prompts)}
+        places = {id(prompt): place for place, prompt in enumerate(prompted)}
         return [places[id(prompt)] for prompt in chosen]
 
     def save(self, folder: str | Path) -> Path:
@@ -159,12 +169,14 @@ class TaskModel:
 
     def _prompts(self, examples: Sequence[Example]) -> list[PromptedExample]:
         prompts = self.base.prompter.encode([example.behind(self._demonstrations) for example in examples])
-        for example, prompt in zip(examples, prompts, strict=True):
-            if prompt is None:
-                raise ValueError(
-                    f"task {self.name}: {example.input[:60]!r}: does not fit in tasks.max_tokens: "
-                    f"{self.base.config.tasks.max_tokens}; shorten it or its options, or raise the key"
-                )
+        if long := [place for place, prompt in enumerate(prompts) if prompt is None]:
+            tasks = self.base.config.tasks
+            cut = " or with tasks.too_long=truncate" if tasks.too_long == "drop" else ""
+            raise TooLong(
+                f"task {self.name}: {examples[long[0]].input[:60]!r}: does not fit in tasks.max_tokens: "
+                f"{tasks.max_tokens}; shorten it or its options, or adapt again with a larger tasks.max_tokens{cut}",
+                long,
+            )
         return prompts
 
     def _temperature(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,15 @@ def check_options(options: Sequence[object], where: str) -> tuple[str, ...]:
 
 
 def check_output(output: str, options: tuple[str, ...], where: str) -> None:
+    """ValueError, opening with `where`, unless it is one of the options."""
     if output not in options:
+        alike = {unicodedata.normalize("NFC", option): option for option in options}
+        option = alike.get(unicodedata.normalize("NFC", output))
+        if option is not None:  # repr would show them alike
+            raise ValueError(
+                f"{where}: output {output!a} and option {option!a} differ in Unicode form alone: "
+                "write one of them throughout"
+            )
         raise ValueError(f"{where}: output {output!r} is not among the options {list(options)}")
 
 

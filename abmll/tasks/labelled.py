@@ -1,29 +1,31 @@
 """A user's own examples: a JSONL or CSV file with a column of texts and one of labels, or texts alone.
 
-A JSONL row may be one of the task files' (`input`, `output`, `options`); then each row has its own options. Elsewhere
-the options are all labels of the file, in alphabetical order.
+JSONL rows may be the task files' (`input`, `output`, `options`); then every row has its own options. Elsewhere the
+options are all labels of the file, in alphabetical order.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from abmll.tasks.checks import LETTERS, Faults, check_options, check_output
+from abmll.tasks.delimited import delimited_rows
 from abmll.tasks.shuffle import permutation
 from abmll.tasks.task import Example
 
 TEXTS, LABELS, OPTIONS = ("text", "input"), ("label", "output"), "options"
 FEWEST, MOST = 4, 500  # examples of an adaptation
-_LONGEST_FIELD = 10_000_000  # characters of a CSV field
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")  # JSON's: 007 is a text
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class Row(NamedTuple):
         return readable(label, self.where)
 
     def options(self) -> tuple[str, ...] | None:
-        """The row's own, if it has any. ValueError where they cannot serve."""
+        """The row's own, if it has any: null and an empty CSV cell are none. ValueError where they cannot serve."""
         found = self.fields.get(OPTIONS)
-        if not isinstance(found, list):
+        if found is None or found == "":
             return None
+        if not isinstance(found, list):
+            kind = "text" if isinstance(found, str) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"{self.where}: `{OPTIONS}` is {kind}, {str(found)[:60]!r}: write a JSON list, in a .jsonl file, or "
+                "rename the column if it means something else"
+            )
         options = check_options(found, self.where)
         readable("".join(options), self.where)
         return options
@@ -78,17 +86,21 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a .csv or .jsonl file, or of standard input (`-`, JSONL), one by one as they are read.
+    """The rows of a .csv, .tsv or .jsonl file, or of standard input (`-`, JSONL), one by one as they are read.
 
     ValueError, with file and line, at a row that cannot be read, and where the file cannot.
     """
     if str(path) == "-":
-        yield from _json_rows(sys.stdin, "standard input")
+        source, raw = "standard input", getattr(sys.stdin, "buffer", None)  # what stands in for it may hold text alone
+        yield from _json_rows(sys.stdin if raw is None else _decoded(raw, source), source)
         return
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from (_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(file, str(path))
+            if path.suffix.lower() in (".csv", ".tsv"):
+                yield from (Row(where, fields) for where, fields in delimited_rows(file, str(path)))
+            else:
+                yield from _json_rows(file, str(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: name a JSONL or CSV file that can be read") from error
     except UnicodeDecodeError as error:
@@ -101,9 +113,10 @@ def read_labelled(
     """A file's examples. `options`: of all of them, whatever the rows say; (): each row brings its own.
 
     ValueError, naming every row that has no text, label or fitting options, up to a bound; at the first row that cannot
-    be read at all; and where the rows are no task.
+    be read at all; and where the rows are no task, or some have options of their own and others none.
     """
     columns, faults, found = columns or Columns(), Faults(str(path), "rows"), []
+    with_own: dict[bool, str] = {}  # the first row of each kind
     for row in read_rows(path):
         try:
             text, label, own = row.text(columns), row.label(columns), options or row.options()
@@ -111,12 +124,17 @@ def read_labelled(
                 check_output(label, own, row.where)
             elif options is not None:
                 raise ValueError(f"{row.where}: needs its own `{OPTIONS}`, a list of strings")
+            with_own.setdefault(own is not None, row.where)
             found.append((text, label, own))
         except ValueError as error:
             faults.add(row.where, str(error))
     faults.check()
     if not found:
         raise ValueError(f"{path}: holds no rows; write one example a line")
+    if len(with_own) > 1:
+        raise ValueError(
+            f"{with_own[False]}: has no `{OPTIONS}`, and {with_own[True]} has: give all rows some, or none"
+        )
     labels = tuple(sorted({label for _, label, own in found if own is None}))
     if labels:
         labels = _as_options(labels, path, columns)
@@ -136,14 +154,23 @@ def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> 
 
 
 def check_spelling(labels: Iterable[str], where: str) -> None:
-    """ValueError, opening with `where`, for two labels that only differ in case, spaces around them or Unicode form.
+    """ValueError, opening with `where`, for two labels that only differ in case, spaces around them or Unicode form, or
+    that are one number (1 and 1.0).
 
     Most often they are one label that was typed in two ways, and would be two options of one meaning.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str | Decimal, str] = {}
     for label in labels:
         composed = unicodedata.normalize("NFC", label)
-        other = seen.setdefault(unicodedata.normalize("NFC", composed.strip().casefold()), label)
+        number = Decimal(label) if _NUMBER.fullmatch(label) else None
+        other = seen.setdefault(
+            unicodedata.normalize("NFC", composed.strip().casefold()) if number is None else number, label
+        )
+        if other != label and number is not None:
+            raise ValueError(
+                f"{where}: labels {other!r} and {label!r} are one number: write one of them throughout, or rename one "
+                "that means something else"
+            )
         if other != label:
             same = unicodedata.normalize("NFC", other) == composed  # repr would show them alike
             told = [ascii(one) if same else repr(one) for one in (other, label)]
@@ -153,12 +180,22 @@ def check_spelling(labels: Iterable[str], where: str) -> None:
             )
 
 
+def question(example: Example) -> tuple[str, frozenset[str]]:
+    """What an example asks: its text and its options, in whatever order."""
+    return example.input, frozenset(example.options)
+
+
+def by_question(examples: Iterable[Example]) -> list[list[Example]]:
+    """The examples that ask the same together, in the order of the first ones."""
+    found: dict[tuple[str, frozenset[str]], list[Example]] = defaultdict(list)
+    for example in examples:
+        found[question(example)].append(example)
+    return list(found.values())
+
+
 def contradictions(examples: Iterable[Example]) -> int:
     """How many questions occur with more than one answer."""
-    answers: dict[tuple[str, frozenset[str]], set[str]] = defaultdict(set)
-    for example in examples:
-        answers[example.input, frozenset(example.options)].add(example.output)
-    return sum(len(found) > 1 for found in answers.values())
+    return sum(len({example.output for example in alike}) > 1 for alike in by_question(examples))
 
 
 def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:
@@ -166,7 +203,8 @@ def draw(examples: Sequence[Example], count: int | None, seed: int, source: str)
 
     ValueError unless these are FEWEST to MOST.
     """
-    if count is not None and count < len(examples):
+    available = len(examples)
+    if count is not None and count < available:
         places = _label_by_label(examples, permutation(len(examples), seed, "drawn examples"))
         examples = [examples[place] for place in sorted(places[:count])]
     if len(examples) > MOST:
@@ -174,6 +212,8 @@ def draw(examples: Sequence[Example], count: int | None, seed: int, source: str)
             f"{source}: {len(examples):,} examples: an adaptation takes {FEWEST} to {MOST}; draw some of them with "
             "--examples 100, or train on them"
         )
+    if count is not None and count < FEWEST <= available:
+        raise ValueError(f"--examples: {count}: an adaptation takes {FEWEST} to {MOST}; raise it, or leave it out")
     if len(examples) < FEWEST:
         raise ValueError(f"{source}: {len(examples)} examples: an adaptation takes {FEWEST} to {MOST}; add some")
     return list(examples)
@@ -210,20 +250,14 @@ def task_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def _csv_rows(lines: Iterable[str], source: str) -> Iterator[Row]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.DictReader(lines, dialect=csv.excel_tab if source.lower().endswith(".tsv") else csv.excel, strict=True)
-    try:
-        for fields in reader:
-            where = f"{source}:{reader.line_num}"
-            if None in fields or None in fields.values():
-                raise ValueError(
-                    f"{where}: {len(fields) - (None in fields)} columns in the header, another number in this row: "
-                    "put texts with commas or line breaks in quotes"
-                )
-            yield Row(where, fields)
-    except csv.Error as error:
-        raise ValueError(f"{source}:{reader.line_num}: malformed CSV: {error}") from error
+def _decoded(lines: Iterable[bytes], source: str) -> Iterator[str]:
+    """Line by line, so that those before one that is not UTF-8 are answered."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"{source}:{number}: byte 0x{byte:02x} is not UTF-8: write it as UTF-8") from error
 
 
 def _json_rows(lines: Iterable[str], source: str) -> Iterator[Row]:

@@ -79,6 +79,24 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
         ("t.csv", "text,label\na\n", "2 columns in the header, another number"),
         ("t.csv", 'text,label\n"a', "malformed CSV"),
         ("t.csv", "a,b\n1,2\n", "no column text or input"),
+        ("t.csv", "label,text,label\n1,a,2\n", r"t\.csv:1: column 'label' occurs 2 times: rename or remove one"),
+        ("t.tsv", 'text\tlabel\na\t0\n"b"\' c\t1\n', r"t\.tsv:3: malformed CSV: .* those in it are doubled"),
+        (
+            "t.csv",
+            "text,label,options\na,b,\"['a', 'b']\"\n",
+            "t.csv:2: `options` is text, .*: write a JSON list, in a",
+        ),
+        (
+            "t.jsonl",
+            '{"text": "a", "label": "b", "options": "[1]"}',
+            "t.jsonl:1: `options` is text, '.1.': write a JSON",
+        ),
+        ("t.jsonl", '{"text": "a", "label": "b", "options": {"b": 1}}', "`options` is a dict, .* rename the column"),
+        (
+            "t.jsonl",
+            '{"text": "a", "label": "caf\\u00e9", "options": ["tea", "cafe\\u0301"]}',
+            r"t.jsonl:1: output 'caf\\xe9' and option 'cafe\\u0301' differ in Unicode form alone: write one of them",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, name, contents, message):
@@ -98,6 +116,8 @@ def test_what_is_wrong_is_named(tmp_path, name, contents, message):
         (("stra\u00dfe", "STRASSE"), "'STRASSE' and 'straße' differ in case or spaces"),
         (("caf\u00e9", "cafe\u0301"), r"'cafe\\u0301' and 'caf\\xe9' differ in Unicode form alone"),
         (("Caf\u00e9", "cafe\u0301 "), "differ in case or spaces"),
+        ((1, 1.0), "labels '1' and '1.0' are one number: write one of them throughout, or rename one"),
+        ((1000, 1e3, "x"), "labels '1000' and '1000.0' are one number"),
     ],
 )
 def test_one_label_in_two_spellings_is_refused(tmp_path, labels, told):
@@ -107,11 +127,36 @@ def test_one_label_in_two_spellings_is_refused(tmp_path, labels, told):
         read_labelled(path)
 
 
-def test_labels_that_differ_otherwise_are_several(tmp_path):
-    path = write(
-        tmp_path / "t.jsonl", lines(*({"text": "a", "label": label} for label in ("not bad", "bad", "b\u00e4d")))
-    )
-    assert len(read_labelled(path)[0].options) == 3
+@pytest.mark.parametrize(
+    "labels", [("not bad", "bad", "b\u00e4d"), (1, 2, "01"), (10**20, 10**20 + 1, "inf", "infinity")]
+)
+def test_labels_that_differ_otherwise_are_several(tmp_path, labels):
+    path = write(tmp_path / "t.jsonl", lines(*({"text": "a", "label": label} for label in labels)))
+    assert len(read_labelled(path)[0].options) == len(labels)
+
+
+def test_a_quote_that_swallows_rows_is_refused(tmp_path):
+    """An own quote at a text's start took the rows up to the next one for its text."""
+    rows = ["1\tfine", '0\t"Great" it is not', "1\tso so"]
+    path = write(tmp_path / "t.tsv", "\n".join(["label\ttext", '0\t"What', *rows[:1], '1\tsaid "no"', '0\tx"', ""]))
+    with pytest.raises(ValueError, match=r"t\.tsv:2: malformed CSV: .* or save as JSONL"):
+        read_labelled(path)
+    path = write(tmp_path / "t.tsv", "\n".join(["label\ttext", *rows[:1], '0\t"What', *rows[::2], '0\tthe end"', ""]))
+    with pytest.raises(ValueError, match=r"t\.tsv:3: a quote opens a field that spans rows, up to line 6: 'What"):
+        read_labelled(path)
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    path = write(tmp_path / "t.csv", "text,label,,\na,0,,\n\nb,1,,\n")
+    assert [example.input for example in read_labelled(path)] == ["a", "b"]
+
+
+def test_all_rows_have_options_of_their_own_or_none(tmp_path):
+    rows = [{"text": "q", "label": "x", "options": ["x", "y"]}, {"text": "r", "label": "y", "options": None}]
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: has no `options`, and \S*t\.jsonl:1 has: give all rows some"):
+        read_labelled(write(tmp_path / "t.jsonl", lines(*rows)))
+    csv = write(tmp_path / "t.csv", "text,label,options\na,0,\nb,1,\n")  # as pandas writes a column of None
+    assert read_labelled(csv)[0].options == ("0", "1")
 
 
 def test_questions_with_several_answers_are_counted():
@@ -140,6 +185,16 @@ def test_standard_input_is_read_as_it_comes(monkeypatch):
         next(rows)
 
 
+def test_bytes_of_standard_input(monkeypatch):
+    """A mark at the start is none of the text, as in a file; rows before a byte that is not UTF-8 are read."""
+    sent = b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b\xc3\xa9"}\n{"text": "\xe9"}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sent), encoding="ascii", errors="surrogateescape"))
+    rows = read_rows("-")
+    assert [next(rows).text(Columns()) for _ in range(2)] == ["a", "bé"]
+    with pytest.raises(ValueError, match=r"^standard input:3: byte 0xe9 is not UTF-8: "):
+        next(rows)
+
+
 def test_examples_are_drawn_by_the_seed():
     examples = [Example(str(number), ("a", "b"), "a") for number in range(600)]
     some = draw(examples, 20, 3, "t")
@@ -152,6 +207,10 @@ def test_examples_are_drawn_by_the_seed():
         draw(examples, None, 3, "t")
     with pytest.raises(ValueError, match="t: 3 examples: an adaptation takes 4 to 500"):
         draw(examples[:3], None, 3, "t")
+    with pytest.raises(ValueError, match=r"^--examples: 2: an adaptation takes 4 to 500; raise it"):
+        draw(examples, 2, 3, "t")
+    with pytest.raises(ValueError, match=r"t: 3 examples: .*; add some"):
+        draw(examples[:3], 9, 3, "t")
 
 
 def test_a_folder_of_tasks(tmp_path):
