@@ -11,6 +11,7 @@ import pytest
 from deployed import EXAMPLES, OPTIONS, TEXTS
 
 from abmll import TaskModel
+from abmll.compare.statistics import wilson
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -268,14 +269,76 @@ def test_rows_before_a_bad_one_are_written(call, adapter, tmp_path):
     assert status == 2 and "t.jsonl:3:" in err and [json.loads(line)["text"] for line in out.splitlines()] == ["a", "b"]
 
 
-def test_no_file_is_lost_to_an_output(call, adapter, texts, tmp_path):
+def test_no_file_is_lost_to_an_output(call, run, data, adapter, texts, tmp_path):
     kept = tmp_path / "kept.jsonl"
     kept.write_text("kept")
     before = texts.read_text()
     assert call("predict", "--adapter", adapter, "--input", texts, "--output", texts)[0] == 2
     assert call("predict", "--adapter", adapter, "--input", tmp_path / "none.jsonl", "--output", kept)[0] == 2
     assert call("predict", "--adapter", adapter, "--input", texts, "--output", tmp_path / "no/where")[0] == 2
+    sure_of_nothing = adapted_without_folds(call, run, data, tmp_path / "no-folds")
+    status, _, err = call(
+        "predict", "--adapter", sure_of_nothing, "--input", texts, "--output", kept, "--calibrated", "--device", "cpu"
+    )
+    assert status == 2 and "calibrated: its adapter was made without cross-validation" in err
     assert texts.read_text() == before and kept.read_text() == "kept"
+
+
+def test_predictions_that_cannot_be_written_cost_no_work(call, texts, tmp_path):
+    status, _, err = call("predict", "--adapter", "none", "--input", texts, "--output", tmp_path / "no/p.jsonl")
+    assert status == 2 and err.startswith(f"error: --output: {tmp_path}/no/p.jsonl: ") and "is no folder" in err
+
+
+def adapted_without_folds(call, run, data, out, *more):
+    given = ("--run", run, "--data", data, "--out", out, "--folds", 0, "--device", "cpu", *more)
+    assert call("adapt", *given)[0] == 0
+    return out
+
+
+def test_a_text_that_fits_in_no_prompt_stops_nothing(call, run, data, tmp_path):
+    adapter = adapted_without_folds(call, run, data, tmp_path / "short", "tasks.too_long=drop", "tasks.max_tokens=320")
+    texts = ["It was slow.", "long " * 400, "It was fine."]
+    rows = [{"text": text, "label": OPTIONS[number % 2]} for number, text in enumerate(texts)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_it = ("--adapter", adapter, "--device", "cpu")
+    told = "1 of 3 texts do not fit in tasks.max_tokens: 320, and were left out"
+    status, out, err = call("predict", *of_it, "--input", tmp_path / "t.jsonl")
+    first, long, last = map(json.loads, out.splitlines())
+    assert status == 0 and told in err
+    assert long == {"row": 1, "text": texts[1], "label": None, "too_long": True}
+    assert [line["row"] for line in (first, last)] == [0, 2] and first["label"] and last["label"]
+    status, out, err = call("suggest", *of_it, "--input", tmp_path / "t.jsonl", "--count", 3)
+    assert status == 0 and told in err and sorted(json.loads(line)["row"] for line in out.splitlines()) == [0, 2]
+    status, out, err = call("evaluate", *of_it, "--data", tmp_path / "t.jsonl")
+    assert status == 0 and told in err and "n                          2\n" in out
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    status, _, err = call("evaluate", *of_it, "--data", tmp_path / "t.jsonl")
+    assert status == 2 and "none of its 1 texts fits in tasks.max_tokens: 320; shorten them, or adapt again" in err
+
+
+def test_rows_that_repeat_others_count_once(call, run, data, tmp_path):
+    """Ten copies of a file tell no more than the file: the interval is as wide, and a question is suggested once."""
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join([data.read_text()] * 10))
+    widths = []
+    for path in (data, many):
+        status, out, err = call("adapt", "--run", run, "--data", path, "--out", tmp_path / path.stem, "--device", "cpu")
+        assert status == 0, err
+        assert ("54 of 60 rows repeat another: the interval counts a question once" in out) == (path is many)
+        scores = json.loads((tmp_path / path.stem / "card.json").read_text())["scores"]["cross_validation"]
+        _, low, high = wilson(scores["accuracy"], len(EXAMPLES))
+        assert (scores["accuracy_low"], scores["accuracy_high"]) == pytest.approx((low, high))
+        widths.append(high - low)
+    assert min(widths) > 0.4
+    asked = ("--adapter", tmp_path / "many", "--input", many, "--count", 6, "--device", "cpu")
+    status, out, _ = call("suggest", *asked)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and sorted(line["row"] for line in lines) == list(range(6))
+
+
+def test_a_diagram_that_cannot_be_drawn_costs_no_work(call, data):
+    status, _, err = call("evaluate", "--adapter", "none", "--data", data, "--diagram", "d.foo")
+    assert status == 2 and err.startswith("error: --diagram: d.foo: is no picture by its ending; name a .svg")
 
 
 @pytest.mark.parametrize("option", ["--output", "--diagram"])
