@@ -311,7 +311,7 @@ def _no_nan(value: Any) -> Any:
 
 
 def _cannot_write_into(path: Path) -> str | None:
-    """As `unwritable`; but what there is, be it a pipe or /dev/null, is written into, and its folder does not matter."""
+    """As `unwritable`; but what is there, a pipe or /dev/null too, is written into, whatever its folder is."""
     if not path.exists() or path.is_dir():
         return unwritable(path)
     return None if os.access(path, os.W_OK) else "cannot be written; name another file"
