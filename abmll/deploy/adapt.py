@@ -100,7 +100,8 @@ def describe(card: AdapterCard, given: Sequence[Example], folds: int) -> str:
         rows["cut"] = told_truncated(adaptation.truncated, adaptation.examples, card.config["tasks"]["max_tokens"])
     notes = []
     if repeated:
-        notes.append(f"{repeated} of {len(given)} rows repeat another: the interval counts a question once")
+        once = ": the interval counts a question once" if card.scores else ""
+        notes.append(f"{repeated} of {len(given)} rows repeat another{once}")
     if twofold:
         notes.append(f"{twofold} text{'s' if twofold > 1 else ''} with more than one label: correct the wrong ones")
     if notes:

@@ -8,6 +8,7 @@ from deployed import EXAMPLES, OPTIONS, adapt_by_hand, prompts
 from evaluations import ROUNDING
 
 from abmll import Example, MetaModel
+from abmll.compare.statistics import wilson
 from abmll.config import ConfigError, Refused
 from abmll.deploy.adaptation import make_support, steps_for
 from abmll.deploy.cross_validation import make_folds, summarise
@@ -184,6 +185,15 @@ def test_the_interval_is_wilsons():
     assert found["accuracy_high"] == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
 
 
+def test_rows_that_repeat_another_do_not_narrow_the_interval(meta):
+    """Ten times the same six questions are six."""
+    found = meta.adapt(EXAMPLES * 10, "moods", folds=2, steps=1).card.scores["cross_validation"]
+    assert found["n"] == 60
+    _, low, high = wilson(found["accuracy"], 6)
+    assert (found["accuracy_low"], found["accuracy_high"]) == (low, high)
+    assert high - low > 2 * (wilson(found["accuracy"], 60).high - wilson(found["accuracy"], 60).low)
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
@@ -193,6 +203,10 @@ def test_the_interval_is_wilsons():
         ([("a", 1), ("b", 2)], r"is no \(text, label\), two strings"),
         ([("a", str(number)) for number in range(30)], "30 options: more than the 26"),
         ([Example("a", ("x", "y"), "z")] * 2, "output 'z' is not among"),
+        (
+            [Example(str(number), ("a", "b"), "a") for number in range(8)],
+            "task task: every label is 'a': an adaptation needs examples of another of the options too; add some",
+        ),
         ([("a" + chr(0xD800), "x"), ("b", "y")], "half a surrogate pair"),
     ],
 )

@@ -66,6 +66,16 @@ def test_adapt_tells_texts_of_several_labels(call, run, data, tmp_path):
     assert "note            1 text with more than one label: correct the wrong one" in out
 
 
+def test_adapt_tells_repeated_rows_and_several_labels(call, run, data, tmp_path):
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([*rows, rows[0], json.dumps({"text": EXAMPLES[1][0], "label": OPTIONS[0]})]))
+    status, out, err = call(
+        "adapt", "--run", run, "--data", data, "--out", tmp_path / "new", "--folds", 0, "--steps", 1
+    )
+    assert status == 0, err
+    assert "note            2 of 8 rows repeat another\nnote            1 text with more than one label" in out
+
+
 def test_adapt_says_why_nothing_is_known(call, run, data, tmp_path):
     arguments = ("--run", run, "--data", data, "--out", tmp_path / "new")
     _, out, _ = call("adapt", *arguments, "--folds", 0)
@@ -217,6 +227,14 @@ def test_suggest_prints_the_rows(call, adapter, adapted, run, texts):
     assert status == 0 and len(out.splitlines()) == 1
 
 
+def test_options_that_are_text_are_refused(call, adapter, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a", "options": "[\'a\', \'b\']"}\n')
+    for command in ("predict", "suggest"):
+        status, out, err = call(command, "--adapter", adapter, "--input", path)
+        assert status == 2 and not out and "t.jsonl:1: `options` is text" in err
+
+
 def test_a_users_nan_is_null_in_what_is_suggested(call, adapter, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a", "score": NaN, "more": [Infinity, {"x": -Infinity, "y": 1.5}]}\n')
     status, out, err = call("suggest", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
@@ -249,6 +267,12 @@ def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
     assert "accuracy " in out and "<svg" in diagram.read_text()
 
 
+def test_a_diagram_without_matplotlib_costs_no_work(call, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = call("evaluate", "--adapter", "none", "--data", data, "--diagram", tmp_path / "x.svg")
+    assert status == 2 and err.startswith("error: --diagram: is drawn by matplotlib; run: pip install"), err
+
+
 def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path):
     """At a temperature that is told; where cross-validation found none that is told too."""
     card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": 2.5}}})
@@ -261,6 +285,16 @@ def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path)
     none = TaskModel(adapted.base, adapted.phi, card)
     status, _, err = call("predict", "--adapter", none.save(tmp_path / "none"), "--input", texts, "--calibrated")
     assert status == 2 and "cross-validation found no temperature" in err
+
+
+def test_no_rows_have_no_predictions(call, adapter, texts, tmp_path):
+    """The output is opened all the same; and what there is may be no file."""
+    texts.write_text("id,text\n")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("kept")
+    for output in (kept, "/dev/null"):
+        assert call("predict", "--adapter", adapter, "--input", texts, "--output", output)[0] == 0
+    assert kept.read_text() == ""
 
 
 def test_rows_before_a_bad_one_are_written(call, adapter, tmp_path):

@@ -13,6 +13,7 @@ from deployed import EXAMPLES, OPTIONS, TEXTS, option_probabilities, save_run
 
 from abmll import Example, MetaModel, TaskModel, load_task_models
 from abmll.config import Refused
+from abmll.deploy.task_model import TooLong
 
 
 def test_a_prediction_is_the_letters_softmax(meta, adapted):
@@ -74,6 +75,13 @@ def test_suggested_are_the_least_sure(adapted):
     assert sorted(adapted.suggest(TEXTS, count=9, samples=4)) == [0, 1, 2]
 
 
+def test_a_question_is_suggested_once(meta, adapted):
+    twice = [TEXTS[0], *TEXTS, TEXTS[2]]
+    assert adapted.suggest(twice, count=9) == [(0, 2, 3)[place] for place in adapted.suggest(TEXTS, count=9)]
+    asked = [Example("No.", options, options[0]) for options in (("a", "b"), ("b", "a"), ("a", "c"))]
+    assert sorted(meta.unadapted(None).suggest(asked, count=9)) == [0, 2]
+
+
 @pytest.mark.parametrize("adapted_to", ["phi", "theta"])
 def test_a_prediction_that_is_none_is_refused(meta, adapted, monkeypatch, adapted_to):
     """An adapter whose phi diverged, from before that was looked at; a theta that did."""
@@ -111,8 +119,10 @@ def test_a_point_estimate_has_no_samples(tmp_path, build_tiny):
 def test_what_does_not_fit_is_named(run):
     meta = MetaModel.load(run, ["tasks.too_long=drop"], device="cpu")
     model = meta.adapt(EXAMPLES, folds=0)
-    with pytest.raises(ValueError, match=r"does not fit in tasks\.max_tokens: 320"):
-        model.predict(["long " * 400])
+    remedy = r"shorten it or its options, or adapt again with a larger tasks\.max_tokens or with tasks\.too_long=trunc"
+    with pytest.raises(TooLong, match=rf"'long long.*: does not fit in tasks\.max_tokens: 320; {remedy}") as error:
+        model.predict(["No.", "long " * 400])
+    assert error.value.places == (1,)
 
 
 def test_a_text_that_lost_a_part_says_so(adapted):
