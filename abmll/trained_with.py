@@ -13,28 +13,33 @@ from abmll.config.settings import flat
 # sections and keys that a loaded model, its adapters and theta were made with; of theta alone `trained_with` knows
 # nothing of the model, which may have a new place
 LOADED = ("model.", "adapters.", "method.name", "method.blob_")
-# keys that training alone reads, and what whoever sets one behind a trained run may have meant
-OF_TRAINING = {
+# what whoever sets one of these behind a trained run may have meant
+MEANT = {
     "output": "name the file of the scores with --output, the folder of an adapter with --out",
     "method.inner_lr": "set method.test_lr",
-    **dict.fromkeys(
-        (
-            *(f"method.{key}" for key in ("outer_lr", "outer_batch", "reset_inner_optimizer")),
-            *(f"method.{key}" for key in ("reptile_step", "reptile_schedule")),
-            *(f"trainer.{key}" for key in ("epochs", "episodes", "tasks_per_step", "max_nonfinite")),
-            *(f"trainer.{key}" for key in ("checkpoint_every", "keep_checkpoints")),
-        ),
-        "remove it",
-    ),
+}
+OF_TRAINING = {  # keys that training alone reads
+    *MEANT,
+    "method.outer_lr",
+    "method.outer_batch",
+    "method.reset_inner_optimizer",
+    "method.reptile_step",
+    "method.reptile_schedule",
+    "trainer.epochs",
+    "trainer.episodes",
+    "trainer.tasks_per_step",
+    "trainer.max_nonfinite",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
 }
 
 
 def refuse_unread(overrides: Iterable[str]) -> None:
     """ConfigError for every override that would do nothing to a trained run."""
     keys = [text.partition("=")[0].strip() for text in overrides]
-    unread = [f"override: {key}: only training reads it; {OF_TRAINING[key]}" for key in keys if key in OF_TRAINING]
+    unread = [key for key in keys if key in OF_TRAINING]
     if unread:
-        raise ConfigError(unread)
+        raise ConfigError([f"override: {key}: only training reads it; {MEANT.get(key, 'remove it')}" for key in unread])
 
 
 def refuse_other_training(config: Config, facts: Mapping[str, Any]) -> None:

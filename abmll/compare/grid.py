@@ -23,6 +23,7 @@ from abmll.config.files import read_layers
 from abmll.config.settings import check_settings, is_folder_name
 from abmll.config.task_lists import resolve_task_lists
 from abmll.config.yaml_text import parse
+from abmll.trained_with import refuse_unread
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
@@ -309,6 +310,11 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     for method in comparison.baselines:
         if method not in known:
             yield f"baselines: {method}: no such method here; known: {', '.join(sorted(known))}"
+    for name, values in comparison.scores.items():
+        try:
+            refuse_unread(override_texts(without_methods(values)))
+        except ConfigError as error:  # the runs would be trained first
+            yield from (f"scores.{name}: {line}" for line in error.problems)
     if PLAIN in comparison.scores:
         yield f"scores.{PLAIN}: is the name of a run's own scores; take another"
     if twice := duplicates(comparison.seeds):

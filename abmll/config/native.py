@@ -1,7 +1,7 @@
 """Which dtype of the frozen weights this machine multiplies by instructions of its own.
 
-On a CPU without them (AVX-512 or AMX on x86, BF16 on ARM: most desktops and laptops) PyTorch's bf16 products are loops:
-measured with AVX2, a frozen layer's forward pass takes 8 times as long as in float32, and its backward pass 38 times.
+PyTorch's bf16 products are plain loops on a CPU without them: most desktops and laptops have no AVX-512 or AMX (on
+ARM: no BF16). `benchmarks/step.py --dtype` shows what that costs.
 """
 
 from __future__ import annotations

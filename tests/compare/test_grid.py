@@ -186,6 +186,11 @@ def test_tries_that_differ_in_the_adaptation_alone_share_a_training(change, shar
         assert one.score == ("plain" if number in (0, 4) or not shared else f"try-{number}")
 
 
+def test_a_score_that_would_change_nothing_is_refused_before_the_runs(write):
+    with pytest.raises(ConfigError, match=r"scores\.steps-1: override: method\.inner_lr: only training reads it"):
+        load_comparison(write(change=("{method.test_steps: 1}", "{method.inner_lr: 1.0}")))
+
+
 def test_what_is_chosen_by_must_be_there(write, tmp_path):
     """A run may warn of missing tasks; a setting chosen by fewer tasks than were named is another choice."""
     text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
