@@ -38,12 +38,17 @@ class Tuning(BaseModel):
     """How settings are chosen: every method tries all combinations of its grid, and the best mean score counts."""
 
     model_config = ConfigDict(extra="forbid")
-    tasks: list[str] = Field(min_length=1, description="Validation tasks: neither training nor test tasks.")
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="Validation tasks: neither training nor test tasks. None where the source makes its own by seed.",
+    )
     grid: dict[str, dict[str, list[Any]]] = Field(
         min_length=1,
         description="method, or `all` for those not named -> section.key, or several joined by + -> values to try.",
     )
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[int] = Field(
+        default=[0], min_length=1, description="Of the tries; not the comparison's where a seed makes its own tasks."
+    )
     overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
     select_by: Literal["nll_options", "nll", "brier", "ece", "accuracy", "macro_f1"] = "nll_options"
 
@@ -276,7 +281,8 @@ def _runs_of_try(
 ) -> list[Job]:
     tuning = comparison.tune
     plain = comparison.model_copy(update={"settings": {"default": {}}, "seeds": tuning.seeds, "scores": {}})
-    over = (*override_texts(tuning.overrides), *extra, *override_texts({"tasks.test": tuning.tasks}))
+    validation = {"tasks.test": tuning.tasks} if tuning.tasks else {}
+    over = (*override_texts(tuning.overrides), *extra, *override_texts(validation))
     return [
         replace(
             job,
@@ -355,7 +361,7 @@ def _run_problems(comparison: Comparison, overrides: list[str], method: str) -> 
         yield from (f"{method}: {line}" for line in error.problems)
         return
     if comparison.tune:
-        yield from _leaks(comparison.tune, config, comparison.config)
+        yield from _leaks(comparison, config)
 
 
 def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
@@ -380,12 +386,18 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
     yield from told
 
 
-def _leaks(tuning: Tuning, config: Config, config_path: str) -> Iterator[str]:
+def _leaks(comparison: Comparison, config: Config) -> Iterator[str]:
     """Choosing on a test task would be cheating, and on a training task no test of what is to be found."""
-    if config.tasks.source == "builtin":
-        yield "tune.tasks: the builtin source makes its own tasks, of which none can be named; remove `tune`"
+    tuning = comparison.tune
+    if config.tasks.source == "builtin":  # a seed's test tasks are its tries' validation tasks
+        if tuning.tasks:
+            yield "tune.tasks: the builtin source makes its own tasks, of which none can be named; take them out"
+        if shared := sorted(set(tuning.seeds) & set(comparison.seeds)):
+            yield f"tune.seeds: {shared}: among `seeds`, whose generated tasks are the test tasks; name others"
         return
-    lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, config_path))
+    if not tuning.tasks:
+        yield "tune.tasks: none; name validation tasks that are neither training nor test tasks"
+    lists = resolve_task_lists(config.tasks, lambda path: resolve_path(path, comparison.config))
     for role in ("train", "test"):
         shared = sorted(set(tuning.tasks) & set(getattr(lists, role)))
         if shared:

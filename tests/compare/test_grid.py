@@ -114,8 +114,23 @@ def test_settings_are_chosen_on_neither_training_nor_test_tasks(task, role, writ
         load_comparison(write(f"{hidden}tune: {{tasks: [{task}], grid: {{all: {{method.beta: [1]}}}}}}"))
     with pytest.raises(ConfigError, match=r"tune\.tasks: art: among the test tasks"):
         load_comparison(write(f"{hidden}tune: {{tasks: [art], grid: {{all: {{method.beta: [1]}}}}}}"))
-    with pytest.raises(ConfigError, match=r"tune\.tasks: the builtin source"):
-        load_comparison(write(f"{TEXT}tune: {{tasks: [glue-sst2], grid: {{all: {{method.beta: [1]}}}}}}"))
+    with pytest.raises(ConfigError, match=r"tune\.tasks: none; name validation tasks"):
+        load_comparison(write(f"{text}tune: {{grid: {{all: {{method.beta: [1]}}}}}}"))
+
+
+def test_settings_for_generated_tasks_are_chosen_on_those_of_other_seeds(write):
+    def tune(text):
+        return write(f"{TEXT}tune: {{{text}, grid: {{all: {{method.beta: [1, 2]}}}}}}")
+
+    with pytest.raises(ConfigError, match=r"tune\.tasks: the builtin source makes its own tasks"):
+        load_comparison(tune("tasks: [glue-sst2], seeds: [100]"))
+    with pytest.raises(ConfigError, match=r"tune\.seeds: \[4\]: among `seeds`, .* name others"):
+        load_comparison(tune("seeds: [100, 4]"))
+    comparison = load_comparison(tune("seeds: [100, 101]"))
+    of_tries = [job for of_cell in tries(comparison, ()).values() for one in of_cell for job in one.runs]
+    assert {job.seed for job in of_tries} == {100, 101} and not {100, 101} & set(comparison.seeds)
+    for job in of_tries:
+        assert load_config(comparison.config, job.overrides).tasks.source == "builtin" and job.needed == ()
 
 
 @pytest.mark.parametrize(
