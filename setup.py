@@ -62,6 +62,7 @@ setup(
             "sybil>=9.0",  # runs the Python blocks of the documentation
             "peft>=0.17",  # a contender in the benchmark of memory; adapters are exported in its format
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "threadpoolctl>=3.5",  # golden files say whose BLAS made them
             "hypothesis>=6.100",
             'atheris>=2.3; sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.15"',

@@ -7,7 +7,7 @@ What code does differently on a GPU it is told here.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -16,15 +16,15 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from abmll.kernels import closed_form, noise
 from abmll.kernels.backends import assume_gpu
-from abmll.kernels.noise import chunks
 from abmll.memory.storages import StorageCounter
 
 CUDA_GRANULARITY = 512  # bytes to which the CUDA allocator rounds
 
 
-def _first_chunk(*arguments: Any) -> Iterator[tuple[int, int]]:
-    return islice(chunks(*arguments), 1)
+def _first(number: int, chunks: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    return lambda *arguments: islice(chunks(*arguments), number)
 
 
 @contextmanager
@@ -34,8 +34,10 @@ def counted(gpu: bool) -> Iterator[StorageCounter]:
         bodies = {}
         # transformers reads one bool back from the device, which fake tensors refuse: no sequences are packed here
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
-        # every stretch of noise takes what the first does, one after the other
-        stack.enter_context(patch("abmll.kernels.noise.chunks", _first_chunk))
+        # every stretch of noise takes what the first does, one after the other; every chunk of a projection from the
+        # second on, when what the one before made is still there
+        stack.enter_context(patch.object(noise, "chunks", _first(1, noise.chunks)))
+        stack.enter_context(patch.object(closed_form, "chunks", _first(2, closed_form.chunks)))
         if gpu:
             stack.enter_context(assume_gpu())
             if importlib.util.find_spec("triton") is not None:  # else the kernels cannot run, and plain code is counted

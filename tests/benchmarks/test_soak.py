@@ -21,7 +21,7 @@ def test_runs_that_are_killed_again_and_again_equal_the_one_that_was_left_alone(
     print(f"seed {seed}")
     row, asked = tmp_path / "row.json", ["--kills", "5", "--steps", "8", "--seed", seed]
     command = [sys.executable, str(SCRIPT), *asked, "--output", str(row)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     row = json.loads(row.read_text())
     assert row["lost"] == 0 and row["kills"] >= 5 and row["runs_finished"] >= 1

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from made_up import write_full_comparison
-from runs import make_run, one_thread  # noqa: F401
+from runs import counts_kept, make_run, one_thread  # noqa: F401
 
 from abmll.compare.results import load_results
 

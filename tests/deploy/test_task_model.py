@@ -149,7 +149,7 @@ print(load_task_models([sys.argv[2]])[0].name)
 
 def test_it_needs_no_deepspeed(run, adapted, tmp_path):
     command = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(run), str(adapted.save(tmp_path / "adapter"))]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr
     assert found.stdout.split()[1:] == ["moods"] and found.stdout.split()[0] in OPTIONS
 

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 
-from runs import Run, Stopped, meet
+from runs import Run, Stopped, counted_once, meet
 from setups import make_setup
 
+import abmll.memory.plan
 import abmll.run
 from abmll.config import load_config
 from abmll.distributed import Ranks, start_ranks, stop_ranks
@@ -167,6 +168,7 @@ def main() -> None:
     folder = Path(arguments[0])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    abmll.memory.plan.count_episode = counted_once(abmll.memory.plan.count_episode)
     script = Script(folder)
     abmll.run.in_step = script.keep
     kinds = {"activation": ACTIVATION, "weight": WEIGHT, "first order": FIRST_ORDER, "side by side": BESIDE}

@@ -31,7 +31,7 @@ ZERO = ("trainer.deepspeed=configs/deepspeed/zero2.json", "trainer.deepspeed=con
 def train(run: Run, ranks: int, *arguments: str) -> str:
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
     launch = [sys.executable, launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    found = call([*launch, str(TRAIN), "--config", str(run.config), *SMOOTH, *arguments], timeout=180)
+    found = call([*launch, str(TRAIN), "--config", str(run.config), *SMOOTH, *arguments], timeout=400)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 

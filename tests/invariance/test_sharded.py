@@ -49,7 +49,7 @@ def ranks(tmp_path_factory):
     (folder / "model-broken/model.safetensors").unlink()
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
     command = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", str(free_port()), str(SCRIPT)]
-    found = call([*command, str(folder)], timeout=300)
+    found = call([*command, str(folder)], timeout=900)
     assert found.returncode == 0, found.stdout + found.stderr
     return folder, [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed builds its CPU operation with a C++ compiler"),
 ]
 LONG = ("trainer.episodes=100000", "trainer.checkpoint_every=null")
-STARTED = 250  # seconds; the very first start compiles DeepSpeed's operation
+STARTED = 500  # seconds; the very first start compiles DeepSpeed's operation
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_both_ranks_stop_behind_the_same_step_and_go_on(run: Run, launch):
     (launcher,) = psutil.Process(process.pid).children()
     launcher.send_signal(signal.SIGTERM)
     asked = time.monotonic()
-    process.wait(60)
+    process.wait(180)
     print(f"{time.monotonic() - asked:.1f} s")
     said = log.read_text()
     step = run.metrics[-1]["step"]

@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 
 from outer_steps import recording
-from runs import METHODS, ONE_STEP, Run, Stopped, meet
+from runs import METHODS, ONE_STEP, Run, Stopped, counted_once, meet
 
+import abmll.memory.plan
 from abmll.trainer import Trainer
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     [folder] = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     starts = itertools.count()
     torch.set_num_threads(1)
+    abmll.memory.plan.count_episode = counted_once(abmll.memory.plan.count_episode)
 
     taken: dict[str, list] = {}  # the steps of each run, over its resumptions
 

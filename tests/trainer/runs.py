@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import abmll.memory.plan
 from abmll.checkpoint import Checkpoint
 from abmll.config import load_config
 from abmll.distributed import start_ranks, stop_ranks
+from abmll.memory.episode import Ledger, Setup, count_episode
 from abmll.ports import free_port
 from abmll.run import Session, open_session, train
 from abmll.summary import load_summary
@@ -57,6 +59,26 @@ METHODS = {
 }
 # with one step of theta for each outer step, which `check_steps` can follow
 ONE_STEP = {name: ("method.inner_steps=1",) for name in ("lora", "structured_lora", "blob")}
+
+
+_counted: dict[str, Ledger] = {}
+
+
+def counted_once(count: Callable[[Setup], Ledger]) -> Callable[[Setup], Ledger]:
+    """The counting of a run's memory, three quarters of the time of a tiny run's start: kept for all runs alike."""
+
+    def counted(setup: Setup) -> Ledger:
+        sections = setup.config.model_dump(mode="json", exclude={"output", "seed", "logging"})
+        sections["tasks"].pop("builtin")
+        for key in ("episodes", "checkpoint_every", "keep_checkpoints"):
+            sections["trainer"].pop(key)
+        rest = (setup.deepspeed, setup.world_size, setup.gpu, setup.checkpointing, setup.scoring)
+        name = json.dumps([sections, setup.architecture.to_dict(), *rest], sort_keys=True, default=str)
+        if name not in _counted:
+            _counted[name] = count(setup)
+        return _counted[name]
+
+    return counted
 
 
 class Stopped(Exception):
@@ -152,7 +174,7 @@ def meet(folder: Path, start: int) -> None:
     os.environ["MASTER_PORT"] = path.read_text()
 
 
-def call(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def call(command: list[str], timeout: float = 400) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
@@ -164,6 +186,13 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counts_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(abmll.memory.plan, "count_episode", counted_once(count_episode))
+        yield
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_the_batch_script_trains_and_goes_on(run: Run, tmp_path):
     for episodes, said in ((2, "no checkpoint in"), (4, "after step 1 of 2")):
         script = ["bash", EXAMPLES / "train.slurm", run.config, f"trainer.episodes={episodes}"]
         found = subprocess.run(
-            script, env={**environment(), **told}, cwd=ROOT, capture_output=True, text=True, timeout=280
+            script, env={**environment(), **told}, cwd=ROOT, capture_output=True, text=True, timeout=600
         )
         assert found.returncode == 0, found.stdout + found.stderr
         assert f"{episodes // 2} of 2 episodes on 2 ranks" in found.stdout and said in found.stdout
@@ -84,6 +84,6 @@ def test_two_machines_of_a_hostfile(run: Run):
         )
         for node in (0, 1)
     ]
-    outputs = [machine.communicate(timeout=280)[0] for machine in machines]
+    outputs = [machine.communicate(timeout=600)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert "1 of 2 episodes on 2 ranks" in outputs[0]

@@ -304,7 +304,7 @@ def test_on_a_gpu_kernels_and_a_snapshot_are_recorded(run, capsys):
 def test_every_rank_writes_its_own_and_the_first_one_prints(run):
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
     ranks = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", str(free_port())]
-    found = call([*ranks, *run.command("--profile", "trainer.episodes=4")[1:]], timeout=240)
+    found = call([*ranks, *run.command("--profile", "trainer.episodes=4")[1:]], timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("https://ui.perfetto.dev") == 1
     for rank in (0, 1):

@@ -47,7 +47,7 @@ def printed(program: str, **environment: str) -> float:
     """The number of bytes that a program prints, in MiB."""
     own = {name: value for name, value in os.environ.items() if name not in resident.CACHES}
     found = subprocess.run(
-        [sys.executable, "-c", program], env={**own, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env={**own, **environment}, capture_output=True, text=True, timeout=400
     )
     assert found.returncode == 0, found.stderr
     return int(found.stdout) / 2**20
