@@ -57,7 +57,7 @@ def test_the_readme_is_short_and_begins_with_the_two_lines():
     readme = text_of(ROOT / "README.md")
     assert len(readme.splitlines()) <= 200
     first = next(blocks(readme)).text.splitlines()
-    assert len(first) == 2 and first[1].strip() == "pip install -e '.[test]' && pytest"
+    assert len(first) == 2 and first[1].strip() == "pip install -e '.[test]' && pytest -n2 --dist=loadfile"
     assert AFTER_TRAINING.search(readme)
     (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme)
     assert "<svg" in (ROOT / picture).read_text() and 'fill="#ffffff"' in (ROOT / picture).read_text()  # on dark too
