@@ -86,7 +86,7 @@ def test_validate_of_a_resume_looks_at_the_checkpoint(run: Run, command, capsys)
 
 
 def test_help_does_not_wait_for_torch():
-    found = call(without_torch("--help"), timeout=60)
+    found = call(without_torch("--help"), timeout=20)
     assert found.returncode == 0, found.stderr
     for option in ("--config", "--validate", "--resume", "--overwrite", "section.key=value"):
         assert option in found.stdout
