@@ -8,20 +8,11 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import (
-    PLAIN,
-    Cell,
-    Comparison,
-    Job,
-    Overrides,
-    jobs,
-    lists_of,
-    load_comparison,
-    output_of,
-    place_of_score,
-)
+from abmll.compare.grid import jobs, lists_of, place_of_score
+from abmll.compare.load import load_comparison, output_of
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner, made
+from abmll.compare.schema import PLAIN, Cell, Comparison, Job, Overrides
 from abmll.compare.tuning import choose
 from abmll.config import Refused
 from abmll.files import write_whole

@@ -22,7 +22,8 @@ from typing import IO
 
 import torch
 
-from abmll.compare.grid import Job, missing_tasks
+from abmll.compare.load import missing_tasks
+from abmll.compare.schema import Job
 from abmll.config import ConfigError, Refused, load_config, override_texts, with_absolute_paths
 from abmll.config.errors import show
 from abmll.config.settings import flat, in_effect

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abmll.compare.grid import Cell, Comparison, Overrides, Try, cells, grid_of, lists_of, place_of_score, tries
+from abmll.compare.grid import cells, grid_of, lists_of, place_of_score, tries
 from abmll.compare.runner import Outcome, Runner, made
+from abmll.compare.schema import Cell, Comparison, Overrides, Try
 from abmll.config import Refused
 from abmll.files import write_whole
 from abmll.metrics import HIGHER_IS_BETTER

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from abmll.compare.command import compare
-from abmll.compare.grid import jobs, load_comparison
+from abmll.compare.grid import jobs
+from abmll.compare.load import load_comparison
 from abmll.config import ConfigError, Refused, load_config, save_config, with_absolute_paths
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.grid import grid_of, jobs, load_comparison, missing_tasks, tries
+from abmll.compare.grid import grid_of, jobs, tries
+from abmll.compare.load import load_comparison, missing_tasks
 from abmll.config import ConfigError, load_config, override_texts
 
 CONFIGS = Path(__file__).parents[2] / "configs"

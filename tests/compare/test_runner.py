@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.grid import jobs, load_comparison
+from abmll.compare.grid import jobs
+from abmll.compare.load import load_comparison
 from abmll.compare.runner import Runner
 from abmll.config import Refused, load_config, save_config, with_absolute_paths
 
@@ -187,7 +188,8 @@ def test_an_interrupt_stops_what_runs(bench):
     """The command as a user stops it: its children are gone, and a second call makes what is missing."""
     bench.slow.touch()
     code = (
-        "import signal, sys; from pathlib import Path; from abmll.compare.grid import jobs, load_comparison;"
+        "import signal, sys; from pathlib import Path; from abmll.compare.grid import jobs;"
+        "from abmll.compare.load import load_comparison;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore it
         "from abmll.compare.runner import Runner; folder = Path(sys.argv[1]);"
         "Runner(sys.argv[2], folder / 'out', folder, 2).run(jobs(load_comparison(folder / 'comparison.yaml'), {}, ()))"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.grid import load_comparison
+from abmll.compare.load import load_comparison
 from abmll.compare.runner import Outcome
 from abmll.compare.tuning import best, choose
 from abmll.config import Refused, load_config, override_texts

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from abmll.compare.grid import load_comparison
+from abmll.compare.load import load_comparison
 from abmll.config import ConfigError, read_settings
 from abmll.config.schema import HubTask
 from abmll.config.settings import check_settings, is_folder_name

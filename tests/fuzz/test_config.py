@@ -11,7 +11,7 @@ from damage import NASTY, damaged, fuzz, scalars, values
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from abmll.compare.grid import load_comparison
+from abmll.compare.load import load_comparison
 from abmll.config import Config, ConfigError, load_config, read_settings
 from abmll.config.deepspeed import load_deepspeed
 from abmll.config.schema import TasksConfig

@@ -1,0 +1,92 @@
+"""A comparison as its YAML file describes it, and one run of its grid."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from abmll.config.settings import check_settings, is_folder_name
+
+Overrides = dict[str, Any]  # section.key -> value
+Named = dict[str, Overrides]
+Cell = tuple[str, str, str]  # model, task set, method
+PLAIN = "plain"  # a run's own scores
+ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+
+
+class Tuning(BaseModel):
+    """How settings are chosen: every method tries all combinations of its grid, and the best mean score counts."""
+
+    model_config = ConfigDict(extra="forbid")
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="Validation tasks: neither training nor test tasks. None where the source makes its own by seed.",
+    )
+    grid: dict[str, dict[str, list[Any]]] = Field(
+        min_length=1,
+        description="method, or `all` for those not named -> section.key, or several joined by + -> values to try.",
+    )
+    seeds: list[int] = Field(
+        default=[0], min_length=1, description="Of the tries; not the comparison's where a seed makes its own tasks."
+    )
+    overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
+    select_by: Literal["nll_options", "nll", "brier", "ece", "accuracy", "macro_f1"] = "nll_options"
+
+
+class Comparison(BaseModel):
+    """A comparison as its file describes it."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    config: str = Field(description="The configuration that all runs start from.")
+    output: str = Field(description="The comparison's folder.")
+    overrides: Overrides = Field(default_factory=dict)
+    models: Named = Field(default={"model": {}}, min_length=1)
+    task_sets: Named = Field(default={"tasks": {}}, min_length=1)
+    methods: Named = Field(min_length=1)
+    settings: Named = Field(default={"default": {}}, min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    tune: Tuning | None = None
+    scores: Named = Field(default_factory=dict, description="Further ways to score each finished run.")
+    baselines: list[str] = Field(default_factory=list, description="The methods that the others are tested against.")
+
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not is_folder_name(value):
+            raise ValueError(f"{value!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
+        return value
+
+    @field_validator("models", "task_sets", "methods", "settings", "scores", mode="before")
+    @classmethod
+    def _named(cls, value: Any, info) -> Named:
+        return check_settings(value, info.field_name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its place in the grid, its folder within the comparison's, and the overrides that make it."""
+
+    model: str
+    task_set: str
+    method: str
+    setting: str
+    seed: int
+    folder: str
+    overrides: tuple[str, ...]
+    scores: Named
+    needed: tuple[str, ...] = ()  # tasks that must be there, whatever tasks.missing says
+
+    def facts(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in ("overrides", "scores", "needed")}
+
+
+@dataclass(frozen=True)
+class Try:
+    """One combination of a method's grid, the runs (one a seed) that it is scored by, and the name of that score."""
+
+    values: Overrides
+    runs: list[Job]
+    score: str
