@@ -1,4 +1,4 @@
-"""The results that README and docs/comparisons.md tell are those of the committed rows."""
+"""The results that README and docs/findings.md tell are those of the committed rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ROOT / "benchmarks/results/compare"
 METRICS = {
     "README.md": ("accuracy", "ece_excess", "nll_options"),
-    "docs/comparisons.md": ("accuracy", "ece_excess", "nll_options", "brier"),
+    "docs/findings.md": ("accuracy", "ece_excess", "nll_options", "brier"),
 }
 COMPARISONS = {
     "Qwen2.5-Coder-0.5B-Instruct": "cls23-qwen0.5b",
@@ -52,7 +52,7 @@ def expected(page: str) -> list[list[str]]:
         with path.open(newline="") as file:
             found = {(row["rival"], row["metric"]): row for row in csv.DictReader(file) if row["label"] == "abmll"}
         rivals = [rival for rival in RIVALS.values() if (rival, "accuracy") in found]
-        family = [(rival, metric) for rival in rivals for metric in METRICS["docs/comparisons.md"]]
+        family = [(rival, metric) for rival in rivals for metric in METRICS["docs/findings.md"]]
         corrected = dict(zip(family, holm(np.array([float(found[pair]["p"]) for pair in family])), strict=True))
         for title, rival in RIVALS.items():
             if rival in rivals:
@@ -72,8 +72,37 @@ def test_the_table_is_that_of_the_committed_rows(page):
     assert written == expected(page)
 
 
+MEANS = {
+    "ABMLL": "abmll",
+    "its weight posterior": "abmll-weight",
+    "LoRA": "lora",
+    "Reptile": "reptile",
+    "FOMAML": "fomaml",
+    "BLoB": "blob",
+    "structured LoRA": "structured_lora",
+    "pretrained": "pretrained",
+    "label counts": "frequencies",
+}
+
+
+def test_the_mean_accuracies_are_those_of_the_committed_rows():
+    """Of three seeds, or with a star of two; an empty cell is a method that was not run."""
+    lines = (ROOT / "docs/findings.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"| | {' | '.join(MEANS)} |")
+    for line, folder in zip(lines[start + 2 :], ("cls23-smollm2", "cls23-gemma270m", "cls23-qwen0.5b"), strict=False):
+        with (COMPARED / folder / "tables/summary.csv").open(newline="") as file:
+            rows = {row["label"]: row for row in csv.DictReader(file) if row["steps"] == "5"}
+        found = [rows.get(label) for label in MEANS.values()]
+        told = [f"{100 * float(row['accuracy']):.1f}{'*' * (3 - int(row['seeds']))}" if row else "" for row in found]
+        assert [cell.strip() for cell in line.strip("|").split("|")[1:]] == told
+
+
 NUMBER = r"[+-]?\d*\.\d+"
-SECTIONS = {"README.md": "## Does it help?", "docs/comparisons.md": "## What was found"}
+# where a page's results begin, and what ends them
+SECTIONS = {
+    "README.md": ("## Does it help?", "\n## "),
+    "docs/findings.md": ("# What was found", "\n## Not answered yet"),
+}
 
 
 def differences() -> set[tuple[float, ...]]:
@@ -91,7 +120,9 @@ def differences() -> set[tuple[float, ...]]:
 
 @pytest.mark.parametrize("page", SECTIONS)
 def test_every_interval_of_the_text_is_one_of_the_tables(page):
-    text = (ROOT / page).read_text(encoding="utf-8").split(SECTIONS[page])[1].split("\n## ")[0]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    start, end = SECTIONS[page]
+    text = text.split(start)[1].split(end)[0]
     told = re.findall(rf"({NUMBER})(?:\s%)?\s\[({NUMBER}),\s({NUMBER})\]", text)
     known = differences()
     strange = [numbers for numbers in told if tuple(map(float, numbers)) not in known]
