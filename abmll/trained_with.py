@@ -21,6 +21,7 @@ MEANT = {
 OF_TRAINING = {  # keys that training alone reads
     *MEANT,
     "method.outer_lr",
+    "method.outer_optimizer",
     "method.outer_batch",
     "method.reset_inner_optimizer",
     "method.reptile_step",

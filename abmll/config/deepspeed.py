@@ -10,7 +10,7 @@ from typing import Any
 from .errors import ConfigError, did_you_mean, duplicates, show
 
 _OWNED = {
-    "optimizer": "theta's AdamW is built from method.outer_lr, method.adam_betas and method.weight_decay; remove it",
+    "optimizer": "theta's is built from method.outer_optimizer, method.outer_lr and method.weight_decay; remove it",
     "scheduler": "the learning rates are constant; remove it and set method.outer_lr",
     "checkpoint": "the trainer writes its checkpoints itself; remove it and set trainer.checkpoint_every",
     "train_batch_size": "it follows from tasks.batch_size and the number of ranks; remove it",

@@ -76,6 +76,9 @@ class MethodConfig(Section):
     inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
     inner_lr: float = Field(1e-5, gt=0, description="Learning rate of phi in training.")
     outer_lr: float = Field(5e-5, gt=0, description="Learning rate of theta; Reptile's step is reptile_step.")
+    outer_optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Of theta; sgd keeps the gradient's size, and so beta's. Reptile's step is reptile_step."
+    )
     test_lr: float = Field(1e-5, gt=0, description="Learning rate of the adaptation to an unseen task.")
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
     inner_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Of phi, in training and on unseen tasks.")
@@ -98,7 +101,7 @@ class MethodConfig(Section):
     reset_inner_optimizer: bool = Field(True, description="Forget phi's AdamW moments between episodes.")
     adam_betas: tuple[AdamBeta, AdamBeta] = Field((0.9, 0.999), description="AdamW's decay rates, inner and outer.")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, inner and outer.")
-    weight_decay: float = Field(0.0, ge=0, description="Of the inner optimizer, and of theta's AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Of both optimizers, but for Reptile's step.")
     reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size epsilon.")
     reptile_schedule: Literal["annealed", "constant"] = Field("annealed", description="Annealed: linearly to 0.")
     blob_prior_std: float = Field(0.2, gt=0, description="BLoB: standard deviation of the prior on A.")

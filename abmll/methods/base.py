@@ -112,6 +112,8 @@ class Method:
 
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
+        if config.outer_optimizer == "sgd":
+            return torch.optim.SGD(theta, lr=config.outer_lr, weight_decay=config.weight_decay)
         return torch.optim.AdamW(
             theta, lr=config.outer_lr, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
         )

@@ -33,7 +33,7 @@ def test_good_settings(problems):
 @pytest.mark.parametrize(
     ("change", "start"),
     [
-        ({"optimizer": {"type": "Adam"}}, "optimizer: {'type': 'Adam'}: theta's AdamW"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: {'type': 'Adam'}: theta's is built"),
         ({"scheduler": {}}, "scheduler: {}: the learning rates are constant; remove it"),
         ({"checkpoint": {}}, "checkpoint: {}: the trainer writes its checkpoints itself; remove it"),
         ({"train_batch_size": 8}, "train_batch_size: 8: it follows"),

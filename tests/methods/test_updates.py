@@ -302,6 +302,28 @@ def test_the_outer_optimizer_is_adamw_as_configured(build_tiny):
     assert {id(p) for p in group["params"]} == {id(p) for p in tiny.adapters.theta.values()}
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_sgd_moves_theta_by_the_divergences_own_gradient(weight_decay, build_tiny):
+    """theta - lr (gradient + decay theta), and the gradient goes with beta, whose size AdamW would take out."""
+    moved_by = []
+    for beta in (1e-3, 1e-1):
+        method = {"outer_optimizer": "sgd", "outer_lr": 0.3, "beta": beta, "weight_decay": weight_decay}
+        tiny = build_tiny(torch.float64, method=method).scatter()
+        start = {name: value.detach().clone() for name, value in tiny.adapters.theta.items()}
+        gradient = of_episode(tiny.learner.theta_gradient_kl(tiny.episode().support[0], tiny.keys[0])[0])
+        optimizer = tiny.method.outer_optimizer(tiny.adapters.theta.values())
+        for name, value in tiny.adapters.theta.items():
+            value.grad = gradient[name].to(value.dtype)
+        optimizer.step()
+        expected = {name: value - 0.3 * (gradient[name] + weight_decay * value) for name, value in start.items()}
+        made = {name: value.detach() for name, value in tiny.adapters.theta.items()}
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-15)
+        decayed = {name: (1 - 0.3 * weight_decay) * value for name, value in start.items()}
+        moved_by.append({name: value - decayed[name] for name, value in made.items()})
+    small, large = moved_by
+    assert relative_error(large, {name: 100 * value for name, value in small.items()}) < 1e-9
+
+
 def test_pretrained_does_not_train(build_tiny):
     tiny = build_tiny(method={"name": "pretrained"})
     assert tiny.method.updates_per_episode == 0
