@@ -83,7 +83,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     for place, part in groups(scores):
         wanted = beatable(part)
         for (label, steps), own in part.groupby(["label", "steps"], sort=False):
-            by_task = own.groupby("task")["commonest_prediction"].mean()
+            constant = (own["commonest_prediction"] == 1).groupby(own["task"]).mean()  # as scores: of seeds, then tasks
             rows.append(
                 {
                     **place,
@@ -93,7 +93,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
                     "tasks": own["task"].nunique(),
                     **estimates(own, (*MAIN, *UNCERTAINTY, *PAPERS), with_seeds=True),
                     POOLED_ECE.name: pooled_ece(own),
-                    "constant": float((by_task == 1).mean()),
+                    "constant": float(constant.mean()),
                     "commonest": float(own.groupby("task")["majority"].mean().mean()),
                     "beatable_tasks": len(wanted),
                     **estimates(own[own["task"].isin(wanted)], (ACCURACY,), prefix="beatable_"),
