@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from abmll.compare.analysis import analyse
-from abmll.compare.results import INDEX
+from abmll.compare.results import INDEX, TUNING
 from abmll.files import inside
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import PREDICTIONS, SCORES
@@ -35,16 +35,19 @@ def main() -> None:
     arguments = parser.parse_args()
     index = json.loads((arguments.comparison / INDEX).read_text())
     folder = inside(arguments.results, index["name"])
-    for written in keep(arguments.comparison.resolve().parents[1], index, folder, provenance()):
+    chosen = arguments.comparison / TUNING
+    for written in keep(arguments.comparison.resolve().parents[1], index, folder, provenance(), chosen):
         print(written)
 
 
-def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, Any]) -> list[Path]:
+def keep(
+    comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, Any], chosen: Path | None = None
+) -> list[Path]:
     """Copy the finished runs and scores that `folder` has not yet, list them beside those that it has, and analyse all.
 
-    `comparison` holds the runs, `index` is its comparison.json. Where a run was made stands in its own provenance.json;
-    without one, `made` (where the rows are kept) is written down as `kept_by`. A kept run stays as it is: ValueError
-    where the one of that name has another configuration now.
+    `comparison` holds the runs, `index` is its comparison.json, `chosen` its tuning.json if it has one. Where a run was
+    made stands in its own provenance.json; without one, `made` (where the rows are kept) is written down as `kept_by`.
+    A kept run stays as it is: ValueError where the one of that name has another configuration now.
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = folder / INDEX
@@ -70,6 +73,8 @@ def keep(comparison: Path, index: dict[str, Any], folder: Path, made: dict[str, 
     baselines = list(dict.fromkeys([*before["baselines"], *index["baselines"]]))  # a part of a comparison names its own
     index = {"name": index["name"], "baselines": baselines, "runs": list(runs.values())}
     there.write_text(json.dumps(index, indent=1) + "\n")
+    if chosen is not None and chosen.is_file():
+        shutil.copyfile(chosen, folder / TUNING)
     return analyse(folder)
 
 

@@ -9,7 +9,7 @@ from abmll.compare.results import Results, load_results
 from abmll.compare.tables import Table, all_tables
 from abmll.files import write_whole
 
-SHOWN = ("summary", "against_each", "costs")  # in the report itself; it links to the others
+SHOWN = ("summary", "against_each", "chosen", "costs")  # in the report itself; it links to the others
 
 
 def analyse(folder: Path, into: Path | None = None) -> list[Path]:

@@ -27,6 +27,7 @@ from abmll.trained_with import completed
 from abmll.uncertainty import uncertainty
 
 INDEX = "comparison.json"
+TUNING = "tuning.json"  # beside it, where settings were chosen
 DEFAULT, PLAIN, STANDARD = "default", "plain", "standard"
 RUN = ["task_set", "model", "method", "setting", "seed"]
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
@@ -42,7 +43,7 @@ class Results:
     the sweep, value and condition of the score's name, every metric of `Scores` and `Uncertainty`, the ECE in excess of
     what chance makes of it (ece_excess), and `GAPS`.
     costs: one row a run. curves: one row an outer step or validation. configs: by run, the configuration that it was
-    trained and scored with. skipped: what is not there, and why.
+    trained and scored with. skipped: what is not there, and why. choices: what `abmll.compare.tuning` wrote down.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Results:
     curves: pd.DataFrame
     configs: dict[int, dict[str, Any]]
     skipped: tuple[str, ...]
+    choices: tuple[dict[str, Any], ...] = ()
 
 
 def load_results(folder: Path, index: Path | None = None) -> Results:
@@ -99,6 +101,7 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
         curves=pd.DataFrame(curves, columns=["run", "step", "episode", "nll", "accuracy", "ece"]),
         configs=configs,
         skipped=tuple(skipped),
+        choices=tuple(json.loads((index / TUNING).read_text())) if (index / TUNING).is_file() else (),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -69,11 +69,30 @@ def all_tables(results: Results) -> list[Table]:
         _table("conditions", "Under other conditions", _CONDITIONS, under_conditions(scores), _conditions),
         _table("by_task", "Accuracy by task", _BY_TASK, tasks, _by_task),
         _table("costs", "Costs of training", _COSTS, costs(results), _costs),
+        _table("chosen", "Settings chosen", _CHOSEN, chosen(results.choices), _chosen),
     ]
     for name, frame in sweeps(results).items():
         made.append(_table(f"sweep_{name}", f"Sweep of {name}", f"After adaptation. {INTERVALS}", frame, _sweep(name)))
     made.append(_table("paper", "Beside the paper's own figures", _PAPER, beside_paper(scores), _beside_paper))
     return [table for table in made if len(table.frame)]
+
+
+def chosen(choices: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """A row a combination that a method tried: its settings, their score by `select_by`, and whether it was taken."""
+    return pd.DataFrame(
+        [
+            {
+                **{key: choice[key] for key in ("task_set", "model", "method")},
+                "settings": ", ".join(f"{key}={value}" for key, value in tried["values"].items()),
+                "select_by": choice.get("select_by", "score"),  # older files do not say
+                "score": math.nan if tried["score"] is None else tried["score"],
+                "chosen": tried["values"] == choice["chosen"],
+                "at_the_end_of": ", ".join(choice["at_the_end_of"]),
+            }
+            for choice in choices
+            for tried in choice["tried"]
+        ]
+    )
 
 
 def beside_paper(scores: pd.DataFrame) -> pd.DataFrame:
@@ -148,9 +167,30 @@ def _table(
     return Table(name, "\n\n".join(parts) + "\n", frame)
 
 
+_CHOSEN = (
+    "What each method tried on validation tasks, which are neither training nor test tasks, and the mean over them by "
+    "which one was taken. A choice at the end of its list may have a better one behind it; methods that tried nothing "
+    "are left out."
+)
+
+
+def _chosen(part: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        {
+            "method": row["method"],
+            "tried": row["settings"],
+            row["select_by"]: "NaN" if math.isnan(row["score"]) else f"{row['score']:.4f}",
+            "chosen": (f"yes, at the end of {row['at_the_end_of']}" if row["at_the_end_of"] else "yes")
+            if row["chosen"]
+            else "",
+        }
+        for _, row in part.iterrows()
+    ]
+
+
 _SUMMARY = (
     f"Means over a task's examples, then over seeds, then over tasks. {INTERVALS} SD: of the accuracy, over seeds. "
-    "Constant: tasks with one and the same prediction for all examples, in every seed. Commonest: what would be right "
+    "Constant: tasks with one and the same prediction for all examples. Commonest: what would be right "
     "if each task's commonest answer were given to all its examples. Beatable: tasks on which some "
     "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
     "bins by task; the excess over what a calibrated model with the same confidences would show there by chance; and "

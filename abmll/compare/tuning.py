@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from abmll.compare.grid import cells, grid_of, lists_of, place_of_score, tries
+from abmll.compare.results import TUNING
 from abmll.compare.runner import Outcome, Runner, made
 from abmll.compare.schema import Cell, Comparison, Overrides, Try
 from abmll.config import Refused
@@ -58,8 +59,9 @@ def choose(
             choices.append(best(cell, scored, comparison.tune.select_by, lists_of(comparison.tune, cell[2])))
         else:
             choices.append(Choice(cell, [], *grid_of(comparison.tune, cell[2]), []))
-    text = json.dumps([choice.to_json() for choice in choices], indent=1)
-    write_whole(into / "tuning.json", text)
+    select_by = comparison.tune.select_by
+    text = json.dumps([{**choice.to_json(), "select_by": select_by} for choice in choices], indent=1)
+    write_whole(into / TUNING, text)
     return choices, outcomes
 
 

@@ -78,9 +78,13 @@ def two_runs(tmp_path):
     return source, finish(source)
 
 
-def test_provenance_is_the_runs_own(rows, two_runs, tmp_path):
+def test_provenance_is_the_runs_own_and_choices_are_kept(rows, two_runs, tmp_path):
     source, index = two_runs
-    rows.keep(source, index, tmp_path / "rows", {"device": "where it is kept"})
+    chosen = {"task_set": "cls-23", "model": "random:tiny", "method": "lora", "chosen": {"method.outer_lr": 1e-3}}
+    tried = {"tried": [{"values": {"method.outer_lr": 1e-3}, "score": 0.5}], "at_the_end_of": [], "select_by": "nll"}
+    (source / "tuning.json").write_text(json.dumps([{**chosen, **tried}]))
+    rows.keep(source, index, tmp_path / "rows", {"device": "where it is kept"}, source / "tuning.json")
+    assert "| lora | method.outer_lr=0.001 | 0.5000 | yes |" in (tmp_path / "rows/report.md").read_text()
     lora, abmll = listed(tmp_path / "rows")
     assert lora["provenance"] == {"device": "where it ran", "commit": "abc"} and "kept_by" not in lora
     assert abmll["kept_by"] == {"device": "where it is kept"} and "provenance" not in abmll

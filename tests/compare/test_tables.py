@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.resources import files
 
 import pandas as pd
@@ -37,6 +38,25 @@ def test_which_tables_are_made(tables):
         "paper",
     ]
     assert all("## cls-23, random:tiny\n" in table.text for table in tables.values())
+
+
+def test_what_was_tried_and_chosen(full):
+    """The best marked, a diverged try as NaN, the end of a list beside the choice; nothing of who tried nothing."""
+    place = {"task_set": "cls-23", "model": "random:tiny", "select_by": "nll_options"}
+    tried = [
+        ({"method.outer_lr": 1e-3, "method.beta": 1e-9}, 0.25),
+        ({"method.outer_lr": 1e-2, "method.beta": 1e-9}, None),
+    ]
+    choices = (
+        {**place, "method": "abmll", "chosen": tried[0][0], "at_the_end_of": ["method.outer_lr"],
+         "tried": [{"values": values, "score": score} for values, score in tried]},
+        {**place, "method": "pretrained", "chosen": {}, "at_the_end_of": [], "tried": []},
+    )  # fmt: skip
+    (table,) = [table for table in all_tables(replace(full, choices=choices)) if table.name == "chosen"]
+    setting = "method.outer_lr=0.001, method.beta=1e-09"
+    assert cells(table.text, "abmll", setting)[2:] == ["0.2500", "yes, at the end of method.outer_lr"]
+    assert cells(table.text, "abmll", "method.outer_lr=0.01, method.beta=1e-09")[2:] == ["NaN", ""]
+    assert "pretrained" not in table.text and table.frame["chosen"].tolist() == [True, False]
 
 
 def test_numbers_as_text():
