@@ -89,12 +89,13 @@ def test_the_mean_accuracies_are_those_of_the_committed_rows():
     """Of three seeds, or with a star of two; an empty cell is a method that was not run."""
     lines = (ROOT / "docs/findings.md").read_text(encoding="utf-8").splitlines()
     start = lines.index(f"| | {' | '.join(MEANS)} |")
-    for line, folder in zip(lines[start + 2 :], ("cls23-smollm2", "cls23-gemma270m", "cls23-qwen0.5b"), strict=False):
+    folders = {"SmolLM2": "cls23-smollm2", "gemma": "cls23-gemma270m", "Qwen": "cls23-qwen0.5b"}
+    for line, (model, folder) in zip(lines[start + 2 :][: len(folders)], folders.items(), strict=True):
         with (COMPARED / folder / "tables/summary.csv").open(newline="") as file:
             rows = {row["label"]: row for row in csv.DictReader(file) if row["steps"] == "5"}
         found = [rows.get(label) for label in MEANS.values()]
         told = [f"{100 * float(row['accuracy']):.1f}{'*' * (3 - int(row['seeds']))}" if row else "" for row in found]
-        assert [cell.strip() for cell in line.strip("|").split("|")[1:]] == told
+        assert [cell.strip() for cell in line.strip("|").split("|")] == [model, *told]
 
 
 NUMBER = r"[+-]?\d*\.\d+"
