@@ -176,6 +176,12 @@ class Learner:
             gradient[name] = gradient[name] + value
         return gradient, terms._replace(gradient_norm=gradient_norm(list(gradient.values())))
 
+    @phase("theta gradient")
+    def theta_gradient_towards_phi(self, share: float) -> dict[str, Tensor]:
+        """`share` (theta - phi), [G, ...]: taken off theta as it is, theta has gone that share of the way to phi."""
+        phi = self.adapters.phi
+        return {name: share * (theta - phi[name]).detach() for name, theta in self.adapters.theta.items()}
+
     def _train(self) -> Learner:
         """Training mode, which is what transformers checkpoints activations in."""
         if not self.model.training:

@@ -69,6 +69,25 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "adapters.posterior",
     )
 
+    rule(
+        config.method.name == "abmll"
+        and config.method.outer_batch == "query"
+        and config.method.meta_gradient == "reptile",
+        "method.outer_batch",
+        "a step towards phi reads no batch; set method.outer_batch=reuse, or another method.meta_gradient",
+        "method.name",
+        "method.meta_gradient",
+    )
+    rule(
+        config.method.name == "abmll"
+        and config.method.meta_gradient == "reptile"
+        and config.method.outer_optimizer != "adamw",
+        "method.outer_optimizer",
+        "a step towards phi has no optimizer; leave it out, or set another method.meta_gradient",
+        "method.name",
+        "method.meta_gradient",
+    )
+
     second_order = config.method.name == "maml"
     rule(
         second_order and config.method.inner_optimizer != "sgd",

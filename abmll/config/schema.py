@@ -75,9 +75,9 @@ class MethodConfig(Section):
     ] = Field("abmll", description="The training algorithm (`docs/comparisons.md`).")
     inner_steps: int = Field(5, ge=1, description="K, gradient steps on one task.")
     inner_lr: float = Field(1e-5, gt=0, description="Learning rate of phi in training.")
-    outer_lr: float = Field(5e-5, gt=0, description="Learning rate of theta; Reptile's step is reptile_step.")
+    outer_lr: float = Field(5e-5, gt=0, description="Learning rate of theta; a step towards phi has reptile_step.")
     outer_optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="Of theta; sgd keeps the gradient's size, and so beta's. Reptile's step is reptile_step."
+        "adamw", description="Of theta; sgd keeps the gradient's size, and so beta's. Not of steps towards phi."
     )
     test_lr: float = Field(1e-5, gt=0, description="Learning rate of the adaptation to an unseen task.")
     test_steps: int | None = Field(None, ge=1, description="Adaptation steps on an unseen task; null: inner_steps.")
@@ -92,8 +92,10 @@ class MethodConfig(Section):
     nll_reduction: Literal["sum", "mean"] = Field(
         "sum", description="Over a batch's examples; the paper's beta goes with the sum."
     )
-    meta_gradient: Literal["kl", "first_order"] = Field(
-        "kl", description="abmll: theta's gradient of KL and prior; first_order adds the NLL's at the adapted phi."
+    meta_gradient: Literal["kl", "first_order", "reptile"] = Field(
+        "kl",
+        description="abmll: theta's gradient of KL and prior; first_order adds the NLL's at the adapted phi; reptile "
+        "goes reptile_step of the way to phi instead, where the KL is 0.",
     )
     outer_batch: Literal["reuse", "query"] = Field(
         "reuse", description="Of theta's step: the last inner batch again, or a fresh one of the same task."
@@ -101,8 +103,10 @@ class MethodConfig(Section):
     reset_inner_optimizer: bool = Field(True, description="Forget phi's AdamW moments between episodes.")
     adam_betas: tuple[AdamBeta, AdamBeta] = Field((0.9, 0.999), description="AdamW's decay rates, inner and outer.")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, inner and outer.")
-    weight_decay: float = Field(0.0, ge=0, description="Of both optimizers, but for Reptile's step.")
-    reptile_step: float = Field(0.5, gt=0, le=1, description="Reptile's step size epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Of both optimizers, but for steps towards phi.")
+    reptile_step: float = Field(
+        0.5, gt=0, le=1, description="Epsilon: the share of the way to phi of a step towards it."
+    )
     reptile_schedule: Literal["annealed", "constant"] = Field("annealed", description="Annealed: linearly to 0.")
     blob_prior_std: float = Field(0.2, gt=0, description="BLoB: standard deviation of the prior on A.")
     blob_initial_std: float = Field(0.05, gt=0, lt=1, description="BLoB: where the roots of A's deviations start.")

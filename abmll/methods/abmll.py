@@ -14,7 +14,11 @@ class ABMLL(Method):
 
     @property
     def passes_per_episode(self) -> int:
-        return self.config.inner_steps + (not self._theta_reads_no_batch)
+        return self.config.inner_steps + (not (self.interpolates or self._theta_reads_no_batch))
+
+    @property
+    def interpolates(self) -> bool:
+        return self.config.meta_gradient == "reptile"
 
     @property
     def _theta_reads_no_batch(self) -> bool:
@@ -29,6 +33,8 @@ class ABMLL(Method):
         inner = tuple(
             learner.phi_step(batch, key, visit.optimizer) for batch, key in zip(visit.support, inner_keys, strict=True)
         )
+        if self.interpolates:
+            return self.step_towards_phi(learner, visit, inner)
         if self._theta_reads_no_batch:
             gradient, outer = learner.theta_gradient_of_weights()
             # what the step line shows as the outer step's: the last that was computed

@@ -13,6 +13,7 @@ from abmll.adapters import LayerKind
 from abmll.config.schema import MethodConfig
 from abmll.kernels import NoiseKey, Posterior, rows_of_keys
 from abmll.learner import Learner, StepTerms
+from abmll.objective import gradient_norm
 from abmll.tasks.batch import side_by_side
 from abmll.tasks.task import Batch, Episode
 
@@ -110,8 +111,15 @@ class Method:
         """Forward passes that one episode takes."""
         return self.config.inner_steps
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether theta's step is a share of the way to phi, as Reptile's."""
+        return False
+
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
+        if self.interpolates:
+            return torch.optim.SGD(theta, lr=1.0)  # the share is in the gradient: it is annealed
         if config.outer_optimizer == "sgd":
             return torch.optim.SGD(theta, lr=config.outer_lr, weight_decay=config.weight_decay)
         return torch.optim.AdamW(
@@ -121,6 +129,15 @@ class Method:
     def update(self, learner: Learner, visit: Visit) -> Update:
         """One update of episodes side by side, from phi = theta; phi may be left anywhere."""
         raise ValueError(f"method.name: {self.name!r}: this method does not train")
+
+    def step_towards_phi(self, learner: Learner, visit: Visit, inner: tuple[StepTerms, ...]) -> Update:
+        """Reptile's update behind its inner steps: theta <- theta + epsilon (phi - theta)."""
+        annealed = self.config.reptile_schedule == "annealed"
+        epsilon = self.config.reptile_step * (1.0 - visit.progress if annealed else 1.0)
+        gradient = learner.theta_gradient_towards_phi(epsilon)
+        # of the last inner step are the terms that the step line shows as the outer step's: no others are computed
+        outer = inner[-1]._replace(gradient_norm=gradient_norm(list(gradient.values())))
+        return Update(gradient, inner, outer, tuple(visit.support))
 
     def adaptation_parameters(self, learner: Learner) -> list[nn.Parameter]:
         return list(learner.adapters.phi.values()) if self.sampled else learner.adapters.mean_phi

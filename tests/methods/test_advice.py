@@ -46,10 +46,17 @@ def test_structured_lora_of_several_tasks_a_step(tmp_path):
     assert advice(tmp_path, "lora", tasks_per_step=8) == []
 
 
-@pytest.mark.parametrize(("name", "rate"), [("abmll", "method.outer_lr"), ("reptile", "method.reptile_step")])
-def test_fewer_outer_steps_at_the_same_rate_are_told(name, rate, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rate", "settings"),
+    [
+        ("abmll", "method.outer_lr", {}),
+        ("abmll", "method.reptile_step", {"meta_gradient": "reptile"}),
+        ("reptile", "method.reptile_step", {}),
+    ],
+)
+def test_fewer_outer_steps_at_the_same_rate_are_told(name, rate, settings, tmp_path):
     """Eight GPUs by themselves make an eighth of the steps."""
-    (line,) = advice(tmp_path, name, tasks_per_step=8)
+    (line,) = advice(tmp_path, name, tasks_per_step=8, **settings)
     assert line.startswith("trainer.tasks_per_step: 8: ") and f"raise {rate} or trainer.epochs" in line
 
 

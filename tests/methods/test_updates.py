@@ -224,6 +224,39 @@ def test_reptile_moves_theta_towards_phi(progress, schedule, build_tiny):
         torch.testing.assert_close(value.detach(), expected[name].detach(), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("posterior", ["activation", "weight"])
+def test_abmll_may_take_reptiles_step(posterior, build_tiny):
+    """All four pairs go the share of the way that phi went on NLL + beta KL, from where they were."""
+    method = {"meta_gradient": "reptile", "reptile_step": 0.4, "outer_lr": 9.0, "weight_decay": 0.1}
+    tiny = build_tiny(torch.float64, adapters={"posterior": posterior}, method=method).scatter()
+    tiny.adapters.reset_phi()
+    hand, start = ByHand(tiny), {name: value.detach().clone() for name, value in tiny.adapters.theta.items()}
+    update = run_update(tiny, progress=0.75)
+    beta, terms = tiny.config.method.beta, []
+
+    def gradients():
+        for batch, key in zip(tiny.episode().support, tiny.keys, strict=False):
+            nll, kl, _ = hand.terms(batch, key)
+            terms.append(float(kl.detach()))
+            yield hand.gradient(nll + beta * kl, hand.phi)
+
+    hand.adamw(gradients(), tiny.config.method.inner_lr)
+    change = moved(hand.phi, start)
+    assert relative_error(of_episode(update.gradient), {n: -0.4 * 0.25 * value for n, value in change.items()}) < 1e-4
+    assert any("log_variance" in name and value.abs().max() > 0 for name, value in change.items())
+    assert len(update.batches) == tiny.method.passes_per_episode == tiny.config.method.inner_steps
+    assert float(update.outer.kl) == pytest.approx(terms[-1], rel=1e-5) and not float(update.outer.prior)
+
+    optimizer = tiny.method.outer_optimizer(tiny.adapters.theta.values())
+    for name, value in tiny.adapters.theta.items():
+        value.grad = of_episode(update.gradient)[name]
+    optimizer.step()
+    phi = of_episode(tiny.adapters.phi)
+    expected = {name: value + 0.1 * (phi[name].detach() - value) for name, value in start.items()}
+    made = {name: value.detach() for name, value in tiny.adapters.theta.items()}
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("outer_batch", ["reuse", "query"])
 def test_fomaml_takes_the_outer_gradient_at_the_adapted_phi(outer_batch, build_tiny):
     tiny = build_tiny(torch.float64, method={"name": "fomaml", "outer_batch": outer_batch}).scatter()

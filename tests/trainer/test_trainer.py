@@ -29,6 +29,7 @@ METHODS = {
     "activation posterior": ("method.name=abmll",),
     "weight posterior": ("adapters.posterior=weight",),
     "first order": ("method.meta_gradient=first_order",),
+    "a step towards phi": ("method.meta_gradient=reptile",),
     "query batch": ("method.outer_batch=query",),
     "first order on a query batch, weights": (
         "method.meta_gradient=first_order",
