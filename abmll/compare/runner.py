@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import queue
-import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
-import torch
-
+from abmll.compare.commands import Commands, usable_cores, visible_gpus
 from abmll.compare.load import missing_tasks
 from abmll.compare.schema import Job
 from abmll.config import ConfigError, Refused, load_config, override_texts, with_absolute_paths
@@ -29,7 +20,6 @@ from abmll.config.errors import show
 from abmll.config.settings import flat, in_effect
 from abmll.config.yaml_text import dump
 from abmll.files import write_whole
-from abmll.ports import free_port
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import SCORES, scored_under
 from abmll.summary import finished_facts
@@ -64,13 +54,11 @@ class Runner:
             visible = f"{len(self.gpus)} visible GPUs ({','.join(self.gpus)})"
             raise Refused(f"--ranks: {ranks}: each needs a GPU of its own, of {visible}; take at most {len(self.gpus)}")
         self.workers = workers or max(1, (len(self.gpus) or usable_cores()) // ranks)
-        self.config, self.folder, self.launch, self.ranks, self.say = config, folder, launch, ranks, say
+        self.commands = Commands(launch, self.workers, ranks, self.gpus)
+        self.config, self.folder, self.say = config, folder, say
         self._places: queue.Queue[int] = queue.Queue()
         for place in range(self.workers):
             self._places.put(place)
-        self._running: set[subprocess.Popen] = set()
-        self._stopped = threading.Event()
-        self._starting = threading.Lock()  # nothing is started behind the stop
 
     def run(self, jobs: Sequence[Job], ready: Callable[[], None] = lambda: None) -> list[Outcome]:
         """All jobs, in their order as far as they are beside each other. A failed one does not stop the others.
@@ -87,11 +75,7 @@ class Runner:
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                with self._starting:
-                    self._stopped.set()
-                for process in list(self._running):
-                    with suppress(ProcessLookupError):  # it ended by itself
-                        os.killpg(process.pid, signal.SIGTERM)
+                self.commands.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
@@ -149,7 +133,7 @@ class Runner:
                     problem = f"{self.folder / job.folder}: its commands ended, and not all of its scores are there"
             except OSError as error:  # a full disk, a file in the place of a folder: of this run, not of the others
                 problem = f"{self.folder / job.folder}: {error}; make it writable, or set another output"
-            if not self._stopped.is_set():
+            if not self.commands.stopped.is_set():
                 took = timedelta(seconds=round(time.monotonic() - began))
                 self.say(f"{job.folder}: {f'failed after {took}: {problem}' if problem else f'done after {took}'}")
             return Outcome(job, problem)
@@ -168,50 +152,17 @@ class Runner:
                 if not (folder / PROVENANCE).exists():
                     write_whole(folder / PROVENANCE, json.dumps(provenance()))
                 arguments = ["--config", self.config, "--resume", "auto", *self._overrides(job)]
-                if problem := self._command("train.py", arguments, folder / "compare.log", place, lock):
+                if problem := self.commands.run("train.py", arguments, folder / "compare.log", place, lock):
                     return problem
             if not job.scores:
                 return None
             settings = folder / "settings.yaml"
             write_whole(settings, dump(job.scores))
             arguments = ["--run", str(folder), "--settings", str(settings)]
-            return self._command("evaluate.py", arguments, folder / "compare.log", place, lock)
+            return self.commands.run("evaluate.py", arguments, folder / "compare.log", place, lock)
 
     def _overrides(self, job: Job) -> list[str]:
         return [*job.overrides, f"output={self.folder / job.folder}", "logging.progress_bar=false"]
-
-    def _command(self, name: str, arguments: list[str], log: Path, place: int, lock: IO) -> str | None:
-        """Runs a command with its output in `log`; the log's end if it fails."""
-        cores, threads = usable_cores(), os.environ.get("OMP_NUM_THREADS")
-        environment = {**os.environ, "OMP_NUM_THREADS": threads or str(max(1, cores // self.workers // self.ranks))}
-        command = [*self._start(place, environment), str(self.launch / name), *arguments]
-        with log.open("a") as stream:
-            stream.write(f"$ {' '.join(command)}\n")
-            stream.flush()
-            with self._starting:
-                if self._stopped.is_set():
-                    return "stopped"
-                process = subprocess.Popen(
-                    command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
-                    start_new_session=True, pass_fds=[lock.fileno()],
-                )  # fmt: skip
-                self._running.add(process)
-            try:
-                code = process.wait()
-            finally:
-                self._running.discard(process)
-        return None if code == 0 else f"exit status {code}: {log}:\n{_end(log)}"
-
-    def _start(self, place: int, environment: dict[str, str]) -> list[str]:
-        """What comes before the script; the worker's own GPUs go into the environment."""
-        if self.gpus:
-            own = [self.gpus[(place * self.ranks + rank) % len(self.gpus)] for rank in range(self.ranks)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        if self.ranks == 1:
-            return [sys.executable]
-        # with a number given, the launcher would forget which GPUs are visible
-        number = [] if self.gpus else ["--num_accelerators", str(self.ranks)]
-        return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
 
 
 def made(folder: Path) -> Path:
@@ -220,21 +171,3 @@ def made(folder: Path) -> Path:
     except OSError as error:
         raise Refused(f"output: {folder}: cannot be made ({error.strerror}); set another output") from None
     return folder
-
-
-def usable_cores() -> int:
-    """Those of this process: a scheduler, a container or taskset may have given it fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # from Python 3.13
-        return os.process_cpu_count() or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them, which this process may have been given."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-    return names[: torch.cuda.device_count()]
-
-
-def _end(log: Path, lines: int = 8) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
