@@ -23,6 +23,7 @@ OF_TRAINING = {  # keys that training alone reads
     "method.outer_lr",
     "method.outer_optimizer",
     "method.outer_batch",
+    "method.meta_gradient",
     "method.reset_inner_optimizer",
     "method.reptile_step",
     "method.reptile_schedule",

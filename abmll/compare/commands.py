@@ -1,16 +1,8 @@
-"""Starts the scripts of launch/ as they are typed, each in a session of its own, waits for them, and stops them.
-
-What a small run takes is mostly its imports. So where a command has one rank and no GPU it is forked from a process
-that has made them once for all. Others have interpreters of their own: an import may have woken a GPU's driver, which
-does not survive a fork, and ranks are deepspeed's to start.
-"""
+"""Starts the scripts of launch/ as they are typed, each in a session of its own, waits for them, and stops them."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,15 +10,16 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import connection, reduction
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
+from abmll.compare.forks import Fork, Forks
 from abmll.ports import free_port
 
-IMPORTED = ["abmll.run", "abmll.rescore"]  # by the process that commands are forked from
+_forks: dict[str, Forks] = {}  # by OMP_NUM_THREADS, the one thing in which the environments of forked commands differ
+_forking = threading.Lock()
 
 
 class Commands:
@@ -48,17 +41,18 @@ class Commands:
         with log.open("a") as stream:
             stream.write(f"$ {' '.join(command)}\n")
             stream.flush()
+            process = self._forked(command[1:], environment, stream, lock)
             with self._starting:
                 if self.stopped.is_set():
+                    if process is not None:
+                        _terminate(process)
+                        process.wait()
                     return "stopped"
-                process = (
-                    subprocess.Popen(
+                if process is None:
+                    process = subprocess.Popen(
                         command, env=environment, stdout=stream, stderr=subprocess.STDOUT,
                         start_new_session=True, pass_fds=[lock.fileno()],
-                    )
-                    if self.gpus or self.ranks > 1
-                    else Fork(command[1:], environment, stream, lock)
-                )  # fmt: skip
+                    )  # fmt: skip
                 self._running.add(process)
             try:
                 code = process.wait()
@@ -68,14 +62,26 @@ class Commands:
 
     def stop(self) -> None:
         """SIGTERM for all that runs, and no more is started."""
+        self.stopped.set()
+        with _forking:  # who waits for imports waits no more
+            while _forks:
+                _forks.popitem()[1].close()
         with self._starting:
-            self.stopped.set()
-        for process in list(self._running):
-            with suppress(ProcessLookupError):  # it ended by itself
-                try:
-                    os.killpg(process.pid, signal.SIGTERM)
-                except ProcessLookupError:  # a fork that has no session of its own yet
-                    os.kill(process.pid, signal.SIGTERM)
+            for process in self._running:
+                _terminate(process)
+
+    def _forked(self, command: Sequence[str], environment: Mapping[str, str], output: IO, lock: IO) -> Fork | None:
+        """None where the command has to have an interpreter of its own: see `forks`; ranks are deepspeed's to start."""
+        if self.gpus or self.ranks > 1 or sys.platform != "linux":
+            return None
+        with _forking:
+            if self.stopped.is_set():
+                return None
+            threads = environment["OMP_NUM_THREADS"]
+            if threads not in _forks or _forks[threads].process.poll() is not None:
+                _forks[threads] = Forks(environment)
+            forks = _forks[threads]
+        return forks.start(command, environment, output, lock)
 
     def _environment(self, place: int) -> dict[str, str]:
         cores, threads = usable_cores(), os.environ.get("OMP_NUM_THREADS")
@@ -94,59 +100,9 @@ class Commands:
         return [shutil.which("deepspeed") or "deepspeed", *number, "--master_port", str(free_port())]
 
 
-class Fork:
-    """A command of python, `script arguments...`, in a fork of a process that has its imports. As subprocess.Popen."""
-
-    # a status is read once, by whichever thread comes first: multiprocessing looks at all children in starting another
-    _one_thread = threading.Lock()
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO, lock: IO):
-        context = multiprocessing.get_context("forkserver")
-        arguments = (list(command), dict(environment), _Inherited(output), _Inherited(lock))
-        with self._one_thread:
-            context.set_forkserver_preload(IMPORTED)
-            self._process = context.Process(target=_as_typed, args=arguments)
-            try:
-                self._process.start()
-            except EOFError:
-                raise ChildProcessError("the process that commands are forked from died; try again") from None
-        self.pid = self._process.pid
-
-    def wait(self) -> int:
-        """Its exit status; minus a signal's number if it ended by that."""
-        connection.wait([self._process.sentinel])
-        with self._one_thread:
-            self._process.join()
-            return self._process.exitcode
-
-
-class _Inherited:
-    """An open file, of which the child has the descriptor."""
-
-    def __init__(self, file: IO):
-        self.descriptor = file.fileno()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _detached, (reduction.DupFd(self.descriptor),)
-
-
-def _detached(duplicate: Any) -> int:
-    return duplicate.detach()
-
-
-def _as_typed(command: list[str], environment: dict[str, str], output: int, lock: int) -> None:
-    """In the fork: the script, as in an interpreter of its own with this environment. `lock` stays open."""
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"].split(",")[0]))  # libgomp reads it when it is loaded
-    sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # as multiprocessing does from Python 3.13 on
+def _terminate(process: subprocess.Popen | Fork) -> None:
+    with suppress(ProcessLookupError):  # it ended by itself
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def usable_cores() -> int:

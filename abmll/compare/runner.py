@@ -75,8 +75,10 @@ class Runner:
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                self.commands.stop()
-                pool.shutdown(wait=True, cancel_futures=True)
+                try:
+                    self.commands.stop()
+                finally:
+                    pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def check(self, job: Job, to_choose: Collection[str] = ()) -> None:

@@ -132,6 +132,10 @@ class CountedLearner(Learner):
         with self.counter.stage(OUTER):
             return super().theta_gradient_first_order(*arguments)
 
+    def theta_gradient_towards_phi(self, share: float) -> dict[str, Tensor]:
+        with self.counter.stage(OUTER):
+            return super().theta_gradient_towards_phi(share)
+
 
 def count_episode(setup: Setup) -> Ledger:
     """Bytes of an inner step, the outer step and one scoring batch, every prompt of max_tokens.

@@ -103,10 +103,13 @@ def stand_in(tmp_path):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_the_runs(number, tmp_path):
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGTERM), (os.killpg, signal.SIGHUP)]
+)
+def test_a_signal_stops_the_runs(send, number, tmp_path):
+    """To the command, and to its group, as service managers and a closed terminal send it."""
     with started(tmp_path) as (process, run):
-        process.send_signal(number)
+        send(process.pid, number)
         assert process.wait(180) == 128 + number
         with pytest.raises(ProcessLookupError):
             os.kill(run, 0)
@@ -130,7 +133,8 @@ def started(folder: Path, before=None) -> Iterator[tuple[subprocess.Popen, int]]
     (folder / "some.yaml").write_text(TEXT.replace("OUT", str(folder / "out")))
     code = "import sys; from pathlib import Path; from abmll.compare.command import compare; at = Path(sys.argv[1])\n"
     code += "compare(str(at / 'some.yaml'), [], at, 1, 1)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], preexec_fn=before)
+    command = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(command, preexec_fn=before, start_new_session=True)
     try:
         deadline = time.monotonic() + 300
         while not (folder / "number").exists():

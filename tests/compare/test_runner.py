@@ -27,9 +27,9 @@ import json, os, sys, time
 from pathlib import Path
 folder = Path(next(a for a in sys.argv if a.startswith("output=")).removeprefix("output="))
 seed = next(a for a in sys.argv if a.startswith("seed="))
+(folder / "pid").write_text(str(os.getpid()))
 with open({calls!r}, "a") as calls:
     calls.write(f"train {{folder.parts[-3]}} {{seed}} {{os.environ['OMP_NUM_THREADS']}}\\n")
-(folder / "pid").write_text(str(os.getpid()))
 if Path({broken!r}).exists() and "lora" in str(folder):
     sys.exit("it is broken")
 if Path({slow!r}).exists():
@@ -205,7 +205,9 @@ def test_an_interrupt_stops_what_runs(bench):
     assert process.wait(30) != 0
     assert time.monotonic() - began < 30
     assert len(bench.calls()) == 2 and not list((bench.folder / "out").rglob("summary.json"))
-    for written in (bench.folder / "out").rglob("pid"):
+    pids = list((bench.folder / "out").rglob("pid"))
+    assert len(pids) == 2
+    for written in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(written.read_text()), 0)
     bench.slow.unlink()

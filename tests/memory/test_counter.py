@@ -33,6 +33,7 @@ SETUPS = {
     "activation": {"checkpointing": "none"},
     "activation, checkpointing": {},
     "activation, first order, query": {"method": {"meta_gradient": "first_order", "outer_batch": "query"}},
+    "activation, a step towards phi": {"method": {"meta_gradient": "reptile"}},
     "weight": {"adapters": {"posterior": "weight"}},
     "eager attention": {"model": {"attention": "eager"}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
