@@ -69,21 +69,18 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "adapters.posterior",
     )
 
+    abmll_towards_phi = config.method.name == "abmll" and config.method.meta_gradient == "reptile"
     rule(
-        config.method.name == "abmll"
-        and config.method.outer_batch == "query"
-        and config.method.meta_gradient == "reptile",
+        abmll_towards_phi and config.method.outer_batch == "query",
         "method.outer_batch",
         "a step towards phi reads no batch; set method.outer_batch=reuse, or another method.meta_gradient",
         "method.name",
         "method.meta_gradient",
     )
     rule(
-        config.method.name == "abmll"
-        and config.method.meta_gradient == "reptile"
-        and config.method.outer_optimizer != "adamw",
+        config.method.outer_optimizer != "adamw" and (abmll_towards_phi or config.method.name == "reptile"),
         "method.outer_optimizer",
-        "a step towards phi has no optimizer; leave it out, or set another method.meta_gradient",
+        "a step towards phi has no optimizer; leave it out, or set another method.name or method.meta_gradient",
         "method.name",
         "method.meta_gradient",
     )

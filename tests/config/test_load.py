@@ -190,6 +190,7 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["method.outer_batch=query", "adapters.posterior=weight"], "method.outer_batch"),
         (["method.outer_batch=query", "method.meta_gradient=reptile"], "method.outer_batch"),
         (["method.outer_optimizer=sgd", "method.meta_gradient=reptile"], "method.outer_optimizer"),
+        (["method.outer_optimizer=sgd", "method.name=reptile"], "method.outer_optimizer"),
     ],
 )
 def test_rules_between_keys(write, overrides, key):
