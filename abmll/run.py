@@ -37,6 +37,7 @@ from abmll.provenance import PROVENANCE, provenance
 from abmll.run_folder import CONFIG, check_folder, make_folder
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
+from abmll.trained_with import completed
 from abmll.trainer import Position, Trainer, tasks_per_step
 
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
@@ -307,7 +308,8 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
-    saved, now = in_effect(flat(checkpoint.state["config"])), in_effect(flat(config.model_dump(mode="json")))
+    saved = in_effect(flat(completed(checkpoint.state["config"])))  # an older version's may lack keys
+    now = in_effect(flat(config.model_dump(mode="json")))
     for values in (saved, now):  # a summary's is absolute, a command's may not be
         values["model.name"] = absolute_model(values["model.name"])
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]

@@ -84,8 +84,8 @@ def trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's configuration; of adapters, method and eval the keys that the run's version did not have yet are at
-    their defaults.
+    """A summary's or a checkpoint's configuration; of adapters, method and eval the keys that the run's version did not
+    have yet are at their defaults.
     """
     sections = {"adapters": AdapterConfig(), "method": MethodConfig(), "eval": EvalConfig()}
     known = {name: own.model_dump(mode="json") | config.get(name, {}) for name, own in sections.items()}

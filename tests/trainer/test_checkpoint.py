@@ -285,6 +285,14 @@ def test_what_nothing_reads_may_change(tmp_path):
         as_checkpointed(load_config(run.config, ["eval.every=2", "eval.select_by=null"]), checkpoint, 1)
 
 
+def test_a_key_that_an_older_version_did_not_have_is_at_its_default(half_done):
+    checkpoint = newest_whole(half_done.folder / "checkpoints")
+    del checkpoint.state["config"]["method"]["outer_optimizer"]
+    as_checkpointed(load_config(half_done.config, ["eval.every=2"]), checkpoint, 1)
+    with pytest.raises(ValueError, match=r"method\.outer_optimizer: 'adamw' in the checkpoint, 'sgd' now"):
+        as_checkpointed(load_config(half_done.config, ["eval.every=2", "method.outer_optimizer=sgd"]), checkpoint, 1)
+
+
 @pytest.fixture
 def two_a_step(tmp_path):
     """The configuration of two tasks an outer step, and a checkpoint of that run."""
