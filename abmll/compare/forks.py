@@ -56,15 +56,14 @@ class Forks:
             "folder": os.getcwd(),
         }
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                descriptors = [output.fileno(), held.fileno(), theirs.fileno()]
-                socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
-            except OSError:
-                report.close()
-                return None
+        with theirs, suppress(OSError):
+            descriptors = [output.fileno(), held.fileno(), theirs.fileno()]
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
         told = _receive(report)
-        return Fork(int(told), report) if told else None
+        if not told:
+            report.close()
+            return None
+        return Fork(int(told), report)
 
     def close(self) -> None:
         """The server ends; what it has started does not."""
