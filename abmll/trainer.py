@@ -251,10 +251,9 @@ class Trainer:
     def _stop_if_diverged(self) -> None:
         position = self.position
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
-            rate = "method.reptile_step" if self.method.interpolates else "method.outer_lr"
             raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; start another run (output=FOLDER) "
-                f"with a lower method.inner_lr, {rate}, method.beta or (abmll) adapters.log_variance_alpha, "
+                f"with a lower method.inner_lr, {self.method.rate_of_theta}, method.beta or (abmll) adapters.log_variance_alpha, "
                 "or raise trainer.max_nonfinite and go on with --resume auto: the last checkpoint is unharmed"
             )
 
@@ -292,10 +291,9 @@ class Trainer:
     def _save(self) -> None:
         """TrainingDiverged instead where theta is not finite: the last good checkpoints must not make room for it."""
         if not torch.stack([value.isfinite().all() for value in self.learner.adapters.theta.values()]).all():
-            rate = "method.reptile_step" if self.method.interpolates else "method.outer_lr"
             raise TrainingDiverged(
                 f"theta holds NaN or Inf after outer step {self.position.step}; start another run (output=FOLDER) "
-                f"with a lower {rate}; the last checkpoint of this one is unharmed"
+                f"with a lower {self.method.rate_of_theta}; the last checkpoint of this one is unharmed"
             )
         self.progress.sync()
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""Starts the scripts of launch/ as they are typed, each in a session of its own, waits for them, and stops them."""
+"""Starts the scripts of launch/ as they are typed, each in a process group of its own, waits for them, and stops them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 from abmll.compare.forks import Fork, Forks
 from abmll.ports import free_port
 
-_forks: dict[str, Forks] = {}  # by OMP_NUM_THREADS, the one thing in which the environments of forked commands differ
+# this process's, by OMP_NUM_THREADS: of a command's environment the one variable that imports read and comparisons set
+_forks: dict[str, Forks] = {}
 _forking = threading.Lock()
 
 

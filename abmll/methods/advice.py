@@ -41,7 +41,7 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
             f"{method.inner_lr:g}; set method.test_lr={method.inner_lr:g}"
         )
     if METHODS[method.name].inner_loop and tasks_per_step > 1:
-        rate = "method.reptile_step" if build_method(method).interpolates else "method.outer_lr"
+        rate = build_method(method).rate_of_theta
         found.append(
             f"trainer.tasks_per_step: {tasks_per_step}: each outer step averages so many tasks, so that there are that "
             f"many times fewer of them, and theta moves less at the same rate; raise {rate} or trainer.epochs with it"

@@ -116,6 +116,11 @@ class Method:
         """Whether theta's step is a share of the way to phi, as Reptile's."""
         return False
 
+    @property
+    def rate_of_theta(self) -> str:
+        """The key of how far theta goes in a step, for messages."""
+        return "method.reptile_step" if self.interpolates else "method.outer_lr"
+
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
         if self.interpolates:
