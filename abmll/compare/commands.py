@@ -1,4 +1,4 @@
-"""Starts the scripts of launch/ as they are typed, each in a process group of its own, waits for them, and stops them."""
+"""Starts the scripts of launch/ as they are typed, each in its own process group, waits for them, and stops them."""
 
 from __future__ import annotations
 
