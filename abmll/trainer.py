@@ -254,7 +254,8 @@ class Trainer:
             raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; start another run (output=FOLDER) "
                 f"with a lower method.inner_lr, {self.method.rate_of_theta}, method.beta or (abmll) "
-                "adapters.log_variance_alpha, or raise trainer.max_nonfinite and go on with --resume auto: the last checkpoint is unharmed"
+                "adapters.log_variance_alpha, or raise trainer.max_nonfinite and go on with --resume auto: the last "
+                "checkpoint is unharmed"
             )
 
     def _report(self, table: Tensor, seconds: float) -> StepReport:
