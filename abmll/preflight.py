@@ -12,7 +12,7 @@ from abmll.adapters import projection_backend
 from abmll.build import measure_prompts, prompt_tasks, prompter_of, read_tasks
 from abmll.checkpoint import newest_whole
 from abmll.config import Config, resolve_path
-from abmll.config.deepspeed import load_deepspeed
+from abmll.config.deepspeed import engine_settings
 from abmll.config.native import in_software
 from abmll.distributed import local_ranks
 from abmll.engine import check_monitors
@@ -81,7 +81,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         return f"{tasks_per_step(config.trainer, world_size)} episodes an outer step on {world_size} ranks"
 
     def memory() -> str:
-        engine = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
+        engine = engine_settings(config, config_path)
         capacity = device_capacity(device, local_ranks())
         plan = plan_run(config, model_config(config.model), engine, world_size, on_gpu, capacity)
         lines = summary(plan, f"each of {world_size} ranks, counted").strip().splitlines()
@@ -94,7 +94,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def deepspeed() -> str:
         path = resolve_path(config.trainer.deepspeed, config_path)
-        stage = load_deepspeed(path).get("zero_optimization", {}).get("stage", 0)
+        stage = engine_settings(config, config_path).get("zero_optimization", {}).get("stage", 0)
         return f"{path}, ZeRO stage {stage}"
 
     def tasks() -> str:

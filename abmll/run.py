@@ -12,8 +12,8 @@ from typing import Any
 
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config import Config, Refused, load_config, resolve_path, save_config, with_absolute_paths
-from abmll.config.deepspeed import load_deepspeed
+from abmll.config import Config, Refused, load_config, save_config, with_absolute_paths
+from abmll.config.deepspeed import engine_settings
 from abmll.config.errors import show
 from abmll.config.paths import absolute_model, with_absolute_model
 from abmll.config.settings import flat, in_effect
@@ -218,7 +218,7 @@ def open_session(
 ) -> tuple[Session, Checkpoint | None]:
     """All parts of a run, its folder ready. ValueError for whatever the configuration names and cannot be had."""
     folder, config = Path(config.output), with_absolute_model(config)
-    deepspeed_config = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
+    deepspeed_config = engine_settings(config, config_path)
     check_folder(folder, resume, overwrite)
     store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
     checkpoint = store.newest_whole() if resume else None

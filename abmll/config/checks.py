@@ -69,16 +69,15 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "adapters.posterior",
     )
 
-    abmll_towards_phi = config.method.name == "abmll" and config.method.meta_gradient == "reptile"
     rule(
-        abmll_towards_phi and config.method.outer_batch == "query",
+        config.method.name == "abmll" and config.method.interpolates and config.method.outer_batch == "query",
         "method.outer_batch",
         "a step towards phi reads no batch; set method.outer_batch=reuse, or another method.meta_gradient",
         "method.name",
         "method.meta_gradient",
     )
     rule(
-        config.method.outer_optimizer != "adamw" and (abmll_towards_phi or config.method.name == "reptile"),
+        config.method.outer_optimizer != "adamw" and config.method.interpolates,
         "method.outer_optimizer",
         "a step towards phi has no optimizer; leave it out, or set another method.name or method.meta_gradient",
         "method.name",

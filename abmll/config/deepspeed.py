@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, did_you_mean, duplicates, show
+from .files import resolve_path
+from .schema import Config
 
 _OWNED = {
     "optimizer": "theta's is built from method.outer_optimizer, method.outer_lr and method.weight_decay; remove it",
@@ -26,6 +28,17 @@ _KNOWN = (
     *_OWNED,
     *_PRECISION,
 )
+
+
+def engine_settings(config: Config, config_path: str | Path) -> dict[str, Any]:
+    """What the file that `config` names tells the engine; it must suit the method. ConfigError as load_deepspeed's."""
+    path = resolve_path(config.trainer.deepspeed, config_path)
+    settings = load_deepspeed(path)
+    clipping = settings["gradient_clipping"]
+    if clipping and config.method.interpolates:
+        remedy = "it would shorten theta's step, a share of the way to phi; write 0.0 and set method.reptile_step"
+        raise ConfigError([f"{path}: gradient_clipping: {show(clipping)}: {remedy}"])
+    return settings
 
 
 def load_deepspeed(path: str | Path) -> dict[str, Any]:

@@ -115,6 +115,11 @@ class MethodConfig(Section):
     def adaptation_steps(self) -> int:
         return self.test_steps or self.inner_steps
 
+    @property
+    def interpolates(self) -> bool:
+        """Whether theta's step is a share of the way to phi, as Reptile's."""
+        return self.name == "reptile" or (self.name == "abmll" and self.meta_gradient == "reptile")
+
 
 class HubTask(Section):
     """One task read with `datasets.load_dataset`, and how its rows become questions (`docs/tasks.md`).

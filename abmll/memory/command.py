@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abmll.config import Config, resolve_path
-from abmll.config.deepspeed import load_deepspeed
+from abmll.config import Config
+from abmll.config.deepspeed import engine_settings
 from abmll.memory.plan import GB, Plan, plan_run, remedies
 from abmll.memory.table import decisions, largest_table, peak_table, phase_table, verdict
 from abmll.models.load import describe, model_config
@@ -13,7 +13,7 @@ BASELINE = "lora"
 
 def show_plan(config: Config, config_path: str, ranks: int, gpu: bool) -> bool:
     """Print it; whether the run fits memory.budget_gb. ValueError for what the configuration names and is not there."""
-    deepspeed = load_deepspeed(resolve_path(config.trainer.deepspeed, config_path))
+    deepspeed = engine_settings(config, config_path)
     architecture = model_config(config.model)
     print(describe(config.model))
     tasks = config.tasks

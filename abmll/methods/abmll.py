@@ -14,11 +14,7 @@ class ABMLL(Method):
 
     @property
     def passes_per_episode(self) -> int:
-        return self.config.inner_steps + (not (self.interpolates or self._theta_reads_no_batch))
-
-    @property
-    def interpolates(self) -> bool:
-        return self.config.meta_gradient == "reptile"
+        return self.config.inner_steps + (not (self.config.interpolates or self._theta_reads_no_batch))
 
     @property
     def _theta_reads_no_batch(self) -> bool:
@@ -33,7 +29,7 @@ class ABMLL(Method):
         inner = tuple(
             learner.phi_step(batch, key, visit.optimizer) for batch, key in zip(visit.support, inner_keys, strict=True)
         )
-        if self.interpolates:
+        if self.config.interpolates:
             return self.step_towards_phi(learner, visit, inner)
         if self._theta_reads_no_batch:
             gradient, outer = learner.theta_gradient_of_weights()

@@ -112,18 +112,13 @@ class Method:
         return self.config.inner_steps
 
     @property
-    def interpolates(self) -> bool:
-        """Whether theta's step is a share of the way to phi, as Reptile's."""
-        return False
-
-    @property
     def rate_of_theta(self) -> str:
         """The key of how far theta goes in a step, for messages."""
-        return "method.reptile_step" if self.interpolates else "method.outer_lr"
+        return "method.reptile_step" if self.config.interpolates else "method.outer_lr"
 
     def outer_optimizer(self, theta: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
-        if self.interpolates:
+        if config.interpolates:
             return torch.optim.SGD(theta, lr=1.0)  # the share is in the gradient: it is annealed
         if config.outer_optimizer == "sgd":
             return torch.optim.SGD(theta, lr=config.outer_lr, weight_decay=config.weight_decay)

@@ -11,10 +11,6 @@ class Reptile(Method):
 
     name = "reptile"
 
-    @property
-    def interpolates(self) -> bool:
-        return True
-
     def update(self, learner: Learner, visit: Visit) -> Update:
         inner = tuple(learner.phi_step(batch, None, visit.optimizer) for batch in visit.support)
         return self.step_towards_phi(learner, visit, inner)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from abmll.config import ConfigError
-from abmll.config.deepspeed import load_deepspeed
+from abmll.config import Config, ConfigError
+from abmll.config.deepspeed import engine_settings, load_deepspeed
 
 GOOD = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.0}
 
@@ -80,3 +80,19 @@ def test_not_json(problems):
 def test_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.deepspeed: .*none\.json: cannot be read"):
         load_deepspeed(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("method", [{"name": "reptile"}, {"meta_gradient": "reptile"}])
+def test_clipping_would_shorten_a_step_towards_phi(tmp_path, method):
+    path = tmp_path / "engine.json"
+    tasks = {"source": "builtin"}
+    config = {"output": "run", "model": {"name": "random:tiny"}, "tasks": tasks, "trainer": {"deepspeed": str(path)}}
+
+    def settings(clipping, method):
+        path.write_text(json.dumps({**GOOD, "gradient_clipping": clipping}))
+        return engine_settings(Config.model_validate({**config, "method": method}), tmp_path / "config.yaml")
+
+    assert settings(0.0, method)["gradient_clipping"] == 0.0
+    assert settings(0.5, {"name": "fomaml", "meta_gradient": "reptile"})["gradient_clipping"] == 0.5
+    with pytest.raises(ConfigError, match=r"gradient_clipping: 0\.5: it would shorten .*; write 0\.0 and set"):
+        settings(0.5, method)
