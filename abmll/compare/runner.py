@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from abmll.compare.commands import Commands, usable_cores, visible_gpus
+from abmll.compare.launcher import Launcher, usable_cores, visible_gpus
 from abmll.compare.load import missing_tasks
 from abmll.compare.schema import Job
 from abmll.config import ConfigError, Refused, load_config, override_texts, with_absolute_paths
@@ -54,7 +54,7 @@ class Runner:
             visible = f"{len(self.gpus)} visible GPUs ({','.join(self.gpus)})"
             raise Refused(f"--ranks: {ranks}: each needs a GPU of its own, of {visible}; take at most {len(self.gpus)}")
         self.workers = workers or max(1, (len(self.gpus) or usable_cores()) // ranks)
-        self.commands = Commands(launch, self.workers, ranks, self.gpus)
+        self.launcher = Launcher(launch, self.workers, ranks, self.gpus)
         self.config, self.folder, self.say = config, folder, say
         self._places: queue.Queue[int] = queue.Queue()
         for place in range(self.workers):
@@ -76,7 +76,7 @@ class Runner:
                 return [future.result() for future in futures]
             except BaseException:
                 try:
-                    self.commands.stop()
+                    self.launcher.stop()
                 finally:
                     pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -135,7 +135,7 @@ class Runner:
                     problem = f"{self.folder / job.folder}: its commands ended, and not all of its scores are there"
             except OSError as error:  # a full disk, a file in the place of a folder: of this run, not of the others
                 problem = f"{self.folder / job.folder}: {error}; make it writable, or set another output"
-            if not self.commands.stopped.is_set():
+            if not self.launcher.stopped.is_set():
                 took = timedelta(seconds=round(time.monotonic() - began))
                 self.say(f"{job.folder}: {f'failed after {took}: {problem}' if problem else f'done after {took}'}")
             return Outcome(job, problem)
@@ -154,14 +154,14 @@ class Runner:
                 if not (folder / PROVENANCE).exists():
                     write_whole(folder / PROVENANCE, json.dumps(provenance()))
                 arguments = ["--config", self.config, "--resume", "auto", *self._overrides(job)]
-                if problem := self.commands.run("train.py", arguments, folder / "compare.log", place, lock):
+                if problem := self.launcher.run("train.py", arguments, folder / "compare.log", place, lock):
                     return problem
             if not job.scores:
                 return None
             settings = folder / "settings.yaml"
             write_whole(settings, dump(job.scores))
             arguments = ["--run", str(folder), "--settings", str(settings)]
-            return self.commands.run("evaluate.py", arguments, folder / "compare.log", place, lock)
+            return self.launcher.run("evaluate.py", arguments, folder / "compare.log", place, lock)
 
     def _overrides(self, job: Job) -> list[str]:
         return [*job.overrides, f"output={self.folder / job.folder}", "logging.progress_bar=false"]

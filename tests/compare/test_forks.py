@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from abmll.compare.commands import Commands
 from abmll.compare.forks import Forks
+from abmll.compare.launcher import Launcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands are forked on Linux alone")
 
@@ -195,9 +195,9 @@ def test_a_fork_sees_what_an_interpreter_of_its_own_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GONE", "1")
-    commands = {"own": Commands(tmp_path, 1, 1, ["0"]), "fork": Commands(tmp_path, 1, 1, [])}
+    launchers = {"own": Launcher(tmp_path, 1, 1, ["0"]), "fork": Launcher(tmp_path, 1, 1, [])}
     seen, logs = {}, {}
-    for name, own in commands.items():
+    for name, own in launchers.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         for turn in ("first", "second"):  # the second one starts when the imports are there
             with (tmp_path / "lock").open("w") as lock:
@@ -210,7 +210,7 @@ def test_a_fork_sees_what_an_interpreter_of_its_own_sees(tmp_path, monkeypatch):
         logs[name] = log.read_text().splitlines()
         monkeypatch.setenv("GONE", "1")
         monkeypatch.delenv("CAME")
-    commands["fork"].stop()
+    launchers["fork"].stop()
     own, fork = seen["own"], seen["fork"]
     assert own["argv"].pop(1).endswith("own.json") and fork["argv"].pop(1).endswith("fork.json")
     assert own["environment"].pop("CUDA_VISIBLE_DEVICES") == "0" and not fork["environment"].pop("CUDA_VISIBLE_DEVICES")
@@ -226,29 +226,29 @@ def test_a_fork_sees_what_an_interpreter_of_its_own_sees(tmp_path, monkeypatch):
 
 def test_a_command_whose_server_is_gone_gets_an_interpreter_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(END)
-    monkeypatch.setattr("abmll.compare.commands.Forks", lambda environment: Forks(environment, ["no_such_module"]))
-    monkeypatch.setattr("abmll.compare.commands._forks", {})
-    commands = Commands(tmp_path, 1, 1, [])
+    monkeypatch.setattr("abmll.compare.launcher.Forks", lambda environment: Forks(environment, ["no_such_module"]))
+    monkeypatch.setattr("abmll.compare.launcher._forks", {})
+    launcher = Launcher(tmp_path, 1, 1, [])
     for turn in ("0", "4"):
         with (tmp_path / "lock").open("w") as lock:
-            problem = commands.run("train.py", [str(tmp_path / "pid"), turn], tmp_path / "log", 0, lock)
+            problem = launcher.run("train.py", [str(tmp_path / "pid"), turn], tmp_path / "log", 0, lock)
         assert (problem is None) == (turn == "0")
 
 
 def test_the_stop_ends_what_runs_and_starts_no_more(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(END)
-    monkeypatch.setattr("abmll.compare.commands.Forks", lambda environment: Forks(environment, ["fcntl"]))
-    monkeypatch.setattr("abmll.compare.commands._forks", {})
-    commands, ended = Commands(tmp_path, 1, 1, []), []
+    monkeypatch.setattr("abmll.compare.launcher.Forks", lambda environment: Forks(environment, ["fcntl"]))
+    monkeypatch.setattr("abmll.compare.launcher._forks", {})
+    launcher, ended = Launcher(tmp_path, 1, 1, []), []
 
     def go() -> None:
         with (tmp_path / "lock").open("w") as lock:
-            ended.append(commands.run("train.py", [str(tmp_path / "pid"), "waits"], tmp_path / "log", 0, lock))
+            ended.append(launcher.run("train.py", [str(tmp_path / "pid"), "waits"], tmp_path / "log", 0, lock))
 
     waiting = threading.Thread(target=go)
     waiting.start()
     until((tmp_path / "pid").exists)
-    commands.stop()
+    launcher.stop()
     waiting.join(30)
     assert ended[0].startswith(f"exit status {-signal.SIGTERM}: ")
     go()

@@ -217,8 +217,8 @@ def test_an_interrupt_stops_what_runs(bench):
 
 def test_every_gpu_gets_its_share(bench, monkeypatch):
     def starts(runner):
-        commands = [runner.commands._interpreter() for _ in range(runner.workers)]
-        environments = [runner.commands._environment(place) for place in range(runner.workers)]
+        commands = [runner.launcher._interpreter() for _ in range(runner.workers)]
+        environments = [runner.launcher._environment(place) for place in range(runner.workers)]
         return commands, [environment.get("CUDA_VISIBLE_DEVICES") for environment in environments]
 
     def runner(**options):

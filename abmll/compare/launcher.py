@@ -23,7 +23,7 @@ _forks: dict[str, Forks] = {}
 _forking = threading.Lock()
 
 
-class Commands:
+class Launcher:
     """`workers` places, each with its share of the cores, and with GPUs of its own where there are any."""
 
     def __init__(self, launch: Path, workers: int, ranks: int, gpus: Sequence[str]):
