@@ -1,8 +1,23 @@
-"""Which rank takes which item: even in number, and as even in work as can be, so that none waits long for another."""
+"""How many episodes an outer step has, and which rank takes which item: even in number, and as even in work as can be,
+so that none waits long for another.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from abmll.config.schema import TrainerConfig
+
+
+def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
+    """Episodes of an outer step over all ranks. ValueError where some ranks would get none."""
+    number = config.tasks_per_step or world_size * config.parallel_episodes
+    if number < world_size:
+        raise ValueError(
+            f"trainer.tasks_per_step: {number}: fewer than the {world_size} ranks, some would idle; use at least "
+            f"{world_size}, or fewer ranks"
+        )
+    return number
 
 
 def deal(work: Sequence[float], ranks: int) -> list[list[int]]:

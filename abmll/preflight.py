@@ -14,6 +14,7 @@ from abmll.checkpoint import newest_whole
 from abmll.config import Config, resolve_path
 from abmll.config.deepspeed import engine_settings
 from abmll.config.native import in_software
+from abmll.dealing import tasks_per_step
 from abmll.distributed import local_ranks
 from abmll.engine import check_monitors
 from abmll.memory import plan_run
@@ -26,7 +27,6 @@ from abmll.models.quantization import check_quantization
 from abmll.run import as_checkpointed
 from abmll.run_folder import check_folder
 from abmll.tasks.doubts import doubts
-from abmll.trainer import tasks_per_step
 
 
 def preflight(config: Config, config_path: str, resume: bool = False, overwrite: bool = False) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,8 +32,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@cache
 def commit() -> dict[str, object]:
-    """The checkout's commit, and whether it had uncommitted changes to tracked files; None where git cannot tell."""
+    """The checkout's commit, and whether it had uncommitted changes to tracked files; None where git cannot tell.
+
+    Of the first call: a process that goes on for days has the code that it once imported.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

@@ -17,6 +17,7 @@ from abmll.config.deepspeed import engine_settings
 from abmll.config.errors import show
 from abmll.config.paths import absolute_model, with_absolute_model
 from abmll.config.settings import flat, in_effect
+from abmll.dealing import tasks_per_step
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
 from abmll.engine import ThetaEngine
 from abmll.evaluation import Evaluation, Evaluator
@@ -38,7 +39,7 @@ from abmll.run_folder import CONFIG, check_folder, make_folder
 from abmll.score_files import load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trained_with import completed
-from abmll.trainer import Position, Trainer, tasks_per_step
+from abmll.trainer import Position, Trainer
 
 # What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
 # scoring) may change.

@@ -65,8 +65,9 @@ def save_scores(
 def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any] | None = None) -> bool:
     """Whether the folder holds scores under these overrides. Refused where they are under others.
 
-    `made_with`: theta's digest and the command's own overrides, to be held against those that the scores were made
-    with. Those of another theta are not there: it is gone. Scores that do not know what made them are there.
+    `made_with`: the command's own overrides and, where it is known, theta's digest, to be held against those that the
+    scores were made with. Those of another theta are not there: it is gone. Scores that do not know what made them are
+    there.
     """
     if not (folder / SCORES).is_file():
         return False
@@ -79,7 +80,7 @@ def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[s
     if known["overrides"] != made_with["overrides"]:
         told = " and not ".join(" ".join(one["overrides"]) or "none" for one in (known, made_with))
         raise Refused(f"{folder}: holds scores with the overrides {told}; remove it, or take another name")
-    return known["theta"] == made_with["theta"]
+    return known["theta"] == made_with.get("theta", known["theta"])
 
 
 def load_scores(folder: Path) -> list[Evaluation]:

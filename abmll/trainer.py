@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config.schema import Config, TrainerConfig
-from abmll.dealing import deal
+from abmll.config.schema import Config
+from abmll.dealing import deal, tasks_per_step
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
 from abmll.interrupt import Interrupted
@@ -303,17 +303,6 @@ class Trainer:
         self.store.save(self.position.step, self.engine, state, rank_state)
         if self.after_save:
             self.after_save()
-
-
-def tasks_per_step(config: TrainerConfig, world_size: int) -> int:
-    """Episodes of an outer step over all ranks. ValueError where some ranks would get none."""
-    number = config.tasks_per_step or world_size * config.parallel_episodes
-    if number < world_size:
-        raise ValueError(
-            f"trainer.tasks_per_step: {number}: fewer than the {world_size} ranks, some would idle; use at least "
-            f"{world_size}, or fewer ranks"
-        )
-    return number
 
 
 def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

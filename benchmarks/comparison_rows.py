@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from abmll.compare.analysis import analyse
 from abmll.compare.results import INDEX, TUNING
 from abmll.files import inside
@@ -47,7 +49,8 @@ def keep(
 
     `comparison` holds the runs, `index` is its comparison.json, `chosen` its tuning.json if it has one. Where a run was
     made stands in its own provenance.json; without one, `made` (where the rows are kept) is written down as `kept_by`.
-    A kept run stays as it is: ValueError where the one of that name has another configuration now.
+    A kept run stays as it is: ValueError where the one of that name has another configuration now, or is another
+    training's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = folder / INDEX
@@ -60,7 +63,10 @@ def keep(
             continue
         facts = without_paths(facts)
         if run["folder"] in runs:
-            check_same(source, facts["config"], target)
+            check_same(source, facts, target)
+            for name, place in runs[run["folder"]]["scores"].items():
+                if name in run["scores"]:
+                    check_same_predictions(inside(source, place), inside(target, place))
         else:
             keep_run(source, facts, target)
             kept = {key: value for key, value in run.items() if key not in ("overrides", "scores")}
@@ -97,17 +103,32 @@ def made_by(source: Path, made: dict[str, Any]) -> dict[str, Any]:
     return {"provenance": json.loads(own.read_text())} if own.is_file() else {"kept_by": made}
 
 
-def check_same(source: Path, config: dict[str, Any], target: Path) -> None:
-    """ValueError where the run kept in `target` has another configuration, as far as it is kept."""
-    kept = json.loads((target / FINAL / FACTS).read_text())["config"]
-    now = json.loads(json.dumps(config))
-    different = [
+def check_same(source: Path, facts: dict[str, Any], target: Path) -> None:
+    """ValueError where the run kept in `target` has another configuration, as far as it is kept, or another base."""
+    there = json.loads((target / FINAL / FACTS).read_text())
+    kept, now = there["config"], json.loads(json.dumps(facts["config"]))
+    bases = [known.get("fingerprint") for known in (there, facts)]
+    different = [f"fingerprint: {bases[0]} kept, {bases[1]} now"] if None not in bases and len(set(bases)) > 1 else []
+    different += [
         f"{section}: {kept.get(section)} kept, {now.get(section)} now"
         for section in {**kept, **now}
         if kept.get(section) != now.get(section)
     ]
     if different:
         raise ValueError(f"{source}: not the run kept in {target}: {'; '.join(different)}; remove the kept one")
+
+
+def check_same_predictions(source: Path, target: Path) -> None:
+    """ValueError where the kept predictions are of another training, or of another machine's arithmetic: further scores
+    would then be held against ones that are not their run's.
+    """
+    if not (source / PREDICTIONS).is_file():
+        return
+    if not pd.read_parquet(source / PREDICTIONS).equals(pd.read_parquet(target / PREDICTIONS)):
+        raise ValueError(
+            f"{source}: not the predictions kept in {target}: of another training; remove the kept run, or keep these "
+            "under another name"
+        )
 
 
 def without_paths(facts: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from abmll.compare.grid import jobs, lists_of, place_of_score
 from abmll.compare.load import load_comparison, output_of
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner, made
-from abmll.compare.schema import PLAIN, Cell, Comparison, Job, Overrides
-from abmll.compare.tuning import choose
+from abmll.compare.schema import PLAIN, Comparison, Job
+from abmll.compare.tuning import Choice, choose, write_choices
 from abmll.config import Refused
 from abmll.files import write_whole
 from abmll.score_files import PREDICTIONS
@@ -39,13 +39,13 @@ def compare(
         return 0
     outcomes: list[Outcome] = []
     if only != "analysis":
-        chosen, outcomes = _chosen(comparison, runner, extra)
-        if chosen is None:
+        choices, outcomes = _choices(comparison, runner, extra)
+        if choices is None:
             _tell_failures(outcomes)
             remedy = "call again for these alone, or take out of tune.grid what cannot be trained"
             print(f"tune: nothing is chosen while tries are missing; {remedy}", file=sys.stderr)
             return 1
-        outcomes += _run(comparison, runner, chosen, extra)
+        outcomes += _run(comparison, runner, choices, extra)
     failed = _tell_failures(outcomes)  # first: the analysis may have nothing to show
     into = _place_of(comparison, folder)
     if not (into / INDEX).is_file():
@@ -84,12 +84,12 @@ def _place_of(comparison: Comparison, folder: Path) -> Path:
     return folder / "comparisons" / comparison.name  # runs may serve several comparisons
 
 
-def _chosen(
+def _choices(
     comparison: Comparison, runner: Runner, extra: tuple[str, ...]
-) -> tuple[dict[Cell, Overrides] | None, list[Outcome]]:
+) -> tuple[list[Choice] | None, list[Outcome]]:
     """Each cell's settings, and what became of the tries; None where one failed."""
     if not comparison.tune:
-        return {}, []
+        return [], []
     for job in jobs(comparison, {}, extra):  # a refusal behind the tries would come late
         runner.check(job, [key for keys in lists_of(comparison.tune, job.method) for key in keys.split("+")])
     choices, outcomes = choose(comparison, runner, extra, _place_of(comparison, runner.folder))
@@ -98,16 +98,18 @@ def _chosen(
     for choice in choices:
         end = f" (at the end of {', '.join(choice.at_the_end_of)})" if choice.at_the_end_of else ""
         print(f"chosen for {' '.join(choice.cell)}: {choice.chosen}{end}")
-    return {choice.cell: choice.chosen for choice in choices}, outcomes
+    return choices, outcomes
 
 
-def _run(
-    comparison: Comparison, runner: Runner, chosen: dict[Cell, Overrides], extra: tuple[str, ...]
-) -> list[Outcome]:
-    wanted = jobs(comparison, chosen, extra)
-    text = json.dumps(index(comparison, wanted), indent=1)
+def _run(comparison: Comparison, runner: Runner, choices: list[Choice], extra: tuple[str, ...]) -> list[Outcome]:
+    wanted = jobs(comparison, {choice.cell: choice.chosen for choice in choices}, extra)
     into = _place_of(comparison, runner.folder)
-    return runner.run(wanted, lambda: write_whole(made(into) / INDEX, text))  # an index of refused runs would mislead
+
+    def ready() -> None:  # an index of refused runs would mislead, and so would their choices
+        write_whole(made(into) / INDEX, json.dumps(index(comparison, wanted), indent=1))
+        write_choices(comparison, choices, into)
+
+    return runner.run(wanted, ready)
 
 
 def index(comparison: Comparison, wanted: list[Job]) -> dict:

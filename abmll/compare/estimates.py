@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from abmll.compare.calibration import pooled_ece
-from abmll.compare.results import DEFAULT, PLAIN, STANDARD, Results, parse_name
+from abmll.compare.results import DEFAULT, STANDARD, Results
+from abmll.compare.schema import PLAIN, parse_name
 from abmll.compare.statistics import Estimate, differences, estimate, holm, outcomes, permutation_p, record
 from abmll.methods import Frequencies
 
@@ -177,13 +178,13 @@ def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a task and label after adaptation: accuracy, whether it is constant in all seeds, and its outcome.
 
     `outcome` of what is no baseline is 1, 0 or -1 against the baseline that is the best on the mean over tasks, by the
-    seeds of both.
+    seeds of both; a setting's against the baselines' same setting, or their default, as in `against_baseline`.
     """
     rows = []
     for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
         rivals = part[part["method"].isin(baselines)]
         for label, own in part.groupby("label", sort=False):
-            shared = _scored_on(rivals, own)
+            shared = _scored_on(_of_setting(rivals, own["setting"].iloc[0]), own)
             best = shared if shared.empty else best_of(shared, ACCURACY)[1]
             mine, theirs = _of_both(own, best, ACCURACY)
             outcome = pd.Series(outcomes(mine.to_numpy(), theirs.to_numpy()), mine.index)

@@ -96,6 +96,8 @@ def serve(control: int, modules: Sequence[str]) -> None:
     """The server's side, until the client has gone. In a command's process this ends as its script does."""
     for module in modules:
         import_module(module)
+    if provenance := sys.modules.get("abmll.provenance"):
+        provenance.commit()  # of the code that was imported, whatever is checked out while commands are forked
     sys.stdout.flush()  # what they have said is no command's
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     with socket.socket(fileno=control) as requests:

@@ -68,7 +68,7 @@ class Launcher:
             while _forks:
                 _forks.popitem()[1].close()
         with self._starting:
-            for process in self._running:
+            for process in list(self._running):  # one may end meanwhile
                 _terminate(process)
 
     def _forked(self, command: Sequence[str], environment: Mapping[str, str], output: IO, lock: IO) -> Fork | None:

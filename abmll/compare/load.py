@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from abmll.compare.grid import jobs, lists_of, tries, without_methods
-from abmll.compare.schema import ONLY, PLAIN, Comparison
+from abmll.compare.schema import ONLY, PLAIN, Comparison, Overrides, parse_name
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
 from abmll.config.task_lists import resolve_task_lists
 from abmll.config.yaml_text import parse
-from abmll.trained_with import refuse_unread
+from abmll.trained_with import LOADED, refuse_unread
 
 SET_BY_US = {"seed": "set the comparison's `seeds`", "output": "set the comparison's `output`"}  # of each run
 
@@ -60,7 +61,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         if isinstance(layer.get("config"), str):  # relative to the file that names it
             layer["config"] = str(resolve_path(layer["config"], name))
         if isinstance(layer.get("overrides"), dict):
-            layer["overrides"] = {**data.get("overrides", {}), **layer["overrides"]}
+            below = data.get("overrides")
+            layer["overrides"] = {**(below if isinstance(below, dict) else {}), **layer["overrides"]}
         data |= layer
     return data
 
@@ -89,6 +91,10 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
             refuse_unread(override_texts(without_methods(values)))
         except ConfigError as error:  # the runs would be trained first
             yield from (f"scores.{name}: {line}" for line in error.problems)
+        if told := _read_before_scoring(values):
+            yield f"scores.{name}: {', '.join(told)}: a score is of a trained run, which has its own; make it a setting"
+        if shared := _shared_name(name, comparison.settings):
+            yield f"scores.{name}: is a point of what the setting {shared} is one of, too; take another name"
     if PLAIN in comparison.scores:
         yield f"scores.{PLAIN}: is the name of a run's own scores; take another"
     if twice := duplicates(comparison.seeds):
@@ -102,6 +108,23 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     yield from told
     if comparison.tune:
         yield from _grid_problems(comparison, extra)
+
+
+def _read_before_scoring(values: Overrides) -> list[str]:
+    """Keys that a score would change too late: what was loaded depends on them."""
+    return [key for key in values if key.startswith(LOADED)]
+
+
+def _shared_name(score: str, settings: Collection[str]) -> str | None:
+    """The setting with the score's name, or of its sweep: trained with a value and scored with it is not the same."""
+    sweep, value = parse_name(score)
+    alike = [name for name in settings if name == score or (not isnan(value) and _is_point_of(name, sweep))]
+    return alike[0] if alike else None
+
+
+def _is_point_of(name: str, sweep: str) -> bool:
+    own, value = parse_name(name)
+    return own == sweep and not isnan(value)
 
 
 def _set_by_us(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
@@ -141,10 +164,12 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
     if without:
         yield f"tune.grid: nothing to try for {', '.join(without)}; add them, or `all`"
     told: dict[str, None] = {}
-    given = {text.partition("=")[0].strip() for text in extra}
+    given = {"override": {text.partition("=")[0].strip() for text in extra}, "tune.overrides": set(tuning.overrides)}
     for method in comparison.methods:
-        for key in sorted(given & {key for keys in lists_of(tuning, method) for key in keys.split("+")}):
-            told[f"override: {key}: is to be chosen by tune.grid for {method}; take it out of one of the two"] = None
+        tried = {key for keys in lists_of(tuning, method) for key in keys.split("+")}
+        for place, keys in given.items():
+            for key in sorted(keys & tried):
+                told[f"{place}: {key}: is to be chosen by tune.grid for {method}; take it out of one of the two"] = None
     for (_, _, method), of_cell in tries(comparison, extra).items():
         for one in of_cell:
             try:

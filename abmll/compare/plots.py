@@ -148,7 +148,8 @@ def reliability(examples: pd.DataFrame) -> Figure | None:
         axis.bar(edges[:-1], share, 1 / CALIBRATION_BINS, align="edge", color="0.82", edgecolor="white", linewidth=0.5)
         axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
         axis.plot(confidence, accuracy, marker="o", markersize=4, color="C0", clip_on=False)
-        axis.set_title(f"{label}\npooled ECE {_pooled_ece(own):.3f}", fontsize=8)
+        ece = "not defined" if _diverged(own) else f"{_pooled_ece(own):.3f}"  # as in the tables
+        axis.set_title(f"{_with_diverged(label, own)}\npooled ECE {ece}", fontsize=8)
         axis.set(xlim=(0, 1), ylim=(0, 1))
         axis.tick_params(labelbottom=True)  # the panel below may not be there
     figure.supxlabel("confidence", fontsize=9)
@@ -176,7 +177,8 @@ def risk_coverage(examples: pd.DataFrame, styles: Styles) -> Figure | None:
             confidence, correct = (torch.tensor(task[name].to_numpy()) for name in ("confidence", "correct"))
             risk = selective_risk(confidence, correct).numpy()
             curves.append(risk[np.ceil(COVERAGES * len(risk) - 1e-9).astype(int) - 1])
-        axis.plot(COVERAGES * 100, 100 * np.mean(curves, axis=0), label=label, **styles[label])
+        named = _with_diverged(label, own)
+        axis.plot(COVERAGES * 100, 100 * np.mean(curves, axis=0), label=named, **styles[label])
     axis.set(xlabel="coverage %: the surest examples of a task", ylabel="error rate %", xlim=(0, 100))
     axis.set_ylim(bottom=0)
     return with_legend(figure, [axis])
@@ -203,7 +205,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
             found = [estimate(column.dropna().to_numpy()) for _, column in by_task.items()]
             points = pd.DataFrame(found, columns=["error", "error_low", "error_high"])
             _points(axis, by_task.columns + 0.06 * (2 * number - 1), points, error, name, styles[name])
-        axis.set_title(label, fontsize=9)
+        axis.set_title(_with_diverged(label, own), fontsize=9)
         axis.set_xlabel("fifth of a task's examples, the surest first", fontsize=9)
         axis.set_ylabel(error.heading, fontsize=9)
         axis.set_xticks(range(1, PARTS + 1))
@@ -213,7 +215,7 @@ def variance_error(examples: pd.DataFrame) -> Figure | None:
 def adapted_examples(results: Results) -> pd.DataFrame:
     """Scored examples after adaptation under the standard condition, with confidence, correct, and the tables' label.
 
-    What diverged is left out: its probabilities are no numbers, and its row in the tables says so.
+    What diverged is left out, as its probabilities are no numbers; `diverged` says how many of the label's adaptations.
     """
     examples = results.predictions[results.predictions["p0"].notna()]
     confidence, choice = as_predictions(examples).options.max(dim=1)
@@ -221,7 +223,18 @@ def adapted_examples(results: Results) -> pd.DataFrame:
     examples = examples.drop(columns="label").assign(confidence=confidence.numpy(), correct=correct)
     wanted = adapted(results.scores[results.scores["condition"] == STANDARD])
     keys = ["run", "score", "steps", "task"]
-    return examples.merge(wanted[[*keys, "label"]], on=keys)
+    there = pd.MultiIndex.from_frame(wanted[keys]).isin(pd.MultiIndex.from_frame(examples[keys]))
+    lost = (~pd.Series(there, wanted.index)).groupby(wanted["label"]).transform("sum")
+    return examples.merge(wanted[[*keys, "label"]].assign(diverged=lost), on=keys)
+
+
+def _with_diverged(label: str, own: pd.DataFrame) -> str:
+    """The label, and how many of its adaptations are not among its examples."""
+    return f"{label} ({_diverged(own)} diverged)" if _diverged(own) else label
+
+
+def _diverged(own: pd.DataFrame) -> int:
+    return int(own["diverged"].iloc[0]) if "diverged" in own else 0
 
 
 def panel_axes(

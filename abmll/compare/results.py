@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from abmll.compare.calibration import chance_ece, gaps
+from abmll.compare.schema import NUMBER, PLAIN, parse_name
 from abmll.config.schema import MethodConfig
 from abmll.files import whole_lines
 from abmll.methods import METHODS, Frequencies
@@ -28,9 +29,8 @@ from abmll.uncertainty import uncertainty
 
 INDEX = "comparison.json"
 TUNING = "tuning.json"  # beside it, where settings were chosen
-DEFAULT, PLAIN, STANDARD = "default", "plain", "standard"
+DEFAULT, STANDARD = "default", "standard"
 RUN = ["task_set", "model", "method", "setting", "seed"]
-NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,6 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
         skipped=tuple(skipped),
         choices=tuple(json.loads((index / TUNING).read_text())) if (index / TUNING).is_file() else (),
     )
-
-
-def parse_name(name: str) -> tuple[str, float]:
-    """The sweep that a setting or a score is a point of, and its value there; the name itself and NaN without one."""
-    found = re.fullmatch(f"(.+?)-({NUMBER})", name)
-    return (found[1], float(found[2])) if found else (name, np.nan)
 
 
 def condition(score_name: str) -> str:

@@ -19,6 +19,7 @@ from abmll.config import ConfigError, Refused, load_config, override_texts, with
 from abmll.config.errors import show
 from abmll.config.settings import flat, in_effect
 from abmll.config.yaml_text import dump
+from abmll.dealing import tasks_per_step
 from abmll.files import write_whole
 from abmll.provenance import PROVENANCE, provenance
 from abmll.score_files import SCORES, scored_under
@@ -71,8 +72,8 @@ class Runner:
             self.check(job)
         ready()
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._run, job) for job in jobs]
             try:
+                futures = [pool.submit(self._run, job) for job in jobs]
                 return [future.result() for future in futures]
             except BaseException:
                 try:
@@ -92,7 +93,7 @@ class Runner:
                     if problem := missing_tasks(config, self.config, job.needed):
                         raise Refused(problem)
         for name, values in job.scores.items():
-            scored_under(self.folder / job.folder / "scores" / name, values)
+            scored_under(self.folder / job.folder / "scores" / name, values, {"overrides": []})
         path = self.folder / job.folder / "config.yaml"
         if not path.exists():
             return
@@ -164,7 +165,14 @@ class Runner:
             return self.launcher.run("evaluate.py", arguments, folder / "compare.log", place, lock)
 
     def _overrides(self, job: Job) -> list[str]:
-        return [*job.overrides, f"output={self.folder / job.folder}", "logging.progress_bar=false"]
+        """The job's, and what is this comparison's. How many episodes an outer step has is said where it would follow
+        from the number of ranks: with another number the run would be another one.
+        """
+        own = [*job.overrides, f"output={self.folder / job.folder}", "logging.progress_bar=false"]
+        if self.launcher.ranks > 1:
+            trainer = load_config(self.config, job.overrides).trainer
+            own.append(f"trainer.tasks_per_step={tasks_per_step(trainer, self.launcher.ranks)}")
+        return own
 
 
 def made(folder: Path) -> Path:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from abmll.config.settings import check_settings, is_folder_name
+from abmll.config.errors import show
+from abmll.config.settings import check_settings, is_folder_name, whole_sections
 
 Overrides = dict[str, Any]  # section.key -> value
 Named = dict[str, Overrides]
 Cell = tuple[str, str, str]  # model, task set, method
 PLAIN = "plain"  # a run's own scores
+NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+
+
+def parse_name(name: str) -> tuple[str, float]:
+    """The sweep that a setting or a score is a point of, and its value there; the name itself and NaN without one."""
+    found = re.fullmatch(f"(.+?)-({NUMBER})", name)
+    return (found[1], float(found[2])) if found else (name, math.nan)
+
+
+def single_keys(values: Overrides) -> Overrides:
+    """The same. ValueError where one is a whole section."""
+    if lines := whole_sections(values):
+        raise ValueError("; ".join(lines))
+    return values
 
 
 class Tuning(BaseModel):
@@ -33,6 +50,22 @@ class Tuning(BaseModel):
     )
     overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
     select_by: Literal["nll_options", "nll", "brier", "ece", "accuracy", "macro_f1"] = "nll_options"
+
+    @field_validator("grid")
+    @classmethod
+    def _values_of_keys(cls, value: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
+        for method, lists in value.items():
+            for keys, values in lists.items():
+                if not values:
+                    raise ValueError(f"{method}: {keys}: no values to try; name one or more, or take it out")
+                for one in values:
+                    single_keys({keys: one})
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _single_keys(cls, value: Overrides) -> Overrides:
+        return single_keys(value)
 
 
 class Comparison(BaseModel):
@@ -57,6 +90,21 @@ class Comparison(BaseModel):
     def _folder(cls, value: str) -> str:
         if not is_folder_name(value):
             raise ValueError(f"{value!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _single_keys(cls, value: Overrides) -> Overrides:
+        return single_keys(value)
+
+    @field_validator("settings", "scores")
+    @classmethod
+    def _lists_of_methods(cls, value: Named) -> Named:
+        for name, values in value.items():
+            if ONLY in values and not (
+                isinstance(values[ONLY], list) and values[ONLY] and all(isinstance(one, str) for one in values[ONLY])
+            ):
+                raise ValueError(f"{name}: {ONLY}: {show(values[ONLY])}: list one method or more, or leave it out")
         return value
 
     @field_validator("models", "task_sets", "methods", "settings", "scores", mode="before")

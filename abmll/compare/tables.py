@@ -31,7 +31,8 @@ from abmll.compare.estimates import (
     sweeps,
     under_conditions,
 )
-from abmll.compare.results import PLAIN, Results
+from abmll.compare.results import Results
+from abmll.compare.schema import PLAIN
 from abmll.compare.statistics import FEWEST
 from abmll.files import write_whole
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,10 @@ class Choice:
 def choose(
     comparison: Comparison, runner: Runner, extra: tuple[str, ...], into: Path
 ) -> tuple[list[Choice] | None, list[Outcome]]:
-    """Runs the tries of every method and writes INTO/tuning.json. None, and nothing written, where a try failed: what
-    it would have scored is not known, and another setting than the best would go into all runs.
+    """Runs the tries of every method. None where one failed: what it would have scored is not known, and another
+    setting than the best would go into all runs.
 
-    Methods with one combination have nothing to try, and run nothing.
+    Methods with one combination have nothing to try, and run nothing. `into`: where the choices are to be written.
     """
     tried = tries(comparison, extra)
     runs = {job.folder: job for of_cell in tried.values() for one in of_cell for job in one.runs}
@@ -59,10 +59,17 @@ def choose(
             choices.append(best(cell, scored, comparison.tune.select_by, lists_of(comparison.tune, cell[2])))
         else:
             choices.append(Choice(cell, [], *grid_of(comparison.tune, cell[2]), []))
+    return choices, outcomes
+
+
+def write_choices(comparison: Comparison, choices: Sequence[Choice], into: Path) -> None:
+    """INTO/tuning.json, of a comparison that tunes; of another one none, not even an older one."""
+    if not comparison.tune:
+        (into / TUNING).unlink(missing_ok=True)
+        return
     select_by = comparison.tune.select_by
     text = json.dumps([{**choice.to_json(), "select_by": select_by} for choice in choices], indent=1)
     write_whole(into / TUNING, text)
-    return choices, outcomes
 
 
 def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, lists: Mapping[str, list[Any]]) -> Choice:

@@ -39,6 +39,18 @@ def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in unread}
 
 
+def whole_sections(values: Mapping[str, Any]) -> list[str]:
+    """What to say of every key that is a section with its keys below: as an override it would put all of the section's
+    other keys, whatever was set before, back to their defaults.
+    """
+    return [
+        f"{key}: {show(value)}: would set the whole section; write "
+        + ", ".join(f"{key}.{name}: {show(own)}" for name, own in value.items())
+        for key, value in values.items()
+        if isinstance(value, dict) and value and "." not in str(key)
+    ]
+
+
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
     """{name: {section.key: value}} from a file. ConfigError with a line for everything that is something else."""
     return check_settings(yaml_text.read_mapping(path), str(path))
@@ -57,6 +69,8 @@ def check_settings(named: Any, source: str) -> dict[str, dict[str, Any]]:
             )
         if values is not None and not isinstance(values, dict):
             problems.append(f"{source}: {name}: {show(values)}: must be `section.key: value` lines")
+        elif values:
+            problems += [f"{source}: {name}: {line}" for line in whole_sections(values)]
     if problems:
         raise ConfigError(problems)
     return {str(name): {str(key): value for key, value in (values or {}).items()} for name, values in named.items()}

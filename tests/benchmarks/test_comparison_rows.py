@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -115,6 +116,26 @@ def test_another_run_of_the_same_name_is_refused(rows, two_runs, tmp_path):
     facts["config"]["method"]["outer_lr"] = 0.5
     path.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"runs/abmll\S* not the run kept in \S*rows/runs/abmll.*'outer_lr': 0\.5"):
+        rows.keep(source, index, tmp_path / "rows", {})
+
+
+def test_another_training_of_the_same_name_is_refused(rows, two_runs, tmp_path):
+    """Of the same configuration: on another base, or with other predictions, beside which new scores would be kept."""
+    source, index = two_runs
+    place = "runs/abmll/default/seed-0"
+    without = [{**run, "scores": {"plain": run["scores"]["plain"]}} for run in index["runs"]]
+    summary = source / place / "final/summary.json"
+    facts = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**facts, "fingerprint": "one"}))
+    rows.keep(source, {**index, "runs": without}, tmp_path / "rows", {})
+    summary.write_text(json.dumps({**facts, "fingerprint": "two"}))
+    with pytest.raises(ValueError, match="fingerprint: one kept, two now"):
+        rows.keep(source, index, tmp_path / "rows", {})
+    summary.write_text(json.dumps({**facts, "fingerprint": "one"}))
+    rows.keep(source, {**index, "runs": without}, tmp_path / "rows", {})
+    predictions = source / place / "scores/plain/predictions.parquet"
+    pd.read_parquet(predictions).assign(nll=1.0).to_parquet(predictions, index=False)
+    with pytest.raises(ValueError, match=r"abmll/default/seed-0/scores/plain: not the predictions kept in"):
         rows.keep(source, index, tmp_path / "rows", {})
 
 

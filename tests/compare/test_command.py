@@ -215,6 +215,27 @@ def test_comparisons_of_one_output_keep_their_choices_apart(stand_in, tmp_path):
     assert [len(one["tried"]) for one in tried] == [2, 3]
 
 
+def test_choices_go_with_the_runs_that_were_made_with_them(stand_in, tmp_path):
+    """Another choice than that of the folder's runs is refused and not written; a file that tunes no more has none."""
+    text = with_files(tmp_path, "a", "b", "c").replace("scores: {samples", "scores: {} #")
+    chosen = tmp_path / "out/comparisons/some/tuning.json"
+    tune = "tune: {tasks: [c], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
+    with pytest.raises(Refused, match="none of its runs is finished"):
+        stand_in(text=text + tune, train=TRIED)
+    before = chosen.read_text()
+    (tmp_path / "some.yaml").write_text(text)
+    comparison = load_comparison(tmp_path / "some.yaml")
+    lora = jobs(comparison, {}, ())[0]
+    another_runs(comparison.config, tmp_path / "out" / lora.folder, *lora.overrides, "method.outer_lr=1e-3")
+    with pytest.raises(Refused, match=r"holds another run: method\.outer_lr: 0\.001 there, 0\.0001 now"):
+        stand_in(text=text + tune, train=TRIED)
+    assert chosen.read_text() == before
+    another_runs(comparison.config, tmp_path / "out" / lora.folder, *lora.overrides)
+    with pytest.raises(Refused, match="none of its runs is finished"):
+        stand_in(text=text, train=TRIED)
+    assert not chosen.exists()
+
+
 def another_runs(config: str, place: Path, *overrides: str) -> None:
     """What a run with these overrides leaves in its folder."""
     found = load_config(config, [*overrides, f"output={place}", "logging.progress_bar=false"])

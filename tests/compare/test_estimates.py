@@ -218,6 +218,20 @@ def test_wins_and_losses_by_task():
     assert found.loc["abmll", "accuracy"].tolist() == pytest.approx([0.6, 0.6, 0.3, 0.8])
 
 
+def test_a_settings_outcome_is_against_the_baselines_own_setting():
+    longer = {"setting": "episodes-9"}
+    scores = pd.concat(
+        [
+            rows("lora", BASE),
+            rows("abmll", OURS),
+            rows("lora, episodes-9", OURS, method="lora", **longer),
+            rows("abmll, episodes-9", BASE, method="abmll", **longer),
+        ]
+    )
+    found = by_task(scores, ("lora",)).set_index(["label", "task"])["outcome"]
+    assert found["abmll"].tolist() == [1, 0, 0, 1] and found["abmll, episodes-9"].tolist() == [-1, 0, 0, -1]
+
+
 def test_no_baseline_no_comparison():
     assert against_baseline(rows("abmll", OURS), ("lora",)).empty
     assert by_task(rows("abmll", OURS), ("lora",))["outcome"].isna().all()

@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands are fo
 # says what a script can see of how it was started, and ends as it is told
 SCRIPT = """
 import atexit, json, os, signal, sys, time
-import abmll.run, torch
+import abmll.provenance, abmll.run, torch
 print("read by people")
 print("and so is this", file=sys.stderr)
 atexit.register(print, "at the end")
 seen = {"argv": sys.argv, "environment": dict(os.environ), "threads": torch.get_num_threads(), "cwd": os.getcwd(),
         "leads": os.getpgid(0) == os.getpid(), "abmll": abmll.__file__, "path": sys.path, "main": __name__,
+        "commit": abmll.provenance.commit.cache_info().currsize,
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
         "descriptors": len(os.listdir("/proc/self/fd"))}
 with open(sys.argv[1], "w") as file:
@@ -217,6 +218,7 @@ def test_a_fork_sees_what_an_interpreter_of_its_own_sees(tmp_path, monkeypatch):
     assert own["environment"]["CAME"] == "first" and "GONE" not in own["environment"]
     assert own["path"].pop(0) == fork["path"].pop(0) == str(tmp_path)
     assert fork["path"] == [entry for entry in sys.path if entry != str(tmp_path)]
+    assert (own.pop("commit"), fork.pop("commit")) == (0, 1)  # the server's, of the code that it imported
     for side in (own, fork):
         side.pop("path")
     assert fork == own and own["leads"] and own["cwd"] == str(tmp_path / "here") and own["main"] == "__main__"

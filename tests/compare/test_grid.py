@@ -89,6 +89,15 @@ def test_choices_stand_behind_the_methods_own_settings_and_before_the_named_ones
         ("steps-1:", "plain:", r"scores\.plain: is the name of a run's own scores"),
         ("seeds: [4, 5]", "sedes: [4]", "sedes: "),
         ("small:", "../small:", r"models: \.\./small: names a folder"),
+        ("{method.name: lora}", "{method: {name: lora}}", r"methods: lora: method: .*whole section; write"),
+        ("{method.inner_lr: 1e-2}", "{method: {inner_lr: 1e-2}}", r"overrides: .*; write method\.inner_lr: 0\.01"),
+        ("{methods: [abmll], eval.samples: 2}", "{eval: {samples: 2}}", r"scores: samples-2: eval: .*whole section"),
+        ("methods: [abmll], eval", "methods: 3, eval", r"scores: .*samples-2: methods: 3: list one method or more"),
+        ("methods: [abmll], eval", "methods: [], eval", r"scores: .*samples-2: methods: \[\]: list one method or more"),
+        ("methods: [abmll], method", "methods: , method", r"settings: .*beta-1e-6: methods: null: list one"),
+        ("steps-1:", "beta-3:", r"scores\.beta-3: is a point of what the setting beta-1e-6 is one of"),
+        ("beta-1e-6:", "steps-1:", r"scores\.steps-1: is a point of what the setting steps-1 is one of"),
+        ("method.test_steps: 1", "adapters.rank: 2", r"scores\.steps-1: adapters\.rank: a score is of a trained run"),
     ],
 )
 def test_mistakes_are_told_with_their_place(old, new, told, write):
@@ -141,6 +150,9 @@ def test_settings_for_generated_tasks_are_chosen_on_those_of_other_seeds(write):
         ("grid: {all: {method.beta: [1, 2]}}, overrides: {trainer.episode: 3}", r"tune: lora: .*trainer\.episode"),
         ("grid: {lora: {method.beta: [1, 2]}}", r"tune\.grid: nothing to try for abmll; add them, or `all`"),
         ("grid: {all: {method.beta: [1]}, maml: {method.beta: [1]}}", r"tune\.grid: maml: no such method here"),
+        ("grid: {all: {method.beta: [1]}, lora: {method.outer_lr: []}}", r"lora: method\.outer_lr: no values to try"),
+        ("grid: {all: {method: [{beta: 1}]}}", r"tune\.grid: .*method: .*whole section; write method\.beta: 1"),
+        ("grid: {all: {method.beta: [1, 2]}}, overrides: {method.beta: 3}", r"tune\.overrides: method\.beta: is"),
     ],
 )
 def test_tries_are_checked_too(tune, told, write):
@@ -235,6 +247,11 @@ def test_all_tasks_must_be_there_unless_told_otherwise(write, tmp_path):
 
 def test_a_file_may_be_based_on_another(write, tmp_path):
     write()
+    (tmp_path / "empty.yaml").write_text("base: comparison.yaml\noverrides:\n")
+    (tmp_path / "on_it.yaml").write_text("base: empty.yaml\noverrides: {trainer.episodes: 9}\n")
+    with pytest.raises(ConfigError, match=r"empty\.yaml: overrides: "):
+        load_comparison(tmp_path / "empty.yaml")
+    assert load_comparison(tmp_path / "on_it.yaml").overrides == {"tasks.missing": "error", "trainer.episodes": 9}
     (tmp_path / "more").mkdir()
     above = tmp_path / "more/above.yaml"
     above.write_text(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -74,6 +75,21 @@ def test_the_reliability_plots_ece_is_the_tables(full):
     rows = summary(adapted(full.scores))
     assert found == {row["label"]: f"pooled ECE {row['pooled_ece']:.3f}" for _, row in rows.iterrows()}
     assert rows["seeds"].max() > 1
+
+
+def test_what_diverged_is_told_in_the_plots(full):
+    """Two of a label's adaptations: it has no pooled ECE, and its risk is that of the other tasks."""
+    (run,) = full.runs.index[(full.runs["run_label"] == "lora") & (full.runs["seed"] == full.runs["seed"].min())]
+    own = full.predictions["run"] == run
+    broken = own & full.predictions["task"].isin(full.predictions[own]["task"].unique()[:2])
+    predictions = full.predictions.assign(p0=full.predictions["p0"].mask(broken))
+    found = adapted_examples(replace(full, predictions=predictions))
+    assert found.groupby("label")["diverged"].first().loc[lambda lost: lost > 0].to_dict() == {"lora": 2}
+    titles = [axis.get_title() for axis in reliability(found).axes]
+    assert "lora (2 diverged)\npooled ECE not defined" in titles
+    styles = styles_of(found["label"])
+    (legend,) = risk_coverage(found, styles).legends
+    assert "lora (2 diverged)" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_sweep_draws_a_line_a_method(full):

@@ -102,6 +102,32 @@ def test_scores_under_other_overrides_are_refused(bench):
         bench.runner().run(changed)
 
 
+def test_scores_with_overrides_of_a_command_are_refused(bench):
+    """launch/evaluate.py may have made them, with settings that the comparison's file does not have."""
+    bench.runner().run(bench.jobs)
+    scores = bench.folder / "out" / bench.jobs[1].folder / "scores/steps-1"
+    made_with = {"theta": "abc", "overrides": ["eval.max_examples=5"]}
+    (scores / "made_with.json").write_text(json.dumps({**made_with, "overrides": []}))
+    bench.runner().run(bench.jobs)
+    (scores / "made_with.json").write_text(json.dumps(made_with))
+    with pytest.raises(Refused, match=r"scores/steps-1: holds scores with .* eval\.max_examples=5 and not none"):
+        bench.runner().run(bench.jobs)
+
+
+def test_a_run_of_another_number_of_ranks_is_another_run(bench):
+    """Its outer steps have another number of episodes."""
+    job = bench.jobs[1]
+    place = bench.folder / "out" / job.folder
+    one = Runner(str(CONFIG), bench.folder / "out", bench.folder, workers=1)
+    two = Runner(str(CONFIG), bench.folder / "out", bench.folder, workers=1, ranks=2)
+    for made, other, told in ((one, two, "null there, 2 now"), (two, one, "2 there, null now")):
+        found = load_config(CONFIG, made._overrides(job))
+        save_config(with_absolute_paths(found, CONFIG), place / "config.yaml")
+        made.check(job)
+        with pytest.raises(Refused, match=rf"holds another run: trainer\.tasks_per_step: {told}"):
+            other.check(job)
+
+
 def test_a_folder_in_which_another_process_works_is_left_alone(bench):
     folder = bench.folder / "out" / bench.jobs[0].folder
     folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ import pytest
 
 from abmll.compare.load import load_comparison
 from abmll.compare.runner import Outcome
-from abmll.compare.tuning import best, choose
+from abmll.compare.tuning import best, choose, write_choices
 from abmll.config import Refused, load_config, override_texts
 
 CONFIG = Path(__file__).parents[2] / "configs/cls23.yaml"
@@ -81,6 +81,8 @@ def test_every_method_tries_its_grid_and_the_best_is_written_down(tmp_path):
     assert found["abmll"].chosen == {"method.outer_lr": 1e-3, "method.beta": 1e-10}
     assert found["abmll"].at_the_end_of == ["method.outer_lr", "method.beta"]
     assert found["pretrained"].chosen == {"method.test_lr": 3e-4} and found["pretrained"].tried == []
+    assert not (tmp_path / "tuning.json").exists()  # before the runs are known to be these
+    write_choices(comparison, choices, tmp_path)
     written = json.loads((tmp_path / "tuning.json").read_text())
     assert [one["method"] for one in written] == ["lora", "abmll", "pretrained"]
     scores = [one["score"] for one in written[1]["tried"]]
@@ -110,7 +112,6 @@ def test_while_a_try_is_missing_nothing_is_chosen(tmp_path):
     runner.failing = {1e-4}
     choices, outcomes = choose(comparison, runner, (), tmp_path)
     assert choices is None and sum(outcome.problem == "broken" for outcome in outcomes) == 2 * (1 + 2)
-    assert not (tmp_path / "tuning.json").exists()
 
 
 def test_a_diverged_try_counts_as_the_worst(tmp_path):
@@ -122,6 +123,7 @@ def test_a_diverged_try_counts_as_the_worst(tmp_path):
     runner.folder.mkdir()
     choices, _ = choose(comparison, runner, (), tmp_path)
     assert {choice.cell[2]: choice.chosen.get("method.outer_lr") for choice in choices}["lora"] == 1e-3
+    write_choices(comparison, choices, tmp_path)
     lora = json.loads((tmp_path / "tuning.json").read_text())[0]
     assert [one["score"] for one in lora["tried"]] == [None, 1e-3, 1e-2]
 
