@@ -31,8 +31,11 @@ def answer_nll(
 
 
 def inner_objective(nll: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """Of all groups [G]: the sum, whose derivative in a group's phi is that of the group's own objective."""
-    return (nll + beta * kl).sum()
+    """Of all groups [G]: the sum, whose derivative in a group's phi is that of the group's own objective.
+
+    Without beta the KL has no part in it: 0 times one that overflowed would be NaN.
+    """
+    return (nll + beta * kl).sum() if beta else nll.sum()
 
 
 def kl_dominates(nll: float, weighted_kl: float) -> bool:

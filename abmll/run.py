@@ -36,7 +36,7 @@ from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to
 from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
 from abmll.run_folder import CONFIG, check_folder, make_folder
-from abmll.score_files import load_scores, save_scores
+from abmll.score_files import MADE_WITH, load_scores, save_scores
 from abmll.summary import load_summary, save_summary
 from abmll.trained_with import completed
 from abmll.trainer import Position, Trainer
@@ -46,6 +46,11 @@ from abmll.trainer import Position, Trainer
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
+# what a prediction depends on: fixed where the best of a run's validations is kept
+OF_PREDICTIONS = tuple(
+    f"eval.{name}" for name in ("samples", "tfb", "temperature", "prune", "support_labels", "active")
+)
+OF_SCORES = (*OF_PREDICTIONS, "eval.max_examples")
 
 
 @dataclass
@@ -62,18 +67,37 @@ class Session:
     progress: Progress
     plan: Plan
 
-    def score_pretrained(self) -> Evaluation | None:
-        """Before training: the base model at 0 and K steps (theta is at its start, where the adapters are zero)."""
+    def pretrained(self, checkpoint: Checkpoint | None) -> Evaluation | None:
+        """The base model's scores at 0 and K steps, where they are asked for; a resumed run's are those that it has
+        written, if they were made as its own are going to be.
+        """
         if not self.config.eval.pretrained or self.config.method.name == "pretrained":
             return None
+        if checkpoint is None:
+            return self._score_pretrained()
+        before = self.ranks.from_main(self._scored_with(checkpoint) if self.ranks.is_main else None)
+        if before == self._scoring():
+            return self._saved_pretrained()
+        now = [f"{key}: {show(value)}" for key, value in self._scoring().items() if before.get(key) != value]
+        self.progress.say(f"the pretrained model is scored again, as it is to be now: {', '.join(now)}")
+        adapters = self.parts.learner.adapters
+        theta = {name: parameter.detach().clone() for name, parameter in adapters.theta.items()}
+        adapters.initialise(self.config.seed)
+        try:
+            return self._score_pretrained()
+        finally:
+            adapters.load_theta(theta)
+
+    def _score_pretrained(self) -> Evaluation:
+        """Theta is at its start, where the adapters are zero."""
         self.progress.say("scoring the pretrained model on the unseen tasks")
         found = self.evaluator.evaluate(Pretrained(self.config.method), self.parts.tasks.test, "test")
         self._write_scores([found])
         return found
 
-    def saved_pretrained(self) -> Evaluation | None:
-        """The pretrained model's scores as the interrupted run wrote them; the main rank alone needs them."""
-        if not self.config.eval.pretrained or self.config.method.name == "pretrained" or not self.ranks.is_main:
+    def _saved_pretrained(self) -> Evaluation | None:
+        """As the interrupted run wrote them; the main rank alone needs them."""
+        if not self.ranks.is_main:
             return None
         try:
             saved = load_scores(self.folder)
@@ -81,6 +105,19 @@ class Session:
             warnings.warn(f"{self.folder}: {error}; the pretrained model's scores are left out", stacklevel=2)
             return None
         return next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
+
+    def _scoring(self) -> dict[str, Any]:
+        """What scores depend on beside theta and what a checkpoint fixes."""
+        values = flat(self.config.model_dump(mode="json"))
+        return {key: values[key] for key in OF_SCORES}
+
+    def _scored_with(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The same of the scores in the folder; of an older version's the checkpoint knows."""
+        try:
+            return json.loads((self.folder / MADE_WITH).read_text())
+        except FileNotFoundError:
+            values = flat(completed(checkpoint.state["config"]))
+            return {key: values[key] for key in OF_SCORES}
 
     def validate(self, position: Position) -> None:
         """Score the validation split; keep theta if it is the best so far by `eval.select_by`."""
@@ -189,7 +226,9 @@ class Session:
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
+            (self.folder / MADE_WITH).unlink(missing_ok=True)  # of the older scores
             save_scores(self.folder, evaluations)
+            write_whole(self.folder / MADE_WITH, json.dumps(self._scoring()))
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:
@@ -204,7 +243,7 @@ def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool,
             raise Refused(str(error)) from error
         with Interrupt() as asked:  # not before: there was nothing to save
             session.trainer.stopping = session.evaluator.stopping = asked
-            pretrained = session.score_pretrained() if checkpoint is None else session.saved_pretrained()
+            pretrained = session.pretrained(checkpoint)
             with session.profiler() if profile else nullcontext():
                 session.trainer.run()
             evaluations = session.finish(pretrained)
@@ -317,6 +356,8 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> 
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
     fixed = FIXED_KEYS
+    if now["eval.every"] is not None and now["eval.select_by"] is not None:
+        fixed += OF_PREDICTIONS
     if METHODS[config.method.name].inner_loop and not config.method.reset_inner_optimizer:  # each rank has its moments
         fixed += ("ranks",)
         saved["ranks"], now["ranks"] = checkpoint.state["world_size"], world_size

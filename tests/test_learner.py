@@ -240,3 +240,14 @@ def test_padding_does_not_change_the_kl_and_the_theta_gradient(posterior, build_
     gradient_padded, terms_padded = padded.learner.theta_gradient_kl(padded.batch, KEY)
     assert_same(gradient, gradient_padded, rtol=1e-5)
     torch.testing.assert_close(terms_padded, terms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_without_beta_a_kl_that_overflows_has_no_part_in_the_gradient(posterior, build_tiny):
+    """0 times it would be NaN. (At c = -80 exp(-log_variance) is near fp32's end.)"""
+    adapters = {"posterior": posterior, "log_variance_offset": -80.0}
+    tiny = build_tiny(adapters=adapters, method={"beta": 0.0}).scatter(0.3)
+    gradient, terms = phi_gradient(tiny)
+    assert not terms.kl.isfinite().all() and terms.nll.isfinite().all()
+    assert all(value.isfinite().all() for value in gradient.values())
+    assert max(float(value.abs().max()) for value in gradient.values()) > 1e-3

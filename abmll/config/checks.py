@@ -120,6 +120,24 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         f"more than the {active and active.candidates} candidates; set eval.active.candidates higher",
         "eval.active.candidates",
     )
+    support_size = config.method.adaptation_steps * config.tasks.batch_size
+    of_support = f"an unseen task's support set has {support_size} examples (method.test_steps x tasks.batch_size); set"
+    rule(
+        active and active.labels > support_size,
+        "eval.active.labels",
+        f"{of_support} fewer, or method.test_steps higher",
+        "method.test_steps",
+        "method.inner_steps",
+        "tasks.batch_size",
+    )
+    rule(
+        config.tasks.demonstrations > support_size,
+        "tasks.demonstrations",
+        f"{of_support} fewer, or method.test_steps higher",
+        "method.test_steps",
+        "method.inner_steps",
+        "tasks.batch_size",
+    )
     rule(
         active and active.by == "variance" and not (sampled and config.eval.samples > 1),
         "eval.active.by",

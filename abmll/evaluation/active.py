@@ -15,11 +15,16 @@ def choose(
     count: int,
     by: Literal["random", "entropy", "variance"],
 ) -> list[PromptedExample]:
-    """`count` of the candidates (all where there are fewer), the most uncertainly predicted first.
+    """`count` of the distinct candidates (all where there are fewer), the most uncertainly predicted first.
 
     By the entropy of the average prediction, or by the samples' variance; at random they are the first ones, since the
-    candidates come shuffled. No label is looked at.
+    candidates come shuffled. No label is looked at. A prompt that comes several times is one candidate: its copies, all
+    as uncertain, would be chosen together.
     """
+    distinct: dict[tuple[int, ...], PromptedExample] = {}
+    for example in candidates:
+        distinct.setdefault(tuple(example.token_ids), example)
+    candidates = list(distinct.values())
     if by == "random":
         return list(candidates[:count])
     predictions = predict(candidates)

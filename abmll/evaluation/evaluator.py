@@ -23,12 +23,19 @@ from abmll.learner import Learner
 from abmll.methods import Frequencies, Method
 from abmll.metrics import Predictions, concatenate, pool, score
 from abmll.resident import release_freed
-from abmll.tasks.episodes import scored_examples, support_examples
+from abmll.tasks.episodes import first_of_rows, scored_examples, support_examples
 from abmll.tasks.examples import PromptedTask
 from abmll.tasks.task import PromptedExample
 
 if TYPE_CHECKING:  # DeepSpeed comes with it, which predicting does not need
     from abmll.distributed import Ranks
+
+
+class Support(NamedTuple):
+    """What a task is adapted to: the examples of all batches together, and each row of them once."""
+
+    examples: list[PromptedExample]
+    distinct: list[PromptedExample]
 
 
 class Scored(NamedTuple):
@@ -98,13 +105,14 @@ class Evaluator:
         examples = {task.name: scored_examples(task, split, size, self.seed)[:most] for task in tasks}
         adapters.reset_phi()
         support = {task.name: self._support(method, task, size) for task in tasks}
-        found = {name: {0: self._score(method, name, own, support[name], 0)} for name, own in examples.items()}
+        found = {name: {0: self._score(method, name, own, support[name].distinct, 0)} for name, own in examples.items()}
         held_out = {}
         if self.config.temperature == "held_out":
-            held_out = {name: self._predict_held_out(method, name, own) for name, own in support.items()}
-        self.predictor.adapt(method, list(support), list(support.values()))
+            held_out = {name: self._predict_held_out(method, name, own.examples) for name, own in support.items()}
+        self.predictor.adapt(method, list(support), [own.examples for own in support.values()])
         for slot, (name, own) in enumerate(examples.items()):
-            found[name][steps] = self._score(method, name, own, support[name], steps, slot, held_out.get(name))
+            distinct = support[name].distinct
+            found[name][steps] = self._score(method, name, own, distinct, steps, slot, held_out.get(name))
         adapters.reset_phi()
         release_freed(self.ranks.device)
         return found
@@ -122,11 +130,12 @@ class Evaluator:
                 found.append(self.predictor.predict(method, ("held out", task, start + slot), fold.held_out, slot))
         return concatenate(found)
 
-    def _support(self, method: Method, task: PromptedTask, count: int) -> list[PromptedExample]:
-        """The examples of all batches together, `count` of them. phi equals theta."""
+    def _support(self, method: Method, task: PromptedTask, count: int) -> Support:
+        """`count` examples. phi equals theta."""
         active = self.config.active
         if active is None:
             support = support_examples(task, count, self.seed)
+            first = first_of_rows(task, count, self.seed)
         else:
             candidates = support_examples(task, min(active.candidates, len(task.train)), self.seed)
             chosen = choose(
@@ -136,7 +145,10 @@ class Evaluator:
                 active.by,
             )
             support = list(islice(cycle(chosen), count))
-        return shuffle_labels(support, self.seed, task.name) if self.config.support_labels == "shuffled" else support
+            first = range(min(len(chosen), count))
+        if self.config.support_labels == "shuffled":
+            support = shuffle_labels(support, self.seed, task.name)
+        return Support(support, [support[number] for number in first])
 
     def _score(
         self,
@@ -148,8 +160,10 @@ class Evaluator:
         slot: int = 0,
         held_out: Predictions | None = None,
     ) -> Scored:
-        """One task's examples by the phi in `slot`, or by draws around it; T from `held_out` where it is given."""
-        tfb, support = self.config.tfb, list({id(example): example for example in support}.values())
+        """One task's examples by the phi in `slot`, or by draws around it; T from `held_out` where it is given.
+        `support`: each of its examples once.
+        """
+        tfb = self.config.tfb
         if isinstance(method, Frequencies):
             return Scored(method.predict(support if adapted else (), examples), {})
         if not tfb.samples:

@@ -135,6 +135,13 @@ def support_examples(task: PromptedTask, count: int, seed: int) -> list[Prompted
     return task.train.demonstrated(places, places, shown, seed, "demonstrations", task.name)
 
 
+def first_of_rows(task: PromptedTask, count: int, seed: int) -> list[int]:
+    """The numbers of the `support_examples` that are the first of their row: of a small task they come again, with
+    demonstrations behind others.
+    """
+    return task.train.first_of_rows(_support_places(task, count, seed))
+
+
 def scored_examples(task: PromptedTask, split: Literal["validation", "test"], count: int, seed: int) -> ScoredExamples:
     """A split as it is scored: every question behind the first of the examples that adaptation takes: of
     the `count` of `support_examples`.

@@ -57,6 +57,13 @@ class TrainingExamples:
         """What these places hold as text, each row once. ValueError as `take`."""
         return [self._rows[row] for row in dict.fromkeys(self._held(places))]
 
+    def first_of_rows(self, places: Sequence[int]) -> list[int]:
+        """Of these places the numbers of those whose row none before them holds. ValueError as `take`."""
+        first: dict[int, int] = {}
+        for number, row in enumerate(self._held(places)):
+            first.setdefault(row, number)
+        return list(first.values())
+
     def demonstrated(
         self, places: Sequence[int], pool: Sequence[int], count: int, *key: int | str
     ) -> list[PromptedExample]:

@@ -61,11 +61,13 @@ def test_overrides_win_in_order_and_reach_nested_keys(write):
     [
         ["eval.tfb.samples=8", "method.name=reptile"],
         ["eval.active.by=variance", "eval.samples=2", "eval.pretrained=false"],
-        ["eval.active={labels: 8}", "eval.active.by=entropy"],
+        ["eval.active={labels: 6}", "eval.active.by=entropy"],
+        ["eval.active={labels: 20}", "method.test_steps=10"],
+        ["tasks.demonstrations=6"],
         ["eval.temperature=held_out", "eval.support_labels=shuffled"],
         ["eval.temperature=held_out", "method.inner_steps=1", "method.test_steps=2"],
         ["eval.temperature=held_out", "tasks.demonstrations=2"],
-        ["eval.temperature=support", "method.test_steps=1", "eval.active.by=entropy"],
+        ["eval.temperature=support", "method.test_steps=1", "eval.active={labels: 2}"],
     ],
 )
 def test_what_the_rules_of_scoring_allow(write, overrides):
@@ -177,7 +179,10 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["eval.support_labels=shuffled", "tasks.demonstrations=2"], "eval.support_labels"),
         (["eval.tfb.samples=8"], "eval.tfb.samples"),
         (["eval.tfb.samples=8", "method.name=blob"], "eval.tfb.samples"),
-        (["eval.active.labels=51"], "eval.active.labels"),
+        (["eval.active={labels: 6, candidates: 5}"], "eval.active.labels"),
+        (["eval.active.labels=7"], "eval.active.labels"),
+        (["tasks.demonstrations=7"], "tasks.demonstrations"),
+        (["tasks.demonstrations=3", "method.test_steps=1"], "tasks.demonstrations"),
         (["eval.active.by=variance", "eval.pretrained=false"], "eval.active.by"),
         (["eval.active.by=variance", "eval.pretrained=false", "eval.samples=1"], "eval.active.by"),
         (["eval.active.by=variance", "eval.samples=2"], "eval.active.by"),

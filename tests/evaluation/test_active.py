@@ -27,6 +27,14 @@ def test_the_most_uncertain_come_first(by, expected):
     assert len(choose(CANDIDATES, predict, 9, by)) == 4
 
 
+@pytest.mark.parametrize(("by", "expected"), [("random", [0, 1, 2]), ("entropy", [1, 2, 0]), ("variance", [2, 3, 0])])
+def test_a_prompt_that_comes_again_is_one_candidate(by, expected):
+    """Its copies are all as uncertain: they would take the places of others."""
+    again = [*CANDIDATES, *(PromptedExample((number,), 0, 2) for number in (1, 2, 1))]
+    chosen = choose(again, predict, 3, by)
+    assert [example.token_ids[0] for example in chosen] == expected
+
+
 @pytest.mark.parametrize("labels", [2, 3])
 def test_adaptation_goes_round_the_chosen(labels, build_tiny):
     """Two examples a batch and three steps; of two labels each batch holds both."""
@@ -49,6 +57,7 @@ def test_adaptation_goes_round_the_chosen(labels, build_tiny):
 def test_at_random_they_are_the_first_of_the_support_shuffle(build_tiny):
     tiny = scattered(build_tiny(method={"name": "reptile"}))
     few = evaluator(tiny, active=ActiveConfig(labels=3, by="random"))._support(tiny.method, tiny.parts.tasks.test[0], 6)
+    few = few.examples
     first = support_examples(tiny.parts.tasks.test[0], 3, tiny.config.seed)
     assert len(few) == 6 and all(a is b for a, b in zip(few, [*first, *first], strict=True))
 
@@ -57,7 +66,7 @@ def test_by_variance_over_samples(build_tiny):
     tiny = scattered(build_tiny(adapters={"log_variance_offset": -4.0}))
     task = tiny.parts.tasks.test[0]
     active = evaluator(tiny, samples=4, active=ActiveConfig(labels=2, candidates=6, by="variance"))
-    chosen = active._support(tiny.method, task, 2)
+    chosen = active._support(tiny.method, task, 2).examples
     candidates = support_examples(task, 6, tiny.config.seed)
     variance = active.predictor.predict(tiny.method, ("candidate", task.name, 0), candidates).variance
     assert chosen == [candidates[place] for place in variance.topk(2).indices]

@@ -245,3 +245,18 @@ def test_a_diverged_model_has_no_scores(option, build_tiny):
     names = [task.name for task in tiny.parts.tasks.test]
     assert found.diverged == [(steps, name) for steps in found.steps for name in names]
     assert all(math.isnan(found.overall[steps]["accuracy"]) for steps in found.steps)
+
+
+def test_each_row_of_the_support_set_counts_once(build_tiny):
+    """Four rows in six places, each place behind other demonstrations: the four are counted."""
+    found = {}
+    for demonstrate in ("test", "adaptation"):
+        shown = {"demonstrations": 1, "demonstrate": demonstrate, "max_tokens": 1024}
+        rows = {"train_tasks": 2, "test_tasks": 1, "train_examples": 6, "test_examples": 4}  # two of validation
+        tiny = build_tiny(method={"name": "frequencies"}, tasks={**shown, "builtin": rows})
+        (task,), size = tiny.parts.tasks.test, 6
+        support = evaluator(tiny)._support(tiny.method, task, size)
+        assert (len(support.examples), len(support.distinct)) == (size, 4)
+        assert len({tuple(example.token_ids) for example in support.distinct}) == 4
+        found[demonstrate] = predictions(tiny)[3].options
+    assert torch.equal(found["test"], found["adaptation"])

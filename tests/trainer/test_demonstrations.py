@@ -44,7 +44,7 @@ def test_a_finished_run_is_scored_in_context(finished, tmp_path):
         found[count] = json.loads(path.read_text())
     assert found[0] == finished.scores != found[2]
     with pytest.raises(Refused, match=r"tasks\.demonstrations: 60: .*set fewer"):
-        evaluate(str(finished.folder), ["tasks.demonstrations=60"], None)
+        evaluate(str(finished.folder), ["tasks.demonstrations=60", "method.test_steps=30"], None)
 
 
 def test_validate_tells_what_was_left_out(run):

@@ -11,6 +11,8 @@ import time
 import pytest
 from runs import METHODS, Run, Stopped, environment, stop_before
 
+from abmll.config import Refused
+
 LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")
 
 
@@ -119,3 +121,39 @@ def test_a_line_cut_off_by_a_kill_is_written_again(make_run, monkeypatch, finish
         stream.write('{"step": 3, "epi')
     run.train("eval.every=2", resume=True)
     run.same_as(finished)
+
+
+def test_resumed_to_be_scored_otherwise_the_pretrained_model_is_too(make_run, monkeypatch, capsys):
+    """... and theta is what it would have been. Where no file says how the scores were made the checkpoint does."""
+    asked = ("eval.pretrained=true",)
+    other = (*asked, "eval.max_examples=2", "eval.prune.fraction=0.5", "eval.support_labels=shuffled")
+    wanted, whole = make_run("wanted").train(*other), make_run("whole").train(*asked)
+    assert wanted.scores[0] != whole.scores[0]
+    for known in (True, False):
+        run = make_run(f"stopped-{known}")
+        with monkeypatch.context() as patch:
+            stop_before(patch, 3)
+            with pytest.raises(Stopped):
+                run.train(*asked)
+        if not known:
+            (run.folder / "made_with.json").unlink()
+        capsys.readouterr()
+        run.train(*other, resume=True)
+        told = capsys.readouterr().out
+        assert (
+            "scored again, as it is to be now: eval.prune: {'fraction': 0.5" in told and "eval.max_examples: 2" in told
+        )
+        assert run.scores == wanted.scores and run.theta_bytes == whole.theta_bytes
+        run.train(*other, resume=True)
+        assert "scored again" not in capsys.readouterr().out and run.scores == wanted.scores
+
+
+def test_the_best_step_is_not_tracked_by_two_ways_to_score(make_run, monkeypatch):
+    run = make_run()
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train("eval.every=1")
+    with pytest.raises(Refused, match=r"eval\.support_labels: 'given' in the checkpoint, 'shuffled' now"):
+        run.train("eval.every=1", "eval.support_labels=shuffled", resume=True)
+    run.train("eval.every=1", "eval.max_examples=2", resume=True)  # of test tasks alone
