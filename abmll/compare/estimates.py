@@ -61,6 +61,9 @@ COSTS = ("seconds", "episodes", "inner_steps", "outer_steps", "tokens", "peak_me
 SWEPT_KEYS = {
     "c": ("adapters.log_variance_offset",),
     "beta": ("method.beta",),
+    "inner_lr": ("method.inner_lr",),
+    "outer_lr": ("method.outer_lr",),
+    "test_lr": ("method.test_lr",),
     "steps": ("method.test_steps", "method.inner_steps"),
     "samples": ("eval.samples",),
     "pruning": ("eval.prune.fraction",),

@@ -121,6 +121,7 @@ def sweep(name: str, frame: pd.DataFrame, styles: Styles) -> Figure | None:
             beside = 0.4 * (number + 0.5) / len(lines) - 0.2  # the bars stand side by side
             _points(axis, np.searchsorted(values, own["value"]) + beside, own, metric, line, styles[line])
         axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axis.set_xlim(-0.5, len(values) - 0.5)
         axis.set_xlabel(name, fontsize=9)
         axis.set_ylabel(metric.heading if metric.better > 0 else f"{metric.heading} (less is better)", fontsize=9)
     return with_legend(figure, axes)

@@ -278,6 +278,16 @@ def test_a_sweep_of_a_setting_has_a_line_a_method_and_score_and_the_default_at_i
     assert samples == {name: [0, 8] for name in ("abmll", "abmll, c--12", "abmll, c--6")}
 
 
+@pytest.mark.parametrize("rate", ["inner_lr", "outer_lr", "test_lr"])
+def test_a_sweep_of_a_rate_has_the_default_at_its_own(tmp_path, rate):
+    runs = [listed_run("abmll", setting=name) for name in ("default", f"{rate}-3e-3")]
+    for run, value in zip(runs, (1e-3, 3e-3), strict=True):
+        frame = drawn("abmll", 0, 1.0, 5, tasks=2, n=8)
+        write_run(tmp_path / run["folder"], "abmll", {"scores/plain": frame}, config={"method": {rate: value}})
+    write_comparison(tmp_path, runs)
+    assert sorted(sweeps(load_results(tmp_path))[rate]["value"]) == [1e-3, 3e-3]
+
+
 def test_the_plain_score_stands_at_its_own_number_of_steps(tmp_path):
     """K = 5 where test_steps says nothing, and not where a point of the sweep is there already; other names: none."""
     run = listed_run("lora", scores=["plain", "steps-1", "depth-2"])
