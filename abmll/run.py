@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +68,17 @@ class Session:
 
     def pretrained(self, checkpoint: Checkpoint | None) -> Evaluation | None:
         """The base model's scores at 0 and K steps, where they are asked for; a resumed run's are those that it has
-        written, if they were made as its own are going to be.
+        written, if they are there and were made as its own are going to be. The main rank alone needs them.
         """
         if not self.config.eval.pretrained or self.config.method.name == "pretrained":
             return None
         if checkpoint is None:
             return self._score_pretrained()
-        before = self.ranks.from_main(self._scored_with(checkpoint) if self.ranks.is_main else None)
-        if before == self._scoring():
-            return self._saved_pretrained()
-        now = [f"{key}: {show(value)}" for key, value in self._scoring().items() if before.get(key) != value]
-        self.progress.say(f"the pretrained model is scored again, as it is to be now: {', '.join(now)}")
+        saved, problem = self._saved_pretrained(checkpoint) if self.ranks.is_main else (None, None)
+        problem = self.ranks.from_main(problem)
+        if problem is None:
+            return saved
+        self.progress.say(f"the pretrained model is scored again: {problem}")
         adapters = self.parts.learner.adapters
         theta = {name: parameter.detach().clone() for name, parameter in adapters.theta.items()}
         adapters.initialise(self.config.seed)
@@ -95,16 +94,17 @@ class Session:
         self._write_scores([found])
         return found
 
-    def _saved_pretrained(self) -> Evaluation | None:
-        """As the interrupted run wrote them; the main rank alone needs them."""
-        if not self.ranks.is_main:
-            return None
+    def _saved_pretrained(self, checkpoint: Checkpoint) -> tuple[Evaluation | None, str | None]:
+        """As the interrupted run wrote them, or why they do not serve."""
+        before, now = self._scored_with(checkpoint), self._scoring()
+        if different := [f"{key}: {show(now[key])}" for key in now if before.get(key) != now[key]]:
+            return None, f"they were made otherwise, and are to be made with {', '.join(different)}"
         try:
             saved = load_scores(self.folder)
         except (OSError, ValueError) as error:
-            warnings.warn(f"{self.folder}: {error}; the pretrained model's scores are left out", stacklevel=2)
-            return None
-        return next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
+            return None, str(error)
+        found = next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
+        return found, None if found else f"{self.folder}: holds none of its scores"
 
     def _scoring(self) -> dict[str, Any]:
         """What scores depend on beside theta and what a checkpoint fixes."""
@@ -115,7 +115,7 @@ class Session:
         """The same of the scores in the folder; of an older version's the checkpoint knows."""
         try:
             return json.loads((self.folder / MADE_WITH).read_text())
-        except FileNotFoundError:
+        except (OSError, ValueError):
             values = flat(completed(checkpoint.state["config"]))
             return {key: values[key] for key in OF_SCORES}
 

@@ -140,12 +140,25 @@ def test_resumed_to_be_scored_otherwise_the_pretrained_model_is_too(make_run, mo
         capsys.readouterr()
         run.train(*other, resume=True)
         told = capsys.readouterr().out
-        assert (
-            "scored again, as it is to be now: eval.prune: {'fraction': 0.5" in told and "eval.max_examples: 2" in told
-        )
+        assert "scored again: they were made otherwise, and are to be made with eval.prune: {'fraction': 0.5" in told
         assert run.scores == wanted.scores and run.theta_bytes == whole.theta_bytes
         run.train(*other, resume=True)
         assert "scored again" not in capsys.readouterr().out and run.scores == wanted.scores
+
+
+@pytest.mark.parametrize("lost", ["never scored", "damaged"])
+def test_resumed_without_the_pretrained_models_scores_they_are_made(make_run, monkeypatch, capsys, lost):
+    asked = ("eval.pretrained=true",)
+    whole, run = make_run("whole").train(*asked), make_run("stopped")
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train(*(asked if lost == "damaged" else ()))
+    if lost == "damaged":
+        (run.folder / "predictions.parquet").write_text("no table")
+    run.train(*asked, resume=True)
+    assert "the pretrained model is scored again: " in capsys.readouterr().out
+    assert run.scores == whole.scores and run.theta_bytes == whole.theta_bytes
 
 
 def test_the_best_step_is_not_tracked_by_two_ways_to_score(make_run, monkeypatch):
