@@ -29,6 +29,7 @@ class BaseCard(_Part):
     name: str
     revision: str | None
     fingerprint: str = Field(description="See `abmll.models.fingerprint`.")
+    prompts: str | None = Field(None, description="See `Prompter.digest`; None: of an older version.")
 
 
 class RunCard(_Part):
@@ -86,7 +87,8 @@ def kept_config(config: Config) -> dict[str, Any]:
     """What an adapter keeps of a run's configuration: no paths but the model's."""
     kept = config.model_dump(mode="json", include={"seed", "model", "adapters", "method"})
     prompts = {"batch_size", "max_tokens", "too_long", "demonstrations", "demonstrate"}
-    return {**kept, "tasks": {"source": "builtin", **config.tasks.model_dump(mode="json", include=prompts)}}
+    tasks = {"source": "builtin", **config.tasks.model_dump(mode="json", include=prompts)}
+    return {**kept, "tasks": tasks, "eval": {"batch_size": config.eval.batch_size}}
 
 
 def save_adapter(folder: Path, phi: Phi, card: AdapterCard) -> None:

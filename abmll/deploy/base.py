@@ -52,6 +52,7 @@ class AdaptedBase:
         self.model, self.tokenizer = load_model(config.model, self.device)
         self.prompter = prompter_of(config, self.tokenizer)
         self.fingerprint = fingerprint(self.model)  # before there are adapters in it
+        self.prompts = self.prompter.digest()
         self.learner, self.method = adapt_model(self.model, config, None)
         self.side_by_side = SIDE_BY_SIDE if is_packed(self.model) else 1  # padding depends on what is beside it
         checkpointing = config.trainer.activation_checkpointing
@@ -63,8 +64,11 @@ class AdaptedBase:
     def adapters(self):
         return self.learner.adapters
 
-    def predictor(self, samples: int = 0) -> Predictor:
-        """`samples`: of the posterior, whose predictions are averaged; 0: its mean. ValueError without a posterior."""
+    def predictor(self, samples: int = 0, config: Config | None = None) -> Predictor:
+        """`samples`: of the posterior, whose predictions are averaged; 0: its mean. ValueError without a posterior.
+
+        `config`: whose seed and size of batches the samples' noise belongs to; None: the base's own.
+        """
         if samples < 0:
             raise ValueError(f"samples: {samples}: must be 0 or more; 0 takes the posterior's mean")
         if samples and not self.method.sampled:
@@ -72,8 +76,9 @@ class AdaptedBase:
                 f"samples: {samples}: {self.method.name} has no posterior to draw from; leave it out, or use a run of "
                 "abmll or blob"
             )
-        size = BATCH_SIZE if self.config.eval.batch_size == "auto" else self.config.eval.batch_size
-        return Predictor(self.learner, self.prompter.letter_ids, EvalConfig(samples=samples), size, self.config.seed)
+        config = config or self.config
+        size = BATCH_SIZE if config.eval.batch_size == "auto" else config.eval.batch_size
+        return Predictor(self.learner, self.prompter.letter_ids, EvalConfig(samples=samples), size, config.seed)
 
     @torch.no_grad()
     def show(self, phi: Phi | None) -> None:

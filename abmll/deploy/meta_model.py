@@ -184,7 +184,12 @@ class MetaModel:
         return AdapterCard(
             task=support.task,
             options=None if options is None else list(options),
-            base=BaseCard(name=config.model.name, revision=config.model.revision, fingerprint=self.base.fingerprint),
+            base=BaseCard(
+                name=config.model.name,
+                revision=config.model.revision,
+                fingerprint=self.base.fingerprint,
+                prompts=self.base.prompts,
+            ),
             run=self.run,
             adaptation=AdaptationCard(
                 examples=examples,

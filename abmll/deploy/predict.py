@@ -26,7 +26,7 @@ from abmll.deploy.task_model import Prediction, TaskModel, TooLong, load_task_mo
 from abmll.deploy.truncation import told_too_long, told_truncated
 from abmll.files import unwritable, write_whole
 from abmll.metrics import Predictions, score
-from abmll.tasks.labelled import Columns, Row, read_labelled, read_rows
+from abmll.tasks.labelled import Columns, Row, check_alike, read_labelled, read_rows
 from abmll.tasks.task import Example
 from abmll.uncertainty import uncertainty
 
@@ -176,7 +176,8 @@ def suggest(
 ) -> None:
     """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself.
 
-    Of rows that ask the same the first; those that fit in no prompt are left out, and told.
+    Of rows that ask the same the first; those that fit in no prompt are left out, and told. `row` is the place in this
+    file, whatever a column of that name says.
     """
     rows = [checked(row, columns) for row in read_rows(source)]
     if run is not None:
@@ -185,7 +186,8 @@ def suggest(
         own = load_task_models([str(adapter)], of_base(model, dtype), device)[0]
     chosen, fitting = _of_fitting(partial(own.suggest, count=count, samples=samples), _questions(own, rows, columns))
     for place in (fitting[at] for at in chosen or ()):
-        print(_as_json({"row": place, **_no_nan(rows[place].fields)}))
+        own_fields = {name: value for name, value in rows[place].fields.items() if name != "row"}
+        print(_as_json({"row": place, **_no_nan(own_fields)}))
     _tell_long(own, 0, len(rows) - len(fitting), len(rows))
 
 
@@ -268,9 +270,10 @@ def _questions(own: TaskModel, rows: Sequence[Row], columns: Columns) -> list[st
 
 
 def _question(own: TaskModel, row: Row, columns: Columns) -> str | Example:
-    if own.options is not None:
-        return row.text(columns)
     options = row.options()
+    if own.options is not None:
+        check_alike(options, own.options, row.where)
+        return row.text(columns)
     if options is None:
         raise ValueError(f"{row.where}: task {own.name}: a row needs its own `options`, a list of strings")
     return Example(row.text(columns), options, options[0])

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from abmll.config import Refused, override_texts
+from abmll.config import Config, Refused, override_texts
 from abmll.config.settings import flat
 from abmll.deploy.adapter import AdapterCard, load_adapter, save_adapter
 from abmll.deploy.base import AdaptedBase, Phi
 from abmll.deploy.export import export_adapter
 from abmll.evaluation.active import choose
+from abmll.evaluation.predictor import Predictor
 from abmll.metrics import Predictions, Scores, score
 from abmll.tasks.checks import check_options
 from abmll.tasks.labelled import question, readable
 from abmll.tasks.task import Example, PromptedExample
 
 # what a base's layers and prompts are made with
-SHARED = ("adapters.", "method.name", "tasks.max_tokens", "tasks.too_long", "tasks.demonstrations", "tasks.demonstrate")
+SHARED = (
+    *("adapters.", "method.name", "model.dtype"),
+    *("tasks.max_tokens", "tasks.too_long", "tasks.demonstrations", "tasks.demonstrate"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class TaskModel:
         examples = self._all_asked(texts)
         if not examples:
             return []
-        predictor, prompted = self.base.predictor(samples), self._prompts(examples)
+        predictor, prompted = self._predictor(samples), self._prompts(examples)
         first = {question(examples[place]): place for place in reversed(range(len(examples)))}
         prompts = [prompted[place] for place in sorted(first.values())]
         self.base.show(self.phi)
@@ -139,8 +145,16 @@ class TaskModel:
     def _predictions(self, prompts: Sequence[PromptedExample], samples: int, calibrated: bool) -> Predictions:
         self.base.show(self.phi)
         stream = ("prediction", self.name, self.card.adaptation.steps)
-        found = self._sound(self.base.predictor(samples).predict(self.base.method, stream, prompts))
+        found = self._sound(self._predictor(samples).predict(self.base.method, stream, prompts))
         return found.tempered(self._temperature()) if calibrated else found
+
+    def _predictor(self, samples: int) -> Predictor:
+        """By the seed and batches of the adapter's own run, whatever stands beside it."""
+        return self.base.predictor(samples, self._run_config)
+
+    @cached_property
+    def _run_config(self) -> Config:
+        return self.card.run_config(self.name)
 
     def _sound(self, found: Predictions) -> Predictions:
         """The predictions. ValueError where one is not finite."""
@@ -237,6 +251,12 @@ def over(
             f"--adapter: {folder}: was made on {card.base.name} with fingerprint {card.base.fingerprint[:12]}, and "
             f"{base.config.model.name} as it is loaded has {base.fingerprint[:12]}: an adapter serves no other "
             "weights; name its own model with --model"
+        )
+    if card.base.prompts not in (None, base.prompts):
+        warnings.warn(
+            f"--adapter: {folder}: was made with other prompts than {base.config.model.name}'s tokenizer and chat "
+            "template make: its answers and confidences will be others; name its own model with --model",
+            stacklevel=2,
         )
     own, shared = (flat(config.model_dump()) for config in (card.run_config(folder, overrides), base.config))
     for key in own:

@@ -105,16 +105,19 @@ def task_names(scored: Sequence[Scored]) -> list[str]:
 def examples(scored: Sequence[Scored]) -> pd.DataFrame:
     """Every scored example with numbers as the plots of comparisons want them: run, task, label, confidence, correct.
 
-    What diverged is left out: its probabilities are no numbers.
+    What diverged is left out, as its probabilities are no numbers; `diverged` says how many of the label's tasks.
     """
     parts = []
     for place, one in enumerate(scored):
+        found = one.evaluation.predictions.get(one.steps, {}).values()
+        diverged = sum(bool(predictions.options.isnan().any()) for predictions in found)
         for task, predictions in one.evaluation.predictions.get(one.steps, {}).items():
             if predictions.options.isnan().any():
                 continue
             confidence, choice = predictions.options.max(dim=1)
             values = {"confidence": confidence.numpy(), "correct": (choice == predictions.label).numpy()}
-            parts.append(pd.DataFrame({**values, "run": place, "task": task, "label": one.label}))
+            places = {"run": place, "task": task, "label": one.label, "diverged": diverged}
+            parts.append(pd.DataFrame({**values, **places}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label"])
 
 

@@ -11,13 +11,14 @@ import math
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from abmll.config.errors import show
 from abmll.tasks.checks import LETTERS, Faults, check_options, check_output
 from abmll.tasks.delimited import delimited_rows
 from abmll.tasks.shuffle import permutation
@@ -110,7 +111,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 def read_labelled(
     path: str | Path, columns: Columns | None = None, options: tuple[str, ...] | None = None
 ) -> list[Example]:
-    """A file's examples. `options`: of all of them, whatever the rows say; (): each row brings its own.
+    """A file's examples. `options`: of all of them; (): each row brings its own.
 
     ValueError, naming every row that has no text, label or fitting options, up to a bound; at the first row that cannot
     be read at all; and where the rows are no task, or some have options of their own and others none.
@@ -119,6 +120,7 @@ def read_labelled(
     with_own: dict[bool, str] = {}  # the first row of each kind
     for row in read_rows(path):
         try:
+            check_alike(row.options(), options, row.where)
             text, label, own = row.text(columns), row.label(columns), options or row.options()
             if own is not None:
                 check_output(label, own, row.where)
@@ -139,6 +141,15 @@ def read_labelled(
     if labels:
         labels = _as_options(labels, path, columns)
     return [Example(text, own or labels, label) for text, label, own in found]
+
+
+def check_alike(own: tuple[str, ...] | None, options: Sequence[str] | None, where: str) -> None:
+    """ValueError where a row has options of its own and they are not the task's, whatever their order."""
+    if own is not None and options and set(own) != set(options):
+        raise ValueError(
+            f"{where}: `{OPTIONS}` {show(own)}: the task has {show(tuple(options))} for all its questions; take the "
+            f"row out, or its `{OPTIONS}`"
+        )
 
 
 def _as_options(labels: tuple[str, ...], path: str | Path, columns: Columns) -> tuple[str, ...]:
@@ -199,13 +210,14 @@ def contradictions(examples: Iterable[Example]) -> int:
 
 
 def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:
-    """`count` of the examples, drawn by the seed (None: all), as many of each label as there are.
+    """`count` of the examples, drawn by the seed (None: all): one of each label as far as `count` goes, the others as
+    they come, so that labels are about as frequent as among all.
 
     ValueError unless these are FEWEST to MOST.
     """
     available = len(examples)
     if count is not None and count < available:
-        places = _label_by_label(examples, permutation(len(examples), seed, "drawn examples"))
+        places = _each_label_first(examples, permutation(len(examples), seed, "drawn examples"))
         examples = [examples[place] for place in sorted(places[:count])]
     if len(examples) > MOST:
         raise ValueError(
@@ -219,15 +231,13 @@ def draw(examples: Sequence[Example], count: int | None, seed: int, source: str)
     return list(examples)
 
 
-def _label_by_label(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
-    """The places, so ordered that each label comes in its turn while there is any of it left."""
-    seen: Counter[str] = Counter()
-    turns = []
+def _each_label_first(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
+    """The places, each label's first one before all others."""
+    first: dict[str, int] = {}
     for place in places:
-        label = examples[place].output
-        turns.append((seen[label], place))
-        seen[label] += 1
-    return [place for _, place in sorted(turns, key=lambda turn: turn[0])]
+        first.setdefault(examples[place].output, place)
+    chosen = set(first.values())
+    return [*first.values(), *(place for place in places if place not in chosen)]
 
 
 def task_files(folder: str | Path) -> dict[str, Path]:

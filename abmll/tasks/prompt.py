@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +60,13 @@ class Prompter:
         """The text whose next token is the answer's letter."""
         shown = example.demonstrations
         return self._chat.text([_question(one) for one in (*shown, example)], [LETTERS[one.label] for one in shown])
+
+    def digest(self) -> str:
+        """SHA-256 of how a question without demonstrations is written and tokenised, and of the letters' tokens: other
+        than a tokenizer's or a template's name it tells whether two bases are asked alike.
+        """
+        ids = self._encode([self.prompt(_PROBE)])[0]
+        return hashlib.sha256(json.dumps([list(ids), list(self.letter_ids)]).encode()).hexdigest()
 
     def prompt_task(self, task: Task, limits: Limits = _ALL) -> PromptedTask:
         """The task's examples, at most `limits` of a split: a fixed draw, the same for every seed and method.

@@ -202,7 +202,9 @@ def test_examples_are_drawn_by_the_seed():
     assert some == sorted(some, key=lambda example: int(example.input)), "in the file's order"
     assert draw(examples[:9], 20, 3, "t") == examples[:9]
     rare = [Example(str(number), ("a", "b"), "b" if number in (7, 300, 500) else "a") for number in range(600)]
-    assert [example.input for example in draw(rare, 6, 3, "t") if example.output == "b"] == ["7", "300", "500"]
+    assert sum(example.output == "b" for example in draw(rare, 6, 3, "t")) == 1, "one at least, and no more than it is"
+    even = [Example(str(number), ("a", "b"), "ab"[number % 4 == 0]) for number in range(2000)]
+    assert 0.15 < sum(example.output == "b" for example in draw(even, 200, 3, "t")) / 200 < 0.35  # 1/4 +- 3.3 sd
     with pytest.raises(ValueError, match=r"t: 600 examples: .* --examples 100"):
         draw(examples, None, 3, "t")
     with pytest.raises(ValueError, match="t: 3 examples: an adaptation takes 4 to 500"):
@@ -230,8 +232,10 @@ def test_a_folder_of_tasks(tmp_path):
 
 
 def test_options_that_are_told(tmp_path):
-    rows = [{"input": "q", "output": "y", "options": ["x", "y"]}, {"text": "r", "label": "y"}]
+    rows = [{"input": "q", "output": "y", "options": ["z", "y"]}, {"text": "r", "label": "y"}]
     path = write(tmp_path / "t.jsonl", lines(*rows))
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: `options` \['z', 'y'\]: the task has \['x', 'y'\] for all its"):
+        read_labelled(path, options=("x", "y"))
     assert read_labelled(path, options=("y", "z")) == [Example("q", ("y", "z"), "y"), Example("r", ("y", "z"), "y")]
     with pytest.raises(ValueError, match=r"t\.jsonl:2: needs its own `options`"):
         read_labelled(path, options=())

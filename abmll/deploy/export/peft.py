@@ -66,7 +66,7 @@ def peft_config(subject: Subject) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.name,
+        "base_model_name_or_path": subject.base_name,
         "revision": config.model.revision,
         "inference_mode": True,
         "r": subject.rank,

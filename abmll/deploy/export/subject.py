@@ -54,6 +54,11 @@ class Subject:
         return self.base.config.adapters.rank
 
     @property
+    def base_name(self) -> str:
+        """As others find the base from wherever they are: a folder's absolute path, else the configured name."""
+        return self.source.location if self.source.kind == "folder" else self.base.config.model.name
+
+    @property
     def scaling(self) -> float:
         """s = alpha / rank."""
         return self.base.config.adapters.alpha / self.rank

@@ -83,7 +83,7 @@ def _load_peft(subject: Subject) -> list[str]:
     named = {"revision": config.revision} if config.revision else {}
     if source.kind == "gguf":
         named |= {"gguf_file": source.pretrained["gguf_file"]}
-    where = source.pretrained["pretrained_model_name_or_path"] if source.kind == "gguf" else config.name
+    where = source.pretrained["pretrained_model_name_or_path"] if source.kind == "gguf" else subject.base_name
     tokens = "".join(f", {key}={_text(value)}" for key, value in named.items())
     imports, weights = "AutoModelForCausalLM, AutoTokenizer", f"{tokens}, dtype=torch.{config.dtype}"
     if source.kind == "gguf":
@@ -116,7 +116,7 @@ def _serve(subject: Subject, report: Report, special: bool) -> str:
         return "For vLLM use the format merged."
     if report.format == "peft":
         rank = max(8, 2 ** (subject.rank - 1).bit_length())
-        base = shlex.quote(subject.base.config.model.name)
+        base = shlex.quote(subject.base_name)
         command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=."
     else:
         command = "vllm serve . --served-model-name adapter"
