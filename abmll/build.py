@@ -118,20 +118,25 @@ def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | N
     """The loaded model with adapters in it, theta at its start. `num_train_tasks`: see `Learner`. ValueError as
     `build`.
     """
-    if config.trainer.parallel_episodes > 1 and not is_packed(model):
-        raise ValueError(
-            f"trainer.parallel_episodes: {config.trainer.parallel_episodes}: prompts are padded for a model of type "
-            f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
-            "padding depends on what is beside it; set it to 1, or model.attention=auto"
-        )
+    _check_side_by_side(config, model)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
     check_adapted(adapters.layers)
     return Learner(model, adapters, config.method, num_train_tasks, config.tasks.batch_size), method
 
 
+def _check_side_by_side(config: Config, model: PreTrainedModel) -> None:
+    if config.trainer.parallel_episodes > 1 and not is_packed(model):
+        raise ValueError(
+            f"trainer.parallel_episodes: {config.trainer.parallel_episodes}: prompts are padded for a model of type "
+            f"{model.config.model_type!r} with {model.config.get_text_config()._attn_implementation} attention, and "
+            "padding depends on what is beside it; set it to 1, or model.attention=auto"
+        )
+
+
 def rebuild_for_scoring(parts: Parts, config: Config, config_path: str | Path) -> Parts:
     """The same model and adapters with other tasks, prompts and settings of the method. ValueError as `build`."""
+    _check_side_by_side(config, parts.model)
     tasks = _fitting_tasks(read_tasks(config, config_path, scoring=True), config, parts.model, parts.tokenizer)
     learner = Learner(parts.model, parts.learner.adapters, config.method, None, config.tasks.batch_size)
     return replace(parts, learner=learner, method=build_method(config.method, config.adapters.posterior), tasks=tasks)

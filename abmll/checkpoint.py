@@ -20,7 +20,7 @@ import torch
 
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
-from abmll.files import TEMPORARY, damage, new_partial, publish, read_json, remove_whole, sweep
+from abmll.files import REMOVED, TEMPORARY, damage, new_partial, publish, read_json, remove_whole, sweep
 from abmll.tensor_files import load_state, save_state
 
 PREFIX, STATE = "step-", "trainer.json"
@@ -105,6 +105,7 @@ class CheckpointStore:
 
 def newest_whole(folder: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint in RUN/checkpoints; warns of each damaged one that it skips."""
+    _give_names_back(folder)
     for step in reversed(_steps(folder)):
         problem = damage(step)
         if problem is None:
@@ -114,6 +115,17 @@ def newest_whole(folder: Path) -> Checkpoint | None:
                 problem = str(error)
         warnings.warn(f"checkpoint {step}: {problem}; trying the one before", stacklevel=2)
     return None
+
+
+def _give_names_back(folder: Path) -> None:
+    """A step that was saved again has no folder under its name between two renamings: of a kill there what was going to
+    have the name is given it or, if that is not whole, what had it.
+    """
+    for aside in folder.glob(f"{REMOVED}{PREFIX}*"):
+        final = folder / aside.name.removeprefix(REMOVED)
+        whole = [path for path in (folder / f"{TEMPORARY}{final.name}", aside) if path.is_dir() and not damage(path)]
+        if whole and not final.exists():
+            whole[0].rename(final)
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 TEMPORARY, MANIFEST, LOCK = ".partial-", "manifest.json", ".lock"
+REMOVED = f"{TEMPORARY}removed-"  # what had the name that something else is given
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
@@ -149,7 +150,7 @@ def damage(folder: Path) -> str | None:
 
 def _set_aside(folder: Path) -> Path:
     """Rename a folder, if it is there, to a name that stands for nothing."""
-    aside = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
+    aside = folder.with_name(f"{REMOVED}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)

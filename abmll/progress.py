@@ -74,11 +74,14 @@ class Progress:
         self.bar: tqdm | None = None
         self.warned_of_kl = False
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
+    def rewind(self, step: int, unvalidated: bool = False) -> None:
+        """Drop the lines behind the checkpoint that a run resumes from: they will be written again, and so will be the
+        step's validation where it is `unvalidated`.
+        """
         for path in (self.path, self.episodes_path) if self.is_main else ():
             if path.exists():
-                kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+                lines = path.read_bytes().splitlines()
+                kept = [line for line in lines if _step_of(line) <= step - (unvalidated and b'"episode"' not in line)]
                 write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def start(self, step: int, total: int) -> None:

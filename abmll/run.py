@@ -11,14 +11,14 @@ from typing import Any
 
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config import Config, Refused, load_config, save_config, with_absolute_paths
+from abmll.config import Config, ConfigError, Refused, load_config, save_config, with_absolute_paths
 from abmll.config.deepspeed import engine_settings
 from abmll.config.errors import show
 from abmll.config.paths import absolute_model, with_absolute_model
 from abmll.config.settings import flat, in_effect
 from abmll.dealing import tasks_per_step
 from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
-from abmll.engine import ThetaEngine
+from abmll.engine import ThetaEngine, check_monitors
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
 from abmll.files import damage, remove_whole, sweep, write_whole
@@ -36,7 +36,7 @@ from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
 from abmll.run_folder import CONFIG, check_folder, make_folder
 from abmll.score_files import MADE_WITH, load_scores, save_scores
-from abmll.summary import load_summary, save_summary
+from abmll.summary import finished_facts, load_summary, save_summary
 from abmll.trained_with import completed
 from abmll.trainer import Position, Trainer
 
@@ -45,7 +45,7 @@ from abmll.trainer import Position, Trainer
 FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
 MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
 FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
-# what a prediction depends on: fixed where the best of a run's validations is kept
+# what a prediction depends on: a resumed run forgets a best that was found otherwise
 OF_PREDICTIONS = tuple(
     f"eval.{name}" for name in ("samples", "tfb", "temperature", "prune", "support_labels", "active")
 )
@@ -105,6 +105,11 @@ class Session:
             return None, str(error)
         found = next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
         return found, None if found else f"{self.folder}: holds none of its scores"
+
+    def _scored_otherwise(self, checkpoint: Checkpoint) -> list[str]:
+        """What predictions depend on and has another value than in the checkpoint's session."""
+        before, now = flat(completed(checkpoint.state["config"])), flat(self.config.model_dump(mode="json"))
+        return [f"{key}: {show(now[key])}" for key in OF_PREDICTIONS if before.get(key) != now[key]]
 
     def _scoring(self) -> dict[str, Any]:
         """What scores depend on beside theta and what a checkpoint fixes."""
@@ -198,9 +203,16 @@ class Session:
                     remove_whole(folder)
             sweep(self.folder / "best")
 
-    def check_best(self) -> None:
-        """After a resume: forget a best step whose summary is gone, rather than fail when training is over."""
+    def check_best(self, checkpoint: Checkpoint) -> None:
+        """After a resume: forget a best step whose summary is gone, rather than fail when training is over, and one
+        that was found by another way to score.
+        """
         best = self.trainer.position.best
+        if best and (changed := self._scored_otherwise(checkpoint)):
+            self.progress.say(
+                f"note: validations are made with {', '.join(changed)} now; the best step is tracked from here on"
+            )
+            self.trainer.position.best = best = None
         problem = self.ranks.from_main(best and self.ranks.is_main and damage(self._best(best["step"])))
         if problem:
             self.progress.say(f"warning: {self._best(best['step'])}: {problem}; the best step is tracked from here on")
@@ -260,15 +272,22 @@ def open_session(
     folder, config = Path(config.output), with_absolute_model(config)
     deepspeed_config = engine_settings(config, config_path)
     check_folder(folder, resume, overwrite)
+    check_monitors(config.logging)
     store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
     checkpoint = store.newest_whole() if resume else None
     as_given = with_absolute_paths(config, config_path)
     if checkpoint is not None:
         config = as_checkpointed(config, checkpoint, ranks.world_size)
+    elif resume:
+        _check_finished_run(config, folder, ranks)
+    tasks_per_step(config.trainer, ranks.world_size)
     parts = build(config, config_path, ranks.device)
     ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
     checkpoint_layers(parts.model, plan.checkpointing)
+    made_with = {"gradient_clipping": deepspeed_config["gradient_clipping"], "fingerprint": parts.fingerprint}
+    if checkpoint is not None:
+        _check_made_with(made_with, checkpoint)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
     learner, method = parts.learner, parts.method
     theta = learner.adapters.theta
@@ -276,7 +295,7 @@ def open_session(
     engine = ThetaEngine(theta, optimizer, deepspeed_config, config.logging, folder)
     progress = Progress(folder, config.logging, ranks.is_main, engine)
     sampler = parts.tasks.sampler(config, method)
-    trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress)
+    trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress, made_with=made_with)
     beside = config.trainer.parallel_episodes
     evaluator = Evaluator(
         learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks, beside
@@ -286,7 +305,7 @@ def open_session(
     progress.say(derived_numbers(config, parts, trainer, ranks, plan))
     if checkpoint is not None:
         trainer.resume(checkpoint)
-        session.check_best()
+        session.check_best(checkpoint)
         progress.say(f"resumed from {checkpoint.folder}, after step {trainer.position.step} of {trainer.num_steps}")
         written_by, number = checkpoint.state["world_size"], trainer.tasks_per_step
         if written_by != ranks.world_size or number != tasks_per_step(as_given.trainer, ranks.world_size):
@@ -347,6 +366,53 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
     return config.model_copy(update={"trainer": config.trainer.model_copy(update={"tasks_per_step": number})})
 
 
+def _check_made_with(now: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """ValueError where the DeepSpeed file clips otherwise now, or the model's weights are others under the same name.
+    An older checkpoint, and a base that is spread over ranks, tell nothing.
+    """
+    saved = checkpoint.state.get("made_with", {})
+    for key, value in now.items():
+        known = saved.get(key)
+        if None not in (known, value) and known != value:
+            raise ValueError(
+                f"--resume auto: {key}: {show(known)} in the checkpoint, {show(value)} now; set it back, or start "
+                "another run with output=FOLDER"
+            )
+
+
+def _check_finished_run(config: Config, folder: Path, ranks: Ranks) -> None:
+    """ValueError where the folder holds a finished run of another configuration: without a checkpoint that tells it, a
+    resume would start from the beginning and replace it.
+    """
+    problem = None
+    if ranks.is_main and finished_facts(folder) is not None and (folder / CONFIG).is_file():
+        try:
+            found = load_config(folder / CONFIG)
+        except ConfigError as error:  # another version's
+            problem = str(error)
+        else:
+            there, now = (in_effect(flat(own.model_dump(mode="json"))) for own in (found, config))
+            for values in (there, now):
+                values["model.name"] = absolute_model(values["model.name"])
+            problem = _different(there, now, FIXED_KEYS, "in the run that is there")
+    if problem := ranks.from_main(problem):
+        raise ValueError(
+            f"--resume auto: {folder}: holds a finished run of another configuration, and no checkpoint:\n  {problem}\n"
+            "set these back, start another run with output=FOLDER, or replace this one with --overwrite"
+        )
+
+
+def _different(saved: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...], where: str) -> str:
+    """A line for each key that a resumed run must agree on and does not."""
+    return "\n  ".join(
+        f"{key}: {show(saved.get(key))} {where}, {show(now.get(key))} now"
+        for key in dict.fromkeys((*now, *saved))
+        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in fixed)
+        and key not in MAY_CHANGE
+        and saved.get(key) != now.get(key)
+    )
+
+
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
     saved = in_effect(flat(completed(checkpoint.state["config"])))  # an older version's may lack keys
     now = in_effect(flat(config.model_dump(mode="json")))
@@ -356,23 +422,15 @@ def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> 
     if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
         del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
     fixed = FIXED_KEYS
-    if now["eval.every"] is not None and now["eval.select_by"] is not None:
-        fixed += OF_PREDICTIONS
+    if config.method.interpolates and config.method.reptile_schedule == "annealed":  # over the whole length
+        fixed += ("trainer.episodes", "trainer.epochs")
     if METHODS[config.method.name].inner_loop and not config.method.reset_inner_optimizer:  # each rank has its moments
         fixed += ("ranks",)
         saved["ranks"], now["ranks"] = checkpoint.state["world_size"], world_size
-    different = [
-        f"{key}: {show(saved.get(key))} in the checkpoint, {show(now.get(key))} now"
-        for key in dict.fromkeys((*now, *saved))
-        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in fixed)
-        and key not in MAY_CHANGE
-        and saved.get(key) != now.get(key)
-    ]
-    if different:
+    if different := _different(saved, now, fixed, "in the checkpoint"):
         kept = " (method.reset_inner_optimizer: false keeps moments on each rank)" if "ranks" in now else ""
         raise ValueError(
-            "--resume auto: the configuration differs from the checkpoint's:\n  "
-            + "\n  ".join(different)
+            f"--resume auto: the configuration differs from the checkpoint's:\n  {different}"
             + f"\nset these back{kept}, or start another run with output=FOLDER"
         )
 

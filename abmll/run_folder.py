@@ -11,6 +11,7 @@ from abmll.config import ConfigError
 from abmll.config.yaml_text import read_mapping
 from abmll.files import MANIFEST, read_json
 from abmll.provenance import PROVENANCE
+from abmll.score_files import MADE_WITH
 
 CONFIG = "config.yaml"
 # All that a run writes, and the page made of it. config.yaml is removed last: while it is there, the folder holds a
@@ -26,6 +27,7 @@ WRITTEN = (
     "scores.json",
     "predictions.parquet",
     "scores.md",
+    MADE_WITH,
     "report.html",
     "scores",
     PROVENANCE,

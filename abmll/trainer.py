@@ -82,6 +82,7 @@ class Trainer:
     after_step: Callable[[], None] | None = None
     after_save: Callable[[], None] | None = None
     stopping: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
+    made_with: dict[str, Any] = field(default_factory=dict)  # beside the configuration, for a checkpoint to tell
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -95,7 +96,16 @@ class Trainer:
         self._stop = False  # any rank was asked to stop: the same on all of them
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue exactly where the checkpoint was written. ValueError where its files hold something else."""
+        """Continue exactly where the checkpoint was written. ValueError where its files hold something else, and where
+        the episodes that were left out of its last, shorter step would be passed over.
+        """
+        before, reached = checkpoint.state.get("num_episodes"), checkpoint.state["step"] * self.tasks_per_step
+        if before is not None and before < min(reached, self.num_episodes):
+            raise ValueError(
+                f"--resume auto: {checkpoint.folder} is of the end of {before} episodes, whose last step had fewer "
+                f"than {self.tasks_per_step}: going on would pass over {min(reached, self.num_episodes) - before}; "
+                "remove it to go on from an older one, or start another run with output=FOLDER"
+            )
         self.position = TypeAdapter(Position).validate_json(json.dumps(checkpoint.state["position"]), strict=True)
         rank_state = self.store.load(checkpoint, self.engine)
         if rank_state is not None:
@@ -106,7 +116,7 @@ class Trainer:
                     f"checkpoint {checkpoint.folder}: holds no inner optimizer's state ({error})"
                 ) from error
         self.learner.adapters.reset_phi()
-        self.progress.rewind(self.position.step)
+        self.progress.rewind(self.position.step, self.position.unvalidated)
 
     def run(self) -> None:
         """Train to the last step. TrainingDiverged after `max_nonfinite` NaN or Inf episodes in a row.
@@ -299,6 +309,7 @@ class Trainer:
         self.progress.sync()
         state = {"position": vars(self.position), "config": self.config.model_dump(mode="json")}
         state["tasks_per_step"] = self.tasks_per_step  # where the configuration leaves it to the ranks
+        state |= {"num_episodes": self.num_episodes, "made_with": self.made_with}
         rank_state = {"inner_optimizer": self.inner_optimizer.state_dict()}
         self.store.save(self.position.step, self.engine, state, rank_state)
         if self.after_save:

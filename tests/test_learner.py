@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from abmll.build import rebuild_for_scoring
 from abmll.kernels import NoiseKey
 from abmll.kernels.reference import (
     activation_statistics,
@@ -240,6 +241,14 @@ def test_padding_does_not_change_the_kl_and_the_theta_gradient(posterior, build_
     gradient_padded, terms_padded = padded.learner.theta_gradient_kl(padded.batch, KEY)
     assert_same(gradient, gradient_padded, rtol=1e-5)
     torch.testing.assert_close(terms_padded, terms, rtol=1e-5, atol=0)
+
+
+def test_padded_prompts_are_not_scored_side_by_side(build_tiny):
+    """By settings of a finished run neither: its model is there, and is not built again."""
+    tiny = build_tiny(model={"attention": "eager"})
+    beside = tiny.config.model_copy(update={"trainer": tiny.config.trainer.model_copy(update={"parallel_episodes": 2})})
+    with pytest.raises(ValueError, match=r"trainer\.parallel_episodes: 2: prompts are padded"):
+        rebuild_for_scoring(tiny.parts, beside, "tiny.yaml")
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)

@@ -123,6 +123,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(store, monkeypatch):
     assert found == {2, 4} and calls[0] > 10
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_it(store, monkeypatch):
+    """As happens behind a validation that is made up for: its old folder gives the new one its name."""
+    for last in range(10_000):
+        shutil.rmtree(store.folder, ignore_errors=True)
+        save(store, 2)
+        with monkeypatch.context() as patch:
+            interrupt(patch, after=last)
+            try:
+                save(store, 2)
+            except Stopped:
+                pass
+            else:
+                break
+        assert store.newest_whole().folder.name == "step-00000002"
+        save(store, 4)
+        assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000002", "step-00000004"]
+    assert last > 10
+
+
 def interrupt(patch, after: int) -> list[int]:
     """Raise Stopped instead of the disk call number `after`; returns the counter. A removal stops halfway."""
     calls = [0]

@@ -145,3 +145,17 @@ def test_a_run_with_checkpointing_warns_of_nothing(run: Run):
         run.train("trainer.episodes=1", "trainer.activation_checkpointing=true", "method.meta_gradient=first_order")
     ours = [str(one.message) for one in found if one.category is not DeprecationWarning]
     assert ours == []
+
+
+def test_a_validation_that_is_to_be_made_up_for_is_written_once(tmp_path):
+    """A kill behind its line, before the checkpoint that says that it was made."""
+    progress = Progress(tmp_path, LoggingConfig(), True, Monitor())
+    for step in (1, 2):
+        progress.write({"step": step, "episode": step})
+        progress.write({"step": step, "validation_5_steps": {}})
+    progress.write({"step": 3, "episode": 3})
+    lines = [json.loads(line) for line in progress.path.read_text().splitlines()]
+    progress.rewind(2)
+    assert [json.loads(line) for line in progress.path.read_text().splitlines()] == lines[:4]
+    progress.rewind(2, unvalidated=True)
+    assert [json.loads(line) for line in progress.path.read_text().splitlines()] == lines[:3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,9 +10,9 @@ import subprocess
 import time
 
 import pytest
-from runs import METHODS, Run, Stopped, environment, stop_before
+from runs import METHODS, ROOT, Run, Stopped, environment, stop_before
 
-from abmll.config import Refused
+from abmll.config import Refused, load_config
 
 LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")
 
@@ -161,12 +162,81 @@ def test_resumed_without_the_pretrained_models_scores_they_are_made(make_run, mo
     assert run.scores == whole.scores and run.theta_bytes == whole.theta_bytes
 
 
-def test_the_best_step_is_not_tracked_by_two_ways_to_score(make_run, monkeypatch):
+def test_the_best_step_is_not_tracked_by_two_ways_to_score(make_run, monkeypatch, capsys):
     run = make_run()
     with monkeypatch.context() as patch:
         stop_before(patch, 3)
         with pytest.raises(Stopped):
             run.train("eval.every=1")
-    with pytest.raises(Refused, match=r"eval\.support_labels: 'given' in the checkpoint, 'shuffled' now"):
-        run.train("eval.every=1", "eval.support_labels=shuffled", resume=True)
-    run.train("eval.every=1", "eval.max_examples=2", resume=True)  # of test tasks alone
+    told = "note: validations are made with eval.support_labels: 'shuffled' now; the best step is tracked from here on"
+    with run.session("eval.every=1", "eval.support_labels=shuffled", resume=True) as session:
+        assert session.trainer.position.step == 2 and session.trainer.position.best is None
+    assert told in capsys.readouterr().out
+    with run.session("eval.every=1", "eval.max_examples=2", resume=True) as session:  # of test tasks alone
+        assert session.trainer.position.best is not None
+    assert "validations are made" not in capsys.readouterr().out
+
+
+def test_a_mistake_found_late_costs_no_older_run(make_run, monkeypatch):
+    run = make_run().train()
+    theta = run.theta_bytes
+    monkeypatch.setattr("abmll.engine.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"logging\.wandb_project: mine: the package is not installed"):
+        run.train("logging.wandb_project=mine", overwrite=True)
+    assert run.theta_bytes == theta and (run.folder / "checkpoints").is_dir()
+
+
+def test_a_finished_run_of_another_configuration_is_not_replaced(make_run):
+    """It has no checkpoint that would tell: of a method that trains nothing, or where somebody removed them."""
+    run = make_run().train("method.name=pretrained")
+    told = r"holds a finished run of another configuration.*\n.*method\.name: 'pretrained' in"
+    with pytest.raises(Refused, match=told):
+        run.train("method.name=fomaml", resume=True)
+    assert load_config(run.folder / "config.yaml").method.name == "pretrained"
+    run.train("method.name=pretrained", "logging.every=2", resume=True)
+
+
+def test_an_annealed_step_is_annealed_over_one_length(make_run, monkeypatch):
+    for schedule in ("annealed", "constant"):
+        run, asked = make_run(schedule), ("method.name=reptile", f"method.reptile_schedule={schedule}")
+        with monkeypatch.context() as patch:
+            stop_before(patch, 3)
+            with pytest.raises(Stopped):
+                run.train(*asked)
+        longer = (*asked, "trainer.episodes=8")
+        if schedule == "annealed":
+            with pytest.raises(Refused, match=r"trainer\.episodes: 6 in the checkpoint, 8 now"):
+                run.train(*longer, resume=True)
+        else:
+            run.train(*longer, resume=True)
+
+
+def test_a_longer_run_passes_over_no_episode(make_run):
+    """The last step of three episodes has one of two: the fourth has no place in the steps behind it."""
+    shorter, longer = (("trainer.tasks_per_step=2", f"trainer.episodes={number}") for number in (3, 6))
+    run, whole = make_run("run").train(*shorter), make_run("whole").train(*longer)
+    with pytest.raises(Refused, match=r"of the end of 3 episodes, .*: going on would pass over 1; remove it"):
+        run.train(*longer, resume=True)
+    run = make_run("even").train("trainer.tasks_per_step=2", "trainer.episodes=4")
+    run.train(*longer, resume=True)
+    assert run.theta_bytes == whole.theta_bytes
+
+
+def test_a_resume_has_the_clipping_and_the_weights_that_it_was_started_with(make_run, monkeypatch, tmp_path):
+    run, engine = make_run(), tmp_path / "engine.json"
+    settings = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text())
+    engine.write_text(json.dumps(settings))
+    asked = (f"trainer.deepspeed={engine}",)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train(*asked)
+    engine.write_text(json.dumps({**settings, "gradient_clipping": 0.5}))
+    with pytest.raises(Refused, match=r"gradient_clipping: 0\.0 in the checkpoint, 0\.5 now"):
+        run.train(*asked, resume=True)
+    engine.write_text(json.dumps(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr("abmll.build.fingerprint", lambda model: "another")
+        with pytest.raises(Refused, match=r"fingerprint: .* in the checkpoint, 'another' now"):
+            run.train(*asked, resume=True)
+    run.train(*asked, resume=True)
