@@ -210,6 +210,19 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         )
 
     tasks = config.tasks
+    for key in ("folder", "lists"):
+        rule(
+            tasks.source == "builtin" and getattr(tasks, key) is not None and not scoring,
+            f"tasks.{key}",
+            "source builtin makes its own tasks and reads no files; set tasks.source=jsonl, or leave it out",
+            "tasks.source",
+        )
+    rule(
+        tasks.source != "hub" and tasks.hub and not scoring,
+        "tasks.hub",
+        f"source {tasks.source} reads no hub tasks; set tasks.source=hub, or leave it out",
+        "tasks.source",
+    )
     rule(
         tasks.source == "jsonl" and not tasks.folder,
         "tasks.folder",

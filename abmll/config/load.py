@@ -112,7 +112,9 @@ def _assign(data: dict, key: Key, value: Any, text: str) -> None:
                 [f"override: {text}: {dotted(key[:depth])} is {show(inside)}, which has no keys; set it alone"]
             )
         data = inside
-    data[key[-1]] = value
+    inside = data.get(key[-1])
+    # as files are put together: what is not named stays as it was
+    data[key[-1]] = merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
 
 
 def _as_tuples(value: Any) -> Any:

@@ -24,9 +24,9 @@ fails where this page is older than the schema.
 A run is one YAML file. Every key can be set behind a command as `section.key=value`, where the value is YAML:
 `tasks.test=[a, b]`, `eval.every=null` (`null` is YAML's word for nothing). A file may say `base: OTHER.yaml` and hold
 only what differs from it. Relative paths are looked for in the working directory, the file's folder and the
-repository's folder, in this order, and beside the files it is based on; `output` and a model's folder in the working
-directory alone. `~` is the home folder. Unknown keys, wrong types and keys that do not go together are errors, all of
-them told at once.
+repository's folder, in this order, and beside the files it is based on; `output`, a model's folder and a hub task's
+`path` and `data_files` in the working directory alone. `~` is the home folder. Unknown keys, wrong types and keys that
+do not go together are errors, all of them told at once.
 """
 _BOUNDS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
 

@@ -98,7 +98,9 @@ class MethodConfig(Section):
         "goes reptile_step of the way to phi instead, where the KL is 0.",
     )
     outer_batch: Literal["reuse", "query"] = Field(
-        "reuse", description="Of theta's step: the last inner batch again, or a fresh one of the same task."
+        "reuse",
+        description="Of theta's step: the last inner batch again, or a fresh one of the same task (of a task with few "
+        "rows it may share some with the inner ones).",
     )
     reset_inner_optimizer: bool = Field(True, description="Forget phi's AdamW moments between episodes.")
     adam_betas: tuple[AdamBeta, AdamBeta] = Field((0.9, 0.999), description="AdamW's decay rates, inner and outer.")
@@ -143,7 +145,9 @@ class HubTask(Section):
     )
     input: str = Field(description="Template over the columns, such as 'premise: {premise} hypothesis: {hypothesis}'.")
     line_break: str | None = Field(
-        None, description="What line breaks and tabs in the columns become; null: they are kept."
+        None,
+        description="What line breaks and tabs in the columns become, and a backslash with an n behind it, which some "
+        "data sets write for one; null: they are kept.",
     )
     options: tuple[str, ...] | str = Field(description="The options, each a template, or the field that holds them.")
     options_pattern: str | None = Field(

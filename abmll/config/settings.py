@@ -40,8 +40,8 @@ def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_sections(values: Mapping[str, Any]) -> list[str]:
-    """What to say of every key that is a section with its keys below: as an override it would put all of the section's
-    other keys, whatever was set before, back to their defaults.
+    """What to say of every key that is a section with its keys below: where several layers set it, the last one would
+    take the place of the others instead of being put together with them.
     """
     return [
         f"{key}: {show(value)}: would set the whole section; write "

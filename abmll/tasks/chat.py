@@ -13,7 +13,9 @@ from abmll.tasks.escape import Escape
 _PLACE, _ANSWER = "THE QUESTION'S PLACE", "THE ANSWER'S PLACE"
 # Some templates print today's date or open a chain of thought: a prompt must be the same every day, and its next
 # token must be the answer. Templates that know neither variable ignore them.
-_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+_DATE = "26 Jul 2024"
+_TEMPLATE_VARIABLES = {"date_string": _DATE, "enable_thinking": False}
+_NOW = "strftime_now"  # today's date, which transformers gives every template; a macro of that name comes before it
 
 
 class Chat:
@@ -110,9 +112,11 @@ class Chat:
         messages = [{"role": "user", "content": questions[0]}]
         for answer, question in zip(answers, questions[1:], strict=True):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
-        )
+        variables = dict(_TEMPLATE_VARIABLES)
+        if _NOW in str(self.tokenizer.chat_template):
+            macro = f"{{% macro {_NOW}(format) %}}{_DATE}{{% endmacro %}}"
+            variables["chat_template"] = macro + self.tokenizer.get_chat_template()
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
 
     def _letters_behind(self, prompt: str) -> tuple[tuple[int, ...], str]:
         """The ids of A .. Z behind the prompt, and the space that they include."""

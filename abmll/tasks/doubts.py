@@ -11,8 +11,8 @@ FEWEST = 8  # questions of which all have the answer at one place: of two option
 
 def doubts(task: Task) -> Iterator[str]:
     """A line for test rows that are training rows, and for answers that stand at one place among differing options."""
-    known = {(example.input, example.options) for example in task.train}
-    shared = sum((example.input, example.options) in known for example in task.test)
+    known = {(example.input, frozenset(example.options)) for example in task.train}
+    shared = sum((example.input, frozenset(example.options)) in known for example in task.test)
     if shared:
         yield f"{task.name}: {shared} of {len(task.test)} test rows are training rows too; leave them out of one"
     for split in ("train", "test"):

@@ -103,7 +103,11 @@ class RowReader:
             return (self._fill(self.task.holdout_by, row, where),)
         # a row's own options are part of its question: a whole task may ask "Which of these do you prefer?"
         own = isinstance(self.task.options, str)
-        return (example.input, *sorted(example.options)) if own else (example.input,)
+        text = example.input
+        if self.task.shuffle_options and (found := self._options(row, where)) is not None:
+            # where the input shows them, rows that are alike show them in orders of their own
+            text = self._fill(self.task.input, {**row, "options": Lettered(tuple(sorted(found[0])))}, where)
+        return (text, *sorted(example.options)) if own else (text,)
 
     def _fill(self, template: str, row: Row, where: str) -> str:
         try:

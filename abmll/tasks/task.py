@@ -27,7 +27,8 @@ class Example:
         return self.options.index(self.output)
 
     def asks_as(self, other: Example) -> bool:
-        return (self.input, self.options) == (other.input, other.options)
+        """Whether it is the same question, in whatever order the options stand."""
+        return self.input == other.input and sorted(self.options) == sorted(other.options)
 
     def behind(self, others: Iterable[Example]) -> Example:
         """The same example behind the others as demonstrations, but for those that would tell it its own answer."""

@@ -16,7 +16,7 @@ class Lettered(tuple):
 class Template(string.Formatter):
     """Fills `{column}` and its parts, `{examples[0][input]}`; a list is written with spaces between.
 
-    `line_break`: what line breaks and tabs in the columns become; None: they are kept.
+    `line_break`: what line breaks and tabs in the columns become, and a backslash with an n; None: they are kept.
     """
 
     def __init__(self, line_break: str | None):

@@ -82,7 +82,7 @@ def test_a_rule_between_two_files_names_the_one_with_the_key(write):
     base.write_text(BASE)
     run = write("run.yaml", "base: base.yaml\ntasks: {source: builtin}\n")
     assert [line.split(": ")[:2] for line in problems(run)] == [
-        [str(base), f"tasks.{key}"] for key in ("train", "test")
+        [str(base), f"tasks.{key}"] for key in ("folder", "train", "test")
     ]
 
 

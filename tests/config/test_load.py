@@ -74,6 +74,19 @@ def test_what_the_rules_of_scoring_allow(write, overrides):
     load_config(write(GOOD), overrides)
 
 
+def test_a_section_as_one_override_is_put_together_with_what_is_there(write):
+    """As files are: what it does not name stays."""
+    config = load_config(
+        write(GOOD), ["tasks.builtin.test_tasks=3", "tasks.builtin={train_tasks: 2}", "method={beta: 1}"]
+    )
+    assert (config.tasks.builtin.train_tasks, config.tasks.builtin.test_tasks) == (2, 3)
+    assert (config.method.beta, config.method.inner_steps) == (1, 3)
+    config = load_config(
+        write(GOOD), ["eval.active={labels: 2}", "eval.active={by: random}", "eval.active.candidates=5"]
+    )
+    assert config.eval.active.model_dump() == {"by": "random", "candidates": 5, "labels": 2}
+
+
 def test_an_empty_section_means_its_defaults(write):
     assert load_config(write(GOOD + "eval:\n  # every: 10\n")).eval == Config.model_fields["eval"].default
 
@@ -171,8 +184,11 @@ def test_rules_between_keys_do_not_judge_wrong_keys(write):
         (["tasks.folder=null"], "tasks.folder"),
         (["tasks.test=null"], "tasks.lists"),
         (["tasks.source=hub"], "tasks.hub"),
-        (["tasks.source=builtin", "tasks.test=null"], "tasks.train"),
+        (["tasks.source=builtin", "tasks.folder=null", "tasks.test=null"], "tasks.train"),
         (["tasks.validation=[a, a]"], "tasks.validation"),
+        (["tasks.source=builtin", "tasks.train=null", "tasks.test=null"], "tasks.folder"),
+        (["tasks.source=builtin", "tasks={folder: null, lists: x, train: null, test: null}"], "tasks.lists"),
+        (["tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}"], "tasks.hub"),
         (["adapters.modules=[q_proj, q_proj]"], "adapters.modules"),
         (["model.revision=main"], "model.revision"),
         (["eval.active.by=entropy", "tasks.demonstrations=2"], "eval.active.by"),
@@ -248,7 +264,11 @@ def test_a_file_that_is_not_there(write, tmp_path):
 
 @pytest.mark.parametrize("name", ["1e5", "null", "true", "no", "0x10", "2024-01-01", "a: b", "1_000", "", "ä #b", "~"])
 def test_saved_configuration_reads_back_equal(write, tmp_path, name):
-    overrides = ["method.beta=1e-12", "tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}"]
+    overrides = [
+        "method.beta=1e-12",
+        "tasks.source=hub",
+        "tasks.hub={t: {path: p, input: '{a}', label: l, options: [x, y]}}",
+    ]
     config = load_config(write(GOOD), overrides)
     output = os.path.expanduser(name) or "runs"
     config = config.model_copy(update={"output": output, "model": config.model.model_copy(update={"name": name})})

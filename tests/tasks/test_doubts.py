@@ -20,6 +20,8 @@ def test_test_rows_that_are_training_rows():
     assert list(doubts(Task("sound", train, (), questions(4, start=6)))) == []
     (line,) = doubts(Task("leaky", train, (), (*train[:2], *questions(3, start=6))))
     assert line == "leaky: 2 of 5 test rows are training rows too; leave them out of one"
+    (line,) = doubts(Task("turned", train, (), (Example(train[0].input, train[0].options[::-1], train[0].output),)))
+    assert line.startswith("turned: 1 of 1 test rows are training rows too"), "in another order they are the same"
     other = Example(train[0].input, ("yes", "no"), "no")  # the same text under other options is another question
     assert list(doubts(Task("sound", train, (), (other,)))) == []
 

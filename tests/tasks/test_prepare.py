@@ -168,6 +168,21 @@ def test_the_ethos_tasks_set_aside_the_same_comments_and_repeated_ones_stay_toge
     assert not set(sides[0]["test"]) & set(sides[0]["train"])
 
 
+def test_rows_that_show_shuffled_options_stay_together(hub, tmp_path):
+    """Every pair of sentences twice: each row shows its options in an order of its own, and asks the same."""
+    pairs = [{"sent_more": f"more {i % 30}", "sent_less": f"less {i % 30}"} for i in range(60)]
+    rows = [{**pair, "stereo_antistereo": 0, "bias_type": 0, "id": i} for i, pair in enumerate(pairs)]
+    hub("nyu-mll/crows_pairs", test=rows)
+    run(["crows_pairs"], tmp_path)
+    found = written(tmp_path, "crows_pairs")
+    questions = {
+        split: {tuple(sorted(number for number in row["input"].split() if number.isdigit())) for row in rows}
+        for split, rows in found.items()
+    }
+    assert len({row["input"] for split in found.values() for row in split}) > 30, "in different orders"
+    assert questions["test"] and not questions["train"] & questions["test"]
+
+
 def test_a_question_that_all_rows_share_is_set_aside_by_its_options(hub, tmp_path):
     """As in ChemBench's preferences; the order of the options makes no other question."""
     scores = [{f"C{i}": 1, f"N{i}": 0} for i in range(20)] + [{f"N{i}": 0, f"C{i}": 1} for i in range(20)]

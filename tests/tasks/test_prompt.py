@@ -95,6 +95,8 @@ def test_template_that_changes_the_message_is_an_error(template, make_tokenizer)
 def test_template_variables_make_prompts_the_same_every_day(make_tokenizer):
     template = "{{ date_string }}|{{ enable_thinking }}|{{ messages[0]['content'] }}"
     assert Prompter(make_tokenizer(template=template), 1024, "drop").prompt(EXAMPLE) == f"26 Jul 2024|False|{TEXT}"
+    template = "{%- set today = strftime_now('%d %B %Y') -%}{{ today }}|{{ messages[0]['content'] }}"
+    assert Prompter(make_tokenizer(template=template), 1024, "drop").prompt(EXAMPLE) == f"26 Jul 2024|{TEXT}"
 
 
 @pytest.mark.parametrize("kind", ["plain_tokenizer", "chat_tokenizer"])
