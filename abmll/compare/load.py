@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +116,8 @@ def _read_before_scoring(values: Overrides) -> list[str]:
 
 def _shared_name(score: str, settings: Collection[str]) -> str | None:
     """The setting with the score's name, or of its sweep: trained with a value and scored with it is not the same."""
-    sweep, value = parse_name(score)
-    alike = [name for name in settings if name == score or (not isnan(value) and _is_point_of(name, sweep))]
-    return alike[0] if alike else None
-
-
-def _is_point_of(name: str, sweep: str) -> bool:
-    own, value = parse_name(name)
-    return own == sweep and not isnan(value)
+    sweep, _ = parse_name(score)  # of a name without a number the name itself
+    return next((name for name in settings if name == score or parse_name(name)[0] == sweep not in (name, score)), None)
 
 
 def _set_by_us(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from abmll.config.errors import show
 from abmll.config.settings import check_settings, is_folder_name, whole_sections
@@ -33,6 +33,9 @@ def single_keys(values: Overrides) -> Overrides:
     return values
 
 
+SingleKeys = Annotated[Overrides, AfterValidator(single_keys)]
+
+
 class Tuning(BaseModel):
     """How settings are chosen: every method tries all combinations of its grid, and the best mean score counts."""
 
@@ -48,7 +51,7 @@ class Tuning(BaseModel):
     seeds: list[int] = Field(
         default=[0], min_length=1, description="Of the tries; not the comparison's where a seed makes its own tasks."
     )
-    overrides: Overrides = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
+    overrides: SingleKeys = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
     select_by: Literal["nll_options", "nll", "brier", "ece", "accuracy", "macro_f1"] = "nll_options"
 
     @field_validator("grid")
@@ -62,11 +65,6 @@ class Tuning(BaseModel):
                     single_keys({keys: one})
         return value
 
-    @field_validator("overrides")
-    @classmethod
-    def _single_keys(cls, value: Overrides) -> Overrides:
-        return single_keys(value)
-
 
 class Comparison(BaseModel):
     """A comparison as its file describes it."""
@@ -75,7 +73,7 @@ class Comparison(BaseModel):
     name: str
     config: str = Field(description="The configuration that all runs start from.")
     output: str = Field(description="The comparison's folder.")
-    overrides: Overrides = Field(default_factory=dict)
+    overrides: SingleKeys = Field(default_factory=dict)
     models: Named = Field(default={"model": {}}, min_length=1)
     task_sets: Named = Field(default={"tasks": {}}, min_length=1)
     methods: Named = Field(min_length=1)
@@ -91,11 +89,6 @@ class Comparison(BaseModel):
         if not is_folder_name(value):
             raise ValueError(f"{value!r}: names a folder; use letters, digits, `-`, `_`, `+` and `.`, 100 at most")
         return value
-
-    @field_validator("overrides")
-    @classmethod
-    def _single_keys(cls, value: Overrides) -> Overrides:
-        return single_keys(value)
 
     @field_validator("settings", "scores")
     @classmethod
