@@ -24,7 +24,7 @@ from abmll.methods import METHODS
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.positions import beyond_positions, check_positions
 from abmll.models.quantization import check_quantization
-from abmll.run import as_checkpointed
+from abmll.resuming import as_checkpointed
 from abmll.run_folder import check_folder
 from abmll.tasks.doubts import doubts
 

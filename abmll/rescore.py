@@ -12,14 +12,15 @@ from abmll.config import Config, ConfigError, Refused, load_config, override_tex
 from abmll.config.native import in_software
 from abmll.config.settings import flat
 from abmll.distributed import Ranks, joined_ranks
-from abmll.evaluation import Evaluation, Evaluator
+from abmll.evaluation import AdaptedTasks, Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
 from abmll.files import file_digest, unwritable, write_whole
 from abmll.lockstep import in_step
+from abmll.memory.on_ranks import plan_on
 from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.printed import score_table
-from abmll.run import plan_on
+from abmll.resuming import scoring
 from abmll.score_files import save_scores, scored_under
 from abmll.summary import FINAL, THETA, load_summary
 from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training, refuse_unread
@@ -55,8 +56,9 @@ class FinishedRun:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What all of its scores depend on: theta, and the overrides that are not a name's own."""
-        return {"theta": file_digest(self.folder / FINAL / THETA), "overrides": self.overrides}
+        """What all of its scores depend on: theta, the overrides that are not a name's own, and how the run scores."""
+        theta = file_digest(self.folder / FINAL / THETA)
+        return {"theta": theta, "overrides": self.overrides, "scoring": scoring(self.config)}
 
     def configured(self, overrides: Sequence[str]) -> Config:
         """ConfigError for overrides that are wrong or do nothing, or of the model or the adapters, which are loaded."""
@@ -66,10 +68,13 @@ class FinishedRun:
         refuse_other(config, loaded, "what was loaded depends on it; set it for all, or score another run")
         return config
 
-    def score(self, overrides: Sequence[str] = ()) -> tuple[list[Evaluation], list[str]]:
+    def score(
+        self, overrides: Sequence[str] = (), adapted: AdaptedTasks | None = None
+    ) -> tuple[list[Evaluation], list[str]]:
         """The run's scores, behind the pretrained model's where the configuration asks for them, and notes.
 
-        All ranks call this. ConfigError as `configured`.
+        With `adapted`, tasks that a call before has adapted alike are not adapted again. All ranks call this.
+        ConfigError as `configured`.
         """
         config = self.configured(overrides)
         try:
@@ -80,13 +85,14 @@ class FinishedRun:
         checkpoint_layers(parts.model, plan.checkpointing)
         letters, beside = parts.tasks.letter_ids, config.trainer.parallel_episodes
         evaluator = Evaluator(
-            parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, self.ranks, beside
+            parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, self.ranks, beside, adapted
         )
         adapters = parts.learner.adapters
         adapters.load_theta(self.theta)
         evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
+            evaluator.adapted = None  # of another theta
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         return evaluations, [*parts.tasks.notes, *self._notes(config, [task.name for task in parts.tasks.test])]
 
@@ -141,12 +147,13 @@ def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]
     folders, made_with, ranks = finished.folder / "scores", finished.made_with, finished.ranks
     # read once by all: a rank should not find what another has written since
     there = ranks.from_main({name: scored_under(folders / name, named[name], made_with) for name in named})
+    adapted = AdaptedTasks()
     for name, values in named.items():
         if there[name]:
             if ranks.is_main:
                 print(f"{name}: is there already")
             continue
-        evaluations, notes = finished.score(override_texts(values))
+        evaluations, notes = finished.score(override_texts(values), adapted)
         if ranks.is_main:
             for note in notes:
                 print(f"note: {note}")

@@ -11,45 +11,39 @@ from typing import Any
 
 from abmll.build import Parts, build
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config import Config, ConfigError, Refused, load_config, save_config, with_absolute_paths
+from abmll.config import Config, Refused, load_config, save_config, with_absolute_paths
 from abmll.config.deepspeed import engine_settings
-from abmll.config.errors import show
-from abmll.config.paths import absolute_model, with_absolute_model
-from abmll.config.settings import flat, in_effect
+from abmll.config.paths import with_absolute_model
 from abmll.dealing import tasks_per_step
-from abmll.distributed import Ranks, check_shared, joined_ranks, local_ranks
+from abmll.distributed import Ranks, check_shared, joined_ranks
 from abmll.engine import ThetaEngine, check_monitors
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
 from abmll.files import damage, remove_whole, sweep, write_whole
 from abmll.interrupt import Interrupt
 from abmll.lockstep import in_step
-from abmll.memory import Plan, plan_run
-from abmll.memory.capacity import device_capacity
-from abmll.methods import METHODS, Pretrained
+from abmll.memory import Plan
+from abmll.memory.on_ranks import plan_on
+from abmll.methods import Pretrained
 from abmll.metrics import HIGHER_IS_BETTER
 from abmll.models.checkpointing import checkpoint_layers
-from abmll.models.load import model_config
 from abmll.printed import derived_numbers, score_table
 from abmll.profiling import EPISODES_ON_CPU, EPISODES_ON_GPU, Profiler, steps_to_record
 from abmll.progress import Progress
 from abmll.provenance import PROVENANCE, provenance
-from abmll.run_folder import CONFIG, check_folder, make_folder
-from abmll.score_files import MADE_WITH, load_scores, save_scores
-from abmll.summary import finished_facts, load_summary, save_summary
-from abmll.trained_with import completed
-from abmll.trainer import Position, Trainer
-
-# What a checkpoint's training and its best score depend on: a resumed run must agree. The rest (length, logging,
-# scoring) may change.
-FIXED_BY_CHECKPOINT = ("seed", "model", "adapters", "method", "tasks")
-MAY_CHANGE = ("adapters.backend", "model.sharding")  # how the same numbers are computed
-FIXED_KEYS = ("trainer.tasks_per_step", "eval.every", "eval.select_by", "eval.validation_examples")
-# what a prediction depends on: a resumed run forgets a best that was found otherwise
-OF_PREDICTIONS = tuple(
-    f"eval.{name}" for name in ("samples", "tfb", "temperature", "prune", "support_labels", "active")
+from abmll.resuming import (
+    OF_PREDICTIONS,
+    as_checkpointed,
+    check_finished_run,
+    check_made_with,
+    checkpointed_scoring,
+    scored_otherwise,
+    scoring,
 )
-OF_SCORES = (*OF_PREDICTIONS, "eval.max_examples")
+from abmll.run_folder import CONFIG, check_folder, make_folder
+from abmll.score_files import load_made_with, load_scores, save_scores
+from abmll.summary import load_summary, save_summary
+from abmll.trainer import Position, Trainer
 
 
 @dataclass
@@ -96,8 +90,8 @@ class Session:
 
     def _saved_pretrained(self, checkpoint: Checkpoint) -> tuple[Evaluation | None, str | None]:
         """As the interrupted run wrote them, or why they do not serve."""
-        before, now = self._scored_with(checkpoint), self._scoring()
-        if different := [f"{key}: {show(now[key])}" for key in now if before.get(key) != now[key]]:
+        before = load_made_with(self.folder).get("scoring") or checkpointed_scoring(checkpoint)  # an older version's
+        if different := scored_otherwise(before, self.config):
             return None, f"they were made otherwise, and are to be made with {', '.join(different)}"
         try:
             saved = load_scores(self.folder)
@@ -105,24 +99,6 @@ class Session:
             return None, str(error)
         found = next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
         return found, None if found else f"{self.folder}: holds none of its scores"
-
-    def _scored_otherwise(self, checkpoint: Checkpoint) -> list[str]:
-        """What predictions depend on and has another value than in the checkpoint's session."""
-        before, now = flat(completed(checkpoint.state["config"])), flat(self.config.model_dump(mode="json"))
-        return [f"{key}: {show(now[key])}" for key in OF_PREDICTIONS if before.get(key) != now[key]]
-
-    def _scoring(self) -> dict[str, Any]:
-        """What scores depend on beside theta and what a checkpoint fixes."""
-        values = flat(self.config.model_dump(mode="json"))
-        return {key: values[key] for key in OF_SCORES}
-
-    def _scored_with(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The same of the scores in the folder; of an older version's the checkpoint knows."""
-        try:
-            return json.loads((self.folder / MADE_WITH).read_text())
-        except (OSError, ValueError):
-            values = flat(completed(checkpoint.state["config"]))
-            return {key: values[key] for key in OF_SCORES}
 
     def validate(self, position: Position) -> None:
         """Score the validation split; keep theta if it is the best so far by `eval.select_by`."""
@@ -208,7 +184,8 @@ class Session:
         that was found by another way to score.
         """
         best = self.trainer.position.best
-        if best and (changed := self._scored_otherwise(checkpoint)):
+        before = checkpointed_scoring(checkpoint)
+        if best and (changed := scored_otherwise(before, self.config, OF_PREDICTIONS)):
             self.progress.say(
                 f"note: validations are made with {', '.join(changed)} now; the best step is tracked from here on"
             )
@@ -238,9 +215,7 @@ class Session:
 
     def _write_scores(self, evaluations: list[Evaluation]) -> None:
         if self.ranks.is_main:
-            (self.folder / MADE_WITH).unlink(missing_ok=True)  # of the older scores
-            save_scores(self.folder, evaluations)
-            write_whole(self.folder / MADE_WITH, json.dumps(self._scoring()))
+            save_scores(self.folder, evaluations, made_with={"scoring": scoring(self.config)})
 
 
 def train(config_path: str, overrides: list[str], resume: bool, overwrite: bool, profile: bool = False) -> None:
@@ -279,15 +254,15 @@ def open_session(
     if checkpoint is not None:
         config = as_checkpointed(config, checkpoint, ranks.world_size)
     elif resume:
-        _check_finished_run(config, folder, ranks)
+        check_finished_run(config, folder, ranks)
     tasks_per_step(config.trainer, ranks.world_size)
     parts = build(config, config_path, ranks.device)
     ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
     checkpoint_layers(parts.model, plan.checkpointing)
-    made_with = {"gradient_clipping": deepspeed_config["gradient_clipping"], "fingerprint": parts.fingerprint}
+    trained_with = {"gradient_clipping": deepspeed_config["gradient_clipping"], "fingerprint": parts.fingerprint}
     if checkpoint is not None:
-        _check_made_with(made_with, checkpoint)
+        check_made_with(trained_with, checkpoint)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake
     learner, method = parts.learner, parts.method
     theta = learner.adapters.theta
@@ -295,7 +270,7 @@ def open_session(
     engine = ThetaEngine(theta, optimizer, deepspeed_config, config.logging, folder)
     progress = Progress(folder, config.logging, ranks.is_main, engine)
     sampler = parts.tasks.sampler(config, method)
-    trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress, made_with=made_with)
+    trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress, made_with=trained_with)
     beside = config.trainer.parallel_episodes
     evaluator = Evaluator(
         learner, parts.tasks.letter_ids, config.eval, plan.eval_batch_size, config.seed, ranks, beside
@@ -320,22 +295,6 @@ def open_session(
     return session, checkpoint
 
 
-def plan_on(ranks: Ranks, config: Config, deepspeed_config: dict[str, Any]) -> Plan:
-    """The run's plan on these ranks' devices: the main rank counts, and all take its answer. ValueError as plan_run."""
-    answer: Plan | ValueError | None = None
-    if ranks.is_main:
-        gpu, capacity = ranks.device.type == "cuda", device_capacity(ranks.device, local_ranks())
-        try:
-            architecture = model_config(config.model)
-            answer = plan_run(config, architecture, deepspeed_config, ranks.world_size, gpu, capacity)
-        except ValueError as error:
-            answer = error
-    answer = ranks.from_main(answer)
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
-
-
 def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
     """The run's folder, which from here on says whose it is."""
     ranks.barrier()
@@ -344,95 +303,6 @@ def _prepare_folder(folder: Path, ranks: Ranks, overwrite: bool) -> None:
         write_whole(folder / PROVENANCE, json.dumps(provenance()))
     ranks.barrier()
     check_shared(folder, ranks)
-
-
-def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> Config:
-    """The configuration with as many episodes an outer step as the checkpoint's run had: the sequence depends on it.
-
-    ValueError where this is not the same run, or these ranks cannot go on with it.
-    """
-    if "tasks_per_step" not in checkpoint.state:
-        raise ValueError(
-            f"--resume auto: {checkpoint.folder} was written by an older version, which cannot be continued; start "
-            "another run with output=FOLDER"
-        )
-    _check_same_run(config, checkpoint, world_size)
-    number = checkpoint.state["tasks_per_step"]
-    if number < world_size:
-        raise ValueError(
-            f"--resume auto: {checkpoint.folder} has {number} episodes an outer step, and this run {world_size} ranks: "
-            f"some would idle; start it with at most {number}, or start another run with output=FOLDER"
-        )
-    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"tasks_per_step": number})})
-
-
-def _check_made_with(now: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """ValueError where the DeepSpeed file clips otherwise now, or the model's weights are others under the same name.
-    An older checkpoint, and a base that is spread over ranks, tell nothing.
-    """
-    saved = checkpoint.state.get("made_with", {})
-    for key, value in now.items():
-        known = saved.get(key)
-        if None not in (known, value) and known != value:
-            raise ValueError(
-                f"--resume auto: {key}: {show(known)} in the checkpoint, {show(value)} now; set it back, or start "
-                "another run with output=FOLDER"
-            )
-
-
-def _check_finished_run(config: Config, folder: Path, ranks: Ranks) -> None:
-    """ValueError where the folder holds a finished run of another configuration: without a checkpoint that tells it, a
-    resume would start from the beginning and replace it.
-    """
-    problem = None
-    if ranks.is_main and finished_facts(folder) is not None and (folder / CONFIG).is_file():
-        try:
-            found = load_config(folder / CONFIG)
-        except ConfigError as error:  # another version's
-            problem = str(error)
-        else:
-            there, now = (in_effect(flat(own.model_dump(mode="json"))) for own in (found, config))
-            for values in (there, now):
-                values["model.name"] = absolute_model(values["model.name"])
-            problem = _different(there, now, FIXED_KEYS, "in the run that is there")
-    if problem := ranks.from_main(problem):
-        raise ValueError(
-            f"--resume auto: {folder}: holds a finished run of another configuration, and no checkpoint:\n  {problem}\n"
-            "set these back, start another run with output=FOLDER, or replace this one with --overwrite"
-        )
-
-
-def _different(saved: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...], where: str) -> str:
-    """A line for each key that a resumed run must agree on and does not."""
-    return "\n  ".join(
-        f"{key}: {show(saved.get(key))} {where}, {show(now.get(key))} now"
-        for key in dict.fromkeys((*now, *saved))
-        if (key.partition(".")[0] in FIXED_BY_CHECKPOINT or key in fixed)
-        and key not in MAY_CHANGE
-        and saved.get(key) != now.get(key)
-    )
-
-
-def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
-    saved = in_effect(flat(completed(checkpoint.state["config"])))  # an older version's may lack keys
-    now = in_effect(flat(config.model_dump(mode="json")))
-    for values in (saved, now):  # a summary's is absolute, a command's may not be
-        values["model.name"] = absolute_model(values["model.name"])
-    saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]
-    if now["trainer.tasks_per_step"] is None:  # taken from the checkpoint
-        del saved["trainer.tasks_per_step"], now["trainer.tasks_per_step"]
-    fixed = FIXED_KEYS
-    if config.method.interpolates and config.method.reptile_schedule == "annealed":  # over the whole length
-        fixed += ("trainer.episodes", "trainer.epochs")
-    if METHODS[config.method.name].inner_loop and not config.method.reset_inner_optimizer:  # each rank has its moments
-        fixed += ("ranks",)
-        saved["ranks"], now["ranks"] = checkpoint.state["world_size"], world_size
-    if different := _different(saved, now, fixed, "in the checkpoint"):
-        kept = " (method.reset_inner_optimizer: false keeps moments on each rank)" if "ranks" in now else ""
-        raise ValueError(
-            f"--resume auto: the configuration differs from the checkpoint's:\n  {different}"
-            + f"\nset these back{kept}, or start another run with output=FOLDER"
-        )
 
 
 def _where(folder: Path) -> str:

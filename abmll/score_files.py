@@ -22,7 +22,7 @@ from abmll.files import write_whole
 from abmll.metrics import Predictions
 
 SCORES, PREDICTIONS, SETTINGS = "scores.json", "predictions.parquet", "settings.json"
-MADE_WITH = "made_with.json"  # what scores under settings depend on beside them
+MADE_WITH = "made_with.json"  # what the folder's scores depend on beside its settings
 _PLACE = ["method", "split", "steps", "task", "example"]
 _NUMBERS = ["label", "nll", "correct_vocabulary", "variance", "mutual_information"]
 
@@ -50,14 +50,14 @@ def save_scores(
     settings: Mapping[str, Any] | None = None,
     made_with: Mapping[str, Any] | None = None,
 ) -> None:
-    """Both files; the scores last: where they are, the predictions are whole. `settings`: the overrides they are under,
-    and `made_with`, see `scored_under`, are kept beside them.
+    """Both files; the scores last: where they are, the predictions are whole. `settings`, the overrides they are under
+    if they are not the run's own, and `made_with`, see `scored_under`, are kept beside them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SCORES).unlink(missing_ok=True)  # older ones should not stand beside what they were not made with
     if settings is not None:
-        (folder / SCORES).unlink(missing_ok=True)  # older ones should not stand beside what they were not made with
         write_whole(folder / SETTINGS, json.dumps(settings))
-        write_whole(folder / MADE_WITH, json.dumps(made_with))
+    write_whole(folder / MADE_WITH, json.dumps(made_with or {}))
     write_whole(folder / PREDICTIONS, prediction_table(evaluations).to_parquet(index=False))
     write_whole(folder / SCORES, json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1))
 
@@ -65,22 +65,30 @@ def save_scores(
 def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any] | None = None) -> bool:
     """Whether the folder holds scores under these overrides. Refused where they are under others.
 
-    `made_with`: the command's own overrides and, where it is known, theta's digest, to be held against those that the
-    scores were made with. Those of another theta are not there: it is gone. Scores that do not know what made them are
-    there.
+    `made_with`: the command's own `overrides` and, where they are known, `theta`'s digest and the `scoring` of its
+    configuration, to be held against those that the scores were made with. Those of another theta are not there: it is
+    gone; nor are those that are to be made otherwise now. Scores that do not know what made them are there.
     """
     if not (folder / SCORES).is_file():
         return False
     there, wanted = json.loads((folder / SETTINGS).read_text()), dict(settings)
     if there != wanted:
         raise Refused(f"{folder}: holds scores under {there}, not {wanted}; remove it, or take another name")
-    known = json.loads((folder / MADE_WITH).read_text()) if (folder / MADE_WITH).is_file() else None
-    if known is None or made_with is None:
+    known = load_made_with(folder)
+    if not known or made_with is None:
         return True
     if known["overrides"] != made_with["overrides"]:
         told = " and not ".join(" ".join(one["overrides"]) or "none" for one in (known, made_with))
         raise Refused(f"{folder}: holds scores with the overrides {told}; remove it, or take another name")
-    return known["theta"] == made_with.get("theta", known["theta"])
+    return all(known[key] == made_with[key] for key in ("theta", "scoring") if key in known and key in made_with)
+
+
+def load_made_with(folder: Path) -> dict[str, Any]:
+    """What the folder's scores say of what made them; nothing where they do not know."""
+    try:
+        return json.loads((folder / MADE_WITH).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def load_scores(folder: Path) -> list[Evaluation]:

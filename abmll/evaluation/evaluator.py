@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from abmll.config.schema import EvalConfig
 from abmll.dealing import deal
 from abmll.evaluation.active import choose
+from abmll.evaluation.adapted import AdaptedTasks
 from abmll.evaluation.held_out import leave_one_batch_out
 from abmll.evaluation.labels import shuffle_labels
 from abmll.evaluation.predictor import Predictor
@@ -66,10 +67,11 @@ class Evaluator:
         seed: int,
         ranks: Ranks,
         parallel_tasks: int = 1,
+        adapted: AdaptedTasks | None = None,  # of scorings before, by the same theta
     ):
         self.predictor = Predictor(learner, letter_ids, config, batch_size, seed)
         self.learner, self.config, self.seed, self.ranks = learner, config, seed, ranks
-        self.parallel_tasks = parallel_tasks
+        self.parallel_tasks, self.adapted = parallel_tasks, adapted
 
     def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
         """All ranks call this with the same tasks. Scores are NaN where a prediction is.
@@ -109,7 +111,10 @@ class Evaluator:
         held_out = {}
         if self.config.temperature == "held_out":
             held_out = {name: self._predict_held_out(method, name, own.examples) for name, own in support.items()}
-        self.predictor.adapt(method, list(support), [own.examples for own in support.values()])
+        if self.adapted is None:
+            self.predictor.adapt(method, list(support), [own.examples for own in support.values()])
+        else:
+            self.adapted.adapt(self.predictor, method, {name: own.examples for name, own in support.items()})
         for slot, (name, own) in enumerate(examples.items()):
             distinct = support[name].distinct
             found[name][steps] = self._score(method, name, own, distinct, steps, slot, held_out.get(name))

@@ -83,7 +83,7 @@ def test_a_run_takes_what_its_plan_says(run, policy):  # noqa: F811
 
 
 def test_a_small_machine_bounds_the_budget(run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("abmll.run.device_capacity", lambda *_: 1000)
+    monkeypatch.setattr("abmll.memory.on_ranks.device_capacity", lambda *_: 1000)
     with run.session(*AUTO) as session:
         assert session.plan.budget == 1000 and session.plan.checkpointing == "all layers"
 

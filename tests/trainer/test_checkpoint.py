@@ -19,7 +19,8 @@ from abmll.checkpoint import Checkpoint, CheckpointStore, newest_whole
 from abmll.config import load_config
 from abmll.distributed import Ranks
 from abmll.files import publish
-from abmll.run import Session, as_checkpointed
+from abmll.resuming import as_checkpointed
+from abmll.run import Session
 from abmll.tensor_files import read_tensors
 
 

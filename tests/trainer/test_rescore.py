@@ -12,6 +12,7 @@ from runs import TRAIN, call
 from abmll.config import ConfigError, Refused, config_from
 from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
 from abmll.deploy.meta_model import MetaModel
+from abmll.evaluation.predictor import Predictor
 from abmll.models.load import load_model
 from abmll.rescore import evaluate
 from abmll.score_files import load_scores
@@ -176,8 +177,11 @@ def test_scores_of_another_theta_or_with_other_overrides_are_not_taken_for_these
     run.train("trainer.episodes=4", resume=True)
     there, second = scored()
     assert not there and second != first
+    run.train("trainer.episodes=4", "eval.support_labels=shuffled", resume=True)  # the same theta, scored otherwise
+    there, third = scored()
+    assert not there and third != second
     (few / "made_with.json").unlink()  # scores of an older version
-    assert scored() == (True, second)
+    assert scored() == (True, third)
 
 
 def test_a_file_of_scores_does_not_go_with_settings(finished):
@@ -202,6 +206,49 @@ def test_every_scoring_option_is_a_setting(finished, tmp_path):
     settings.write_text("drawn: {eval.tfb.samples: 4}\n")
     with pytest.raises(ConfigError, match=r"eval\.tfb\.samples: 4: draws weights around a point estimate"):
         evaluate(str(finished.folder), [], None, str(settings))
+
+
+def test_settings_that_adapt_alike_adapt_once(finished, tmp_path, monkeypatch, capsys):
+    """... and give the scores that each of them has by itself."""
+    settings = {
+        "pruned": "eval.prune.fraction=0.3",
+        "sampled": "eval.samples=2",
+        "shuffled": "eval.support_labels=shuffled",
+        "pruned-more": "eval.prune.fraction=0.5",
+        "longer": "method.test_steps=3",
+    }
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run, ignore=shutil.ignore_patterns("scores"))
+    named = tmp_path / "settings.yaml"
+    named.write_text("".join(f"{name}: {{{text.replace('=', ': ')}}}\n" for name, text in settings.items()))
+    adapt, adapted = Predictor.adapt, []
+
+    def counted(predictor, method, tasks, examples):
+        adapted.append((predictor.config.support_labels, method.config.adaptation_steps, *tasks))
+        return adapt(predictor, method, tasks, examples)
+
+    monkeypatch.setattr(Predictor, "adapt", counted)
+    evaluate(str(run), [], None, str(named))
+    ways = [one[:2] for one in adapted]
+    own = finished.scores[-1]["tasks"]["0"]
+    expected = {("given", 2): 2 * len(own), ("shuffled", 2): len(own), ("given", 3): len(own)}
+    assert {way: ways.count(way) for way in expected} == expected
+    for name, text in settings.items():
+        evaluate(str(run), [text], str(tmp_path / "alone.json"))
+        assert json.loads((tmp_path / "alone.json").read_text()) == json.loads(
+            (run / "scores" / name / "scores.json").read_text()
+        )
+
+
+def test_the_pretrained_models_tasks_are_adapted_from_its_own_theta(finished, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("one: {eval.prune.fraction: 0.2}\ntwo: {eval.prune.fraction: 0.4}\n")
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run, ignore=shutil.ignore_patterns("scores"))
+    evaluate(str(run), ["eval.pretrained=true"], None, str(settings))
+    evaluate(str(run), ["eval.pretrained=true", "eval.prune.fraction=0.4"], str(tmp_path / "alone.json"))
+    both = json.loads((run / "scores/two/scores.json").read_text())
+    assert both == json.loads((tmp_path / "alone.json").read_text()) and both[0]["tasks"] != both[1]["tasks"]
 
 
 def test_a_point_estimate_is_scored_with_drawn_weights(make_run):
