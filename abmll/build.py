@@ -18,7 +18,6 @@ from abmll.models.fingerprint import fingerprint
 from abmll.models.load import load_model
 from abmll.models.packing import is_packed
 from abmll.models.positions import beyond_positions, check_positions
-from abmll.models.sharding import check_adapted
 from abmll.tasks.episodes import EpisodeSampler, PooledSampler
 from abmll.tasks.examples import Demonstrations, PromptCounts, PromptedTask
 from abmll.tasks.prompt import Limits, Prompter
@@ -37,6 +36,12 @@ class RunTasks:
     test: list[PromptedTask]
     letter_ids: tuple[int, ...]
     notes: list[str]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of all rows that training reads and that choose the best step, by the split's name."""
+        training = {f"{task.name} (training)": task.train.digest for task in (*self.train, *self.validation)}
+        return training | {f"{task.name} (validation)": task.validation.digest for task in self.validation}
 
     def sampler(self, config: Config, method: Method) -> EpisodeSampler:
         kind = PooledSampler if method.pooled else EpisodeSampler
@@ -121,7 +126,6 @@ def adapt_model(model: PreTrainedModel, config: Config, num_train_tasks: int | N
     _check_side_by_side(config, model)
     method = build_method(config.method, config.adapters.posterior)
     adapters = inject_adapters(model, config.adapters, config.method, method.layers, config.seed)
-    check_adapted(adapters.layers)
     return Learner(model, adapters, config.method, num_train_tasks, config.tasks.batch_size), method
 
 

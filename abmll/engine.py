@@ -15,9 +15,16 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from torch import Tensor, nn
 
+from abmll.config import ConfigError
+from abmll.config.errors import did_you_mean, show
+from abmll.config.messages import dotted
 from abmll.config.schema import LoggingConfig
 from abmll.files import read_json
 from abmll.profiling import phase
@@ -25,6 +32,7 @@ from abmll.tensor_files import read_tensors, write_tensors
 
 # Of a checkpoint: theta by name, its optimizer's moments as NAME.KIND, and what is counted.
 THETA, MOMENTS, COUNTS = "theta.safetensors", "moments.safetensors", "counts.json"
+_BATCHES = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # an outer step sums episodes itself
 
 
 class _Theta(nn.Module):
@@ -65,8 +73,7 @@ class ThetaEngine:
         self.theta = theta
         config = {
             **deepspeed_config,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
+            **_BATCHES,
             # torch's own AdamW and SGD are what the methods define; ZeRO shards them as they are
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -212,6 +219,34 @@ def _checked_counts(path: Path, with_moments: bool) -> dict[str, Any]:
     if not isinstance(counts, dict) or not all(type(counts.get(name)) is kind for name, kind in wanted.items()):
         raise ValueError(f"{path}: holds no counts {', '.join(wanted)}; another program wrote it")
     return counts
+
+
+def check_settings(settings: dict[str, Any], path: str | Path) -> None:
+    """ConfigError for every value that DeepSpeed would refuse when the engine starts, which is behind all else.
+
+    `settings` are the file's, checked for what is the trainer's own.
+    """
+    try:
+        config = DeepSpeedConfig({**settings, **_BATCHES})
+        if config.grad_accum_dtype is not None:
+            DtypeEnum(config.grad_accum_dtype)
+    except ValidationError as error:  # of one of its sections, which the message's places may lie below
+        section = {"DeepSpeedZeroConfig": ("zero_optimization",), "CommsLoggerConfig": ("comms_logger",)}
+        above = section.get(error.title, ())
+        raise ConfigError(
+            f"{path}: {dotted((*above, *one['loc']))}: {show(one['input'])}: {_wrong(one, error.title)}"
+            for one in error.errors(include_url=False)
+        ) from None
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        raise ConfigError([f"{path}: DeepSpeed refuses it: {error}; correct this value"]) from None
+
+
+def _wrong(error: ErrorDetails, section: str) -> str:
+    if error["type"] != "extra_forbidden":
+        return error["msg"].replace("Input should", "must") + "; change it, or remove it for DeepSpeed's default"
+    known = DeepSpeedZeroConfig.model_fields if section == "DeepSpeedZeroConfig" else ()
+    remedy = did_you_mean(str(error["loc"][-1]), known) if known else "remove it"
+    return f"unknown key; {remedy}"
 
 
 def check_monitors(config: LoggingConfig) -> list[str]:

@@ -16,7 +16,7 @@ from abmll.config.deepspeed import engine_settings
 from abmll.config.native import in_software
 from abmll.dealing import tasks_per_step
 from abmll.distributed import local_ranks
-from abmll.engine import check_monitors
+from abmll.engine import check_monitors, check_settings
 from abmll.memory import plan_run
 from abmll.memory.capacity import device_capacity
 from abmll.memory.table import summary
@@ -94,7 +94,9 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
 
     def deepspeed() -> str:
         path = resolve_path(config.trainer.deepspeed, config_path)
-        stage = engine_settings(config, config_path).get("zero_optimization", {}).get("stage", 0)
+        settings = engine_settings(config, config_path)
+        check_settings(settings, path)
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
         return f"{path}, ZeRO stage {stage}"
 
     def tasks() -> str:

@@ -50,17 +50,23 @@ def as_checkpointed(config: Config, checkpoint: Checkpoint, world_size: int) -> 
 
 
 def check_made_with(now: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """ValueError where the DeepSpeed file clips otherwise now, or the model's weights are others under the same name.
-    An older checkpoint, and a base that is spread over ranks, tell nothing.
+    """ValueError where the DeepSpeed file clips otherwise now, or the model's weights or the tasks' rows are others
+    under the same names. An older checkpoint, and a base that is spread over ranks, tell nothing.
     """
     saved = checkpoint.state.get("made_with", {})
     for key, value in now.items():
         known = saved.get(key)
-        if None not in (known, value) and known != value:
+        if None in (known, value) or known == value:
+            continue
+        if key == "tasks":
             raise ValueError(
-                f"--resume auto: {key}: {show(known)} in the checkpoint, {show(value)} now; set it back, or start "
-                "another run with output=FOLDER"
+                f"--resume auto: tasks: {_changed(known, value)}; episodes would be drawn otherwise: set the files "
+                "back, or start another run with output=FOLDER"
             )
+        raise ValueError(
+            f"--resume auto: {key}: {show(known)} in the checkpoint, {show(value)} now; set it back, or start another "
+            "run with output=FOLDER"
+        )
 
 
 def check_finished_run(config: Config, folder: Path, ranks: Ranks) -> None:
@@ -101,6 +107,16 @@ def checkpointed_scoring(checkpoint: Checkpoint) -> dict[str, Any]:
     """The same in the session that wrote the checkpoint."""
     values = flat(completed(checkpoint.state["config"]))
     return {key: values[key] for key in OF_SCORES}
+
+
+def _changed(saved: dict[str, str], now: dict[str, str]) -> str:
+    """Which splits are new, gone, or have other rows."""
+    kinds = {
+        "new": [name for name in now if name not in saved],
+        "gone": [name for name in saved if name not in now],
+        "with other rows": [name for name in now if name in saved and saved[name] != now[name]],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
 def _different(saved: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...], where: str) -> str:

@@ -16,7 +16,7 @@ from abmll.config.deepspeed import engine_settings
 from abmll.config.paths import with_absolute_model
 from abmll.dealing import tasks_per_step
 from abmll.distributed import Ranks, check_shared, joined_ranks
-from abmll.engine import ThetaEngine, check_monitors
+from abmll.engine import ThetaEngine, check_monitors, check_settings
 from abmll.evaluation import Evaluation, Evaluator
 from abmll.exhausted import told_as_settings
 from abmll.files import damage, remove_whole, sweep, write_whole
@@ -98,7 +98,11 @@ class Session:
         except (OSError, ValueError) as error:
             return None, str(error)
         found = next((evaluation for evaluation in saved if evaluation.method == "pretrained"), None)
-        return found, None if found else f"{self.folder}: holds none of its scores"
+        if found is None:
+            return None, f"{self.folder}: holds none of its scores"
+        if list(found.tasks[0]) != [task.name for task in self.parts.tasks.test]:
+            return None, "they are of other tasks"
+        return found, None
 
     def validate(self, position: Position) -> None:
         """Score the validation split; keep theta if it is the best so far by `eval.select_by`."""
@@ -247,6 +251,7 @@ def open_session(
     folder, config = Path(config.output), with_absolute_model(config)
     deepspeed_config = engine_settings(config, config_path)
     check_folder(folder, resume, overwrite)
+    check_settings(deepspeed_config, config.trainer.deepspeed)
     check_monitors(config.logging)
     store = CheckpointStore(folder / "checkpoints", config.trainer.keep_checkpoints, ranks)
     checkpoint = store.newest_whole() if resume else None
@@ -260,7 +265,11 @@ def open_session(
     ranks = in_step(ranks, config.model, parts.learner)
     plan = plan_on(ranks, config, deepspeed_config)
     checkpoint_layers(parts.model, plan.checkpointing)
-    trained_with = {"gradient_clipping": deepspeed_config["gradient_clipping"], "fingerprint": parts.fingerprint}
+    trained_with = {
+        "gradient_clipping": deepspeed_config["gradient_clipping"],
+        "fingerprint": parts.fingerprint,
+        "tasks": parts.tasks.digests,
+    }
     if checkpoint is not None:
         check_made_with(trained_with, checkpoint)
     _prepare_folder(folder, ranks, overwrite)  # behind all that can find a mistake

@@ -188,6 +188,7 @@ class Trainer:
                 gradient = _sum(gradient, update.total(finite))
                 if not all(finite):
                     self.inner_optimizer.state.clear()  # its moments are poisoned
+                del update  # its gradients [G, ...], while the next episodes adapt
             table, self._stop = self._exchanged(table)
             tables.append(table)
             finite = int(table[:, COLUMNS.index("finite")].sum())

@@ -65,7 +65,8 @@ def sampling_error_by_theta(
 ) -> tuple[Tensor, GaussianFactors]:
     """`sampling_error` of the same arguments, and its derivative by theta alone, each group's own."""
     number = len(phi.mean.a) if phi.grouped() else None
-    with torch.enable_grad():
+    # the graph is gone with the call: activation checkpointing around it need not keep, and count, what it saves
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         leaves = [
             (factor.detach() if number is None else factor.detach().expand(number, *factor.shape)).clone()
             for factor in flat(theta)
@@ -76,6 +77,10 @@ def sampling_error_by_theta(
         error = sampling_error(posterior, x.detach(), fixed, GaussianFactors.of_list(leaves), *named, **more)
         gradients = torch.autograd.grad(error.sum(), leaves)
     return error.detach(), GaussianFactors.of_list(list(gradients))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _error(x: Tensor, mask: Tensor | None, names: tuple, *factors: Tensor) -> Tensor:

@@ -126,13 +126,15 @@ def test_phi_gradient_equals_autograd(posterior, build_tiny):
     assert 1e-3 < beta * norms[1] / norms[0] < 1e3  # neither term hides the other
 
 
+@pytest.mark.parametrize("estimate", ["closed_form", "sample"])
 @pytest.mark.parametrize("posterior", POSTERIORS)
-def test_checkpointing_does_not_change_a_gradient(posterior, build_tiny):
+def test_checkpointing_does_not_change_a_gradient(posterior, estimate, build_tiny):
     results, calls = [], []
     for checkpointing in (False, True):
         tiny = build_tiny(
             torch.float64,
             adapters={"posterior": posterior},
+            method={"kl_estimate": estimate},
             trainer={"activation_checkpointing": checkpointing},
         ).scatter()
         layer, seen = next(iter(tiny.adapters.layers.values())), []

@@ -100,6 +100,14 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
     )
 
     rule(
+        second_order and config.model.sharding != "none",
+        "model.sharding",
+        "maml takes derivatives through several forward passes, and a sharded base's weights are whole within one "
+        "alone; set it to none, or method.name=fomaml",
+        "method.name",
+    )
+
+    rule(
         config.trainer.parallel_episodes > 1 and not config.method.reset_inner_optimizer,
         "trainer.parallel_episodes",
         "moments that pass from one episode to the next need episodes one after another; set it to 1, or "

@@ -108,16 +108,6 @@ def forget_pass(model: PreTrainedModel) -> None:
         decoder.reset_iter_state()
 
 
-def check_adapted(layers: dict[str, nn.Module]) -> None:
-    """ValueError where an adapter reads a weight that is whole only inside its own layer's call: the output layer's."""
-    for name, layer in layers.items():
-        if isinstance(layer.base, FSDPModule):
-            raise ValueError(
-                f"adapters.modules: {name}: cannot be adapted where the base is sharded; leave it out, or set "
-                "model.sharding=none"
-            )
-
-
 def gathered_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes that a rank receives from the others in a forward pass, and in a backward pass, which gathers all again but
     the embeddings. Nothing is sent here.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +46,11 @@ class TrainingExamples:
     def __init__(self, name: str, rows: Sequence[Example], encode: Encode):
         self._name, self._rows, self._encode = name, rows, encode
         self._made: dict[int, PromptedExample | None] = {}  # by row, None for one that does not fit
+
+    @property
+    def digest(self) -> str:
+        """Of the rows, in their order."""
+        return _digest(self._rows)
 
     def __len__(self) -> int:
         """Places, that is rows."""
@@ -115,6 +122,11 @@ class ScoredExamples(Sequence[PromptedExample]):
         self._behind: dict[tuple[Example, ...], ScoredExamples] = {}
 
     @property
+    def digest(self) -> str:
+        """Of the rows, in their order."""
+        return _digest(self._rows)
+
+    @property
     def num_rows(self) -> int:
         """Before any is left out: known without tokenising."""
         return len(self._rows)
@@ -141,6 +153,13 @@ class ScoredExamples(Sequence[PromptedExample]):
 
     def __getitem__(self, place):
         return self._fitting[place]
+
+
+def _digest(rows: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.input, row.options, row.output]).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ def test_an_unknown_kind_of_layers_is_refused(make_model, inject):
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
-    [("q_porj", r"did you mean q_proj\?"), ("zzz", "no linear layer .*; known: .*down_proj")],
+    [
+        ("q_porj", r"did you mean q_proj\?"),
+        ("zzz", "no linear layer .*; known: .*down_proj"),
+        ("lm_head", "the output layer cannot be adapted; leave it out"),
+    ],
 )
 def test_an_unknown_module_is_refused_with_what_there_is(wrong, told, make_model, inject):
     model = make_model()

@@ -129,7 +129,6 @@ def test_what_cannot_be_is_refused_on_every_rank(ranks):
     """None waits for another that has given up."""
     for fact in ranks[1]:
         assert "model-broken" in fact["no model"] and "cannot be loaded" in fact["no model"]
-        assert fact["output layer"].startswith("adapters.modules: lm_head: cannot be adapted where the base is sharded")
 
 
 @pytest.mark.parametrize("policy", ["none", "all layers"])

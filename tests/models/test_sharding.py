@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from abmll.distributed import start_ranks, stop_ranks
 from abmll.models.architectures import architecture_config, random_model
-from abmll.models.sharding import check_adapted, forget_pass, gathered_bytes, load_sharded
+from abmll.models.sharding import forget_pass, gathered_bytes, load_sharded
 
 CPU = torch.device("cpu")
 
@@ -79,14 +78,3 @@ def test_a_failed_pass_is_forgotten(rank):
         forget_pass(model)
         assert isinstance(attention.q_proj.weight, DTensor)
         assert torch.equal(model(tokens).logits, expected)
-
-
-def test_only_units_themselves_cannot_be_adapted(rank):
-    model = load()
-    assert isinstance(model.lm_head, FSDPModule)
-    adapter = nn.Module()
-    adapter.base = model.model.layers[0].self_attn.q_proj
-    check_adapted({"q_proj": adapter})
-    adapter.base = model.lm_head
-    with pytest.raises(ValueError, match=r"^adapters\.modules: lm_head: cannot be adapted where the base is sharded"):
-        check_adapted({"lm_head": adapter})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -220,6 +221,40 @@ def test_a_longer_run_passes_over_no_episode(make_run):
     run = make_run("even").train("trainer.tasks_per_step=2", "trainer.episodes=4")
     run.train(*longer, resume=True)
     assert run.theta_bytes == whole.theta_bytes
+
+
+def test_a_mistake_in_the_engines_file_costs_no_finished_run(make_run, tmp_path):
+    run, engine = make_run().train("trainer.episodes=1"), tmp_path / "engine.json"
+    engine.write_text('{"zero_optimization": {"stage": 2, "overlap_com": false}, "gradient_clipping": 0.0}')
+    with pytest.raises(Refused, match=r"overlap_com: False: unknown key; did you mean overlap_comm\?"):
+        run.train(f"trainer.deepspeed={engine}", overwrite=True)
+    assert run.scores and (run.folder / "checkpoints").is_dir()
+
+
+def test_a_resume_has_the_tasks_that_it_was_started_with(make_run, monkeypatch, tmp_path):
+    rows = [{"input": f"question {n}", "options": ["yes", "no"], "output": ("yes", "no")[n % 2]} for n in range(12)]
+
+    def write(name: str, rows: list[dict]) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name in ("one", "two", "unseen"):
+        write(name, rows)
+    asked = ("tasks.source=jsonl", f"tasks.folder={tmp_path}", "tasks.missing=warn")
+    asked = (*asked, "tasks.train=[one,two,three]", "tasks.test=[unseen]", "eval.pretrained=true")
+    run = make_run()
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        with pytest.raises(Stopped):
+            run.train(*asked)
+    write("three", rows)
+    write("two", rows[:-1])
+    with pytest.raises(Refused, match=r"tasks: new: three \(training\); with other rows: two \(training\); episodes"):
+        run.train(*asked, resume=True)
+    shutil.rmtree(tmp_path / "three")
+    write("two", rows)
+    run.train(*asked, resume=True)
 
 
 def test_a_resume_has_the_clipping_and_the_weights_that_it_was_started_with(make_run, monkeypatch, tmp_path):

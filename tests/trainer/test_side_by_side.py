@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from runs import Run
 from test_trainer import METHODS, poison, record_gradients
 
 from abmll.config import ConfigError
-from abmll.trainer import COLUMNS
+from abmll.trainer import COLUMNS, Trainer
 
 # AdamW divides a gradient by its own size, which makes the last bit of one near zero a part of a whole step. An epsilon
 # above all gradients makes its steps proportional to them, and rounding stays rounding.
@@ -119,6 +120,25 @@ def test_null_tasks_a_step_are_those_that_fit_side_by_side(run, capsys):
     assert "2 of 3 episodes on 1 ranks, 3 side by side (6 episodes" in header
     passes = session.parts.method.passes_per_episode
     assert f"in {passes} forward passes on each rank" in header
+
+
+@pytest.mark.parametrize("beside", [1, 2])
+def test_of_earlier_episodes_no_more_than_the_sum_is_held_while_others_adapt(run, monkeypatch, beside):
+    made: list[list[weakref.ref]] = []
+    alive: list[list[int]] = []  # before each visit: how many of each earlier one's gradients there are
+    update = Trainer._update
+
+    def watched(trainer, visit):
+        alive.append([sum(one() is not None for one in earlier) for earlier in made])
+        found = update(trainer, visit)
+        made.append([weakref.ref(value) for value in found.gradient.values()])
+        return found
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    with run.session(f"trainer.parallel_episodes={beside}", "trainer.tasks_per_step=6") as session:
+        session.trainer.run()
+    first = len(made[0]) if beside == 1 else 0  # one episode's gradients are themselves the sum
+    assert len(alive) == 6 // beside and alive[-1] == [first] + [0] * (6 // beside - 2)
 
 
 def test_a_run_goes_on_with_another_number_beside(make_run):

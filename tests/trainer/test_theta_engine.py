@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from abmll.config import ConfigError
 from abmll.config.schema import LoggingConfig
 from abmll.distributed import start_ranks, stop_ranks
-from abmll.engine import ThetaEngine
+from abmll.engine import ThetaEngine, check_settings
 
 SHAPES = {"layer.a": (3, 5), "layer.b": (7, 3), "other.a": (1, 1)}
 OPTIMIZERS = {
@@ -35,6 +36,29 @@ def make(tmp_path):
         return ThetaEngine(theta, OPTIMIZERS[optimizer](theta.values()), settings, LoggingConfig(), tmp_path)
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"zero_optimization": {"overlap_com": False}},
+            r"zero_optimization\.overlap_com: False: .* mean overlap_comm\?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "x"}},
+            r"zero_optimization\.reduce_bucket_size: 'x': must be a val",
+        ),
+        ({"comms_logger": {"enabled": "what"}}, r"comms_logger\.enabled: 'what': must be a valid boolean.*; change it"),
+        ({"tensorboard": {"outputpath": 1}}, r"tensorboard\.outputpath: 1: unknown key; remove it"),
+        ({"communication_data_type": "fp99"}, "DeepSpeed refuses it: .*fp99; correct this value"),
+        ({"data_types": {"grad_accum_dtype": "q"}}, "DeepSpeed refuses it: 'q' is not a valid"),
+    ],
+)
+def test_what_deepspeed_would_refuse_at_its_start_is_found_before(settings, told):
+    check_settings({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0}, "engine.json")
+    with pytest.raises(ConfigError, match=rf"^engine\.json: {told}"):
+        check_settings(settings, "engine.json")
 
 
 def steps(engine: ThetaEngine, *numbers: int) -> dict[str, torch.Tensor]:
