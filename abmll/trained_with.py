@@ -33,15 +33,30 @@ OF_TRAINING = {  # keys that training alone reads
     "trainer.max_nonfinite",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.deepspeed",
+    "eval.select_by",
+}
+# what an adaptation to a user's own examples does not read either: they are its task, and its command's options say how
+# it is scored
+OF_TASKS = {
+    f"tasks.{name}"
+    for name in ("source", "folder", "lists", "train", "validation", "test", "missing", "max_train_examples")
 }
 
 
-def refuse_unread(overrides: Iterable[str]) -> None:
-    """ConfigError for every override that would do nothing to a trained run."""
-    keys = [text.partition("=")[0].strip() for text in overrides]
-    unread = [key for key in keys if key in OF_TRAINING]
-    if unread:
-        raise ConfigError([f"override: {key}: only training reads it; {MEANT.get(key, 'remove it')}" for key in unread])
+def refuse_unread(overrides: Iterable[str], adapting: bool = False) -> None:
+    """ConfigError for every override that would do nothing to a trained run that is scored, or (`adapting`) that is
+    adapted to a user's own examples.
+    """
+    problems = []
+    for key in (text.partition("=")[0].strip() for text in overrides):
+        if key in OF_TRAINING or key.startswith("logging."):
+            problems.append(f"override: {key}: only training reads it; {MEANT.get(key, 'remove it')}")
+        elif adapting and (key in OF_TASKS or (key.startswith(("eval.", "memory.")) and key != "eval.batch_size")):
+            remedy = "give --samples to predict.py or evaluate.py" if key == "eval.samples" else "remove it"
+            problems.append(f"override: {key}: adapting to examples of your own does not read it; {remedy}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def refuse_other_training(config: Config, facts: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from abmll.compare.analysis import analyse
-from abmll.compare.grid import jobs, lists_of, place_of_score
+from abmll.compare.grid import jobs, keys_to_choose, place_of_score
 from abmll.compare.load import load_comparison, output_of
 from abmll.compare.results import INDEX
 from abmll.compare.runner import Outcome, Runner, made
 from abmll.compare.schema import PLAIN, Comparison, Job
-from abmll.compare.tuning import Choice, choose, write_choices
+from abmll.compare.tuning import Choice, choose, chosen_before, write_choices
 from abmll.config import Refused
 from abmll.files import write_whole
 from abmll.score_files import PREDICTIONS
@@ -35,7 +35,7 @@ def compare(
     runner = Runner(comparison.config, folder, launch, workers, ranks)
     if only == "list":
         for job in jobs(comparison, {}, extra):
-            print(f"{job.folder:<60} {'finished' if runner.finished(job) else ''}")
+            print(f"{job.folder:<60} {_state(job, comparison, runner)}")
         return 0
     outcomes: list[Outcome] = []
     if only != "analysis":
@@ -50,11 +50,29 @@ def compare(
     into = _place_of(comparison, folder)
     if not (into / INDEX).is_file():
         raise Refused(f"output: {into}: holds no {INDEX}; run the comparison first")
+    if only == "analysis":  # of what the file says now
+        write_whole(into / INDEX, json.dumps(index(comparison, _as_chosen(comparison, runner, into, extra)), indent=1))
     if not _anything_finished(folder, into):
         raise Refused(f"{into}: none of its runs is finished, so there is nothing to analyse; run the comparison again")
     for written in analyse(folder, into):
         print(written)
     return 1 if failed else 0
+
+
+def _state(job: Job, comparison: Comparison, runner: Runner) -> str:
+    try:
+        runner.check_there(job, keys_to_choose(comparison, job.method))
+    except Refused as error:
+        return f"refused: {error}"
+    return "finished" if runner.finished(job) else ""
+
+
+def _as_chosen(comparison: Comparison, runner: Runner, into: Path, extra: tuple[str, ...]) -> list[Job]:
+    """The comparison's runs with the settings that were chosen for them. Refused where a folder holds another run."""
+    wanted = jobs(comparison, chosen_before(into) if comparison.tune else {}, extra)
+    for job in wanted:
+        runner.check_there(job, keys_to_choose(comparison, job.method))
+    return wanted
 
 
 def _stop_at_signals() -> None:
@@ -91,7 +109,7 @@ def _choices(
     if not comparison.tune:
         return [], []
     for job in jobs(comparison, {}, extra):  # a refusal behind the tries would come late
-        runner.check(job, [key for keys in lists_of(comparison.tune, job.method) for key in keys.split("+")])
+        runner.check(job, keys_to_choose(comparison, job.method))
     choices, outcomes = choose(comparison, runner, extra, _place_of(comparison, runner.folder))
     if choices is None:
         return None, outcomes

@@ -69,6 +69,12 @@ def lists_of(tuning: Tuning, method: str) -> dict[str, list[Any]]:
     return tuning.grid.get(method, tuning.grid.get("all", {}))
 
 
+def keys_to_choose(comparison: Comparison, method: str) -> list[str]:
+    """The keys of a method that the comparison chooses; none where it chooses nothing."""
+    lists = lists_of(comparison.tune, method) if comparison.tune else {}
+    return [key for keys in lists for key in keys.split("+")]
+
+
 def grid_of(tuning: Tuning, method: str) -> list[Overrides]:
     """A method's tries, in the order of its lists."""
     lists = lists_of(tuning, method)

@@ -92,6 +92,10 @@ class Runner:
                     config = load_config(self.config, [*job.overrides, *overrides])
                     if problem := missing_tasks(config, self.config, job.needed):
                         raise Refused(problem)
+        self.check_there(job, to_choose)
+
+    def check_there(self, job: Job, to_choose: Collection[str] = ()) -> None:
+        """What of `check` asks about the job's own folder alone."""
         for name, values in job.scores.items():
             scored_under(self.folder / job.folder / "scores" / name, values, {"overrides": []})
         path = self.folder / job.folder / "config.yaml"

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, field_validator
 
 from abmll.config.errors import show
 from abmll.config.settings import check_settings, is_folder_name, whole_sections
@@ -33,6 +33,7 @@ def single_keys(values: Overrides) -> Overrides:
     return values
 
 
+Seed = Annotated[int, Strict()]  # true is none
 SingleKeys = Annotated[Overrides, AfterValidator(single_keys)]
 
 
@@ -48,7 +49,7 @@ class Tuning(BaseModel):
         min_length=1,
         description="method, or `all` for those not named -> section.key, or several joined by + -> values to try.",
     )
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         default=[0], min_length=1, description="Of the tries; not the comparison's where a seed makes its own tasks."
     )
     overrides: SingleKeys = Field(default_factory=dict, description="Of the tries alone, such as fewer episodes.")
@@ -78,7 +79,7 @@ class Comparison(BaseModel):
     task_sets: Named = Field(default={"tasks": {}}, min_length=1)
     methods: Named = Field(min_length=1)
     settings: Named = Field(default={"default": {}}, min_length=1)
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     tune: Tuning | None = None
     scores: Named = Field(default_factory=dict, description="Further ways to score each finished run.")
     baselines: list[str] = Field(default_factory=list, description="The methods that the others are tested against.")

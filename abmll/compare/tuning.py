@@ -72,6 +72,14 @@ def write_choices(comparison: Comparison, choices: Sequence[Choice], into: Path)
     write_whole(into / TUNING, text)
 
 
+def chosen_before(into: Path) -> dict[Cell, Overrides]:
+    """Each cell's settings, as `write_choices` wrote them; none where nothing was chosen yet."""
+    if not (into / TUNING).is_file():
+        return {}
+    choices = json.loads((into / TUNING).read_text())
+    return {(one["model"], one["task_set"], one["method"]): one["chosen"] for one in choices}
+
+
 def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, lists: Mapping[str, list[Any]]) -> Choice:
     """The first of the best; NaN, of a try that diverged, is the worst. Refused where all did."""
     if all(math.isnan(score) for _, score in scored):

@@ -21,6 +21,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list, [a, b]",
+    "list_type": "a list, [a, b]",
     "dict_type": "a mapping (an indented block of `key: value` lines)",
     "model_type": "a mapping (an indented block of `key: value` lines)",
 }
@@ -42,18 +43,22 @@ def key_of(error: ErrorDetails, data: Any) -> Key:
     return key
 
 
-def describe(key: Key, errors: list[ErrorDetails]) -> str:
-    """`section.key: value: what is wrong; remedy`, from all the errors (a union gives several) of one key."""
+def describe(key: Key, errors: list[ErrorDetails], model: type[BaseModel] = Config) -> str:
+    """`section.key: value: what is wrong; remedy`, from all the errors (a union gives several) of one key of a file
+    that `model` describes.
+    """
     first = errors[0]
     if first["type"] == "missing":
-        return (
-            f"{dotted(key)}: not set: it is required; write it in the file, or add {dotted(key)}=VALUE to the command"
-        )
+        command = f", or add {dotted(key)}=VALUE to the command" if model is Config else ""
+        return f"{dotted(key)}: not set: it is required; write it in the file{command}"
+    if first["type"] == "value_error":  # a rule of ours, which says what to do
+        told = str(first["ctx"]["error"])
+        return told if told.startswith(dotted(key)) else f"{dotted(key)}: {told}"
     value = show(first["input"])
     if first["type"] == "extra_forbidden":
-        return f"{dotted(key)}: {value}: unknown key; {_unknown(key)}"
+        return f"{dotted(key)}: {value}: unknown key; {_unknown(key, model)}"
     wrong = " or ".join(dict.fromkeys(_wrong(error) for error in errors)).replace(" or must be", " or")
-    return f"{dotted(key)}: {value}: {wrong}; {_hint(errors) or _default(key)}"
+    return f"{dotted(key)}: {value}: {wrong}; {_hint(errors) or _default(key, model)}"
 
 
 def _wrong(error: ErrorDetails) -> str:
@@ -88,8 +93,8 @@ def _hint(errors: list[ErrorDetails]) -> str:
     return ""
 
 
-def _default(key: Key) -> str:
-    section = _section(key[:-1])
+def _default(key: Key, model: type[BaseModel]) -> str:
+    section = _section(key[:-1], model)
     field = section.model_fields.get(str(key[-1])) if section else None
     if field is None or field.is_required():
         return "change it"
@@ -100,17 +105,16 @@ def _default(key: Key) -> str:
     return f"change it, or remove it for the default, {text}"
 
 
-def _unknown(key: Key) -> str:
-    section, name = _section(key[:-1]), str(key[-1])
-    owners = [f"{path}.{name}".lstrip(".") for path, other in _sections() if name in other.model_fields]
+def _unknown(key: Key, model: type[BaseModel]) -> str:
+    section, name = _section(key[:-1], model), str(key[-1])
+    owners = [f"{path}.{name}".lstrip(".") for path, other in _sections(model) if name in other.model_fields]
     if owners:
         return f"it belongs elsewhere: write {' or '.join(owners)}"
     return did_you_mean(name, section.model_fields if section else ())
 
 
-def _section(key: Key) -> type[BaseModel] | None:
+def _section(key: Key, model: type[BaseModel]) -> type[BaseModel] | None:
     """The section that a key names, None where it names something else."""
-    model: type[BaseModel] = Config
     parts = list(key)
     while parts:
         field = model.model_fields.get(str(parts.pop(0)))
@@ -128,7 +132,7 @@ def _section(key: Key) -> type[BaseModel] | None:
     return model
 
 
-def _sections(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     yield path, model
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

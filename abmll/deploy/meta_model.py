@@ -50,7 +50,7 @@ class MetaModel:
         summary = folder / FINAL if (folder / FINAL).is_dir() else folder
         try:
             theta, facts = load_summary(summary)
-            refuse_unread(overrides)
+            refuse_unread(overrides, adapting=True)
             config = config_from(facts["config"], summary, overrides, scoring=True)
             refuse_other_training(config, facts)
             if config.method.name == Frequencies.name:
@@ -144,6 +144,7 @@ class MetaModel:
         None: each question brings its own.
         """
         checked = None if options is None else check_options(tuple(options), f"task {task}: options")
+        check_spelling(checked or (), f"task {task}")
         return TaskModel(self.base, None, self._card(Support(task, 0, (), ()), checked, 0, []))
 
     def _before(self, support: Support, examples: Sequence[Example]) -> dict[str, float]:

@@ -180,6 +180,8 @@ def suggest(
     file, whatever a column of that name says.
     """
     rows = [checked(row, columns) for row in read_rows(source)]
+    if not rows:
+        raise ValueError(f"{source}: holds no rows; write one example a line")
     if run is not None:
         own = MetaModel.load(run, of_base(model, dtype), device).unadapted(options or ())
     else:

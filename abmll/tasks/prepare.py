@@ -48,12 +48,22 @@ def names_of(tasks: str, lists: Path) -> tuple[str, ...]:
     if not path.is_file():
         path = Path(tasks)
         if path.suffix not in (".yaml", ".yml"):
-            return tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+            return _named(tasks, lists)
     written = read_mapping(path)
     groups = [written.get(key) or [] for key in ("train", "validation", "test")]
     if not any(groups) or not all(isinstance(group, list) for group in groups):
         raise ConfigError([f"{path}: holds no list of tasks; write train, validation or test: [a, b]"])
     return tuple(dict.fromkeys(str(name) for group in groups for name in group))
+
+
+def _named(tasks: str, lists: Path) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise ConfigError([f"--tasks: {tasks!r}: names no task; name a list, or tasks with commas between"])
+    problems = [f"--tasks: {name}: is a list; name it alone" for name in names if (lists / f"{name}.yaml").is_file()]
+    if problems:
+        raise ConfigError(problems)
+    return names
 
 
 def prepare(

@@ -186,6 +186,12 @@ class RowReader:
         if not isinstance(label, (int, str)):
             raise ValueError(f"{where}: {label!r}, a {type(label).__name__}: a label is an index or an option's text")
         index = int(label)
+        said = next((option for option in options if option.casefold() == str(label).casefold()), None)
+        if not isinstance(label, str) and said not in (None, *options[max(index, 0) : index + 1]):  # 1 of ["1", "2"]
+            raise ValueError(
+                f"{where}: {label!r}: is the text of option {said!r}, whose index is {options.index(said)}; say which "
+                "is meant by labels: [...], a value of the column for each option"
+            )
         if not 0 <= index < len(options):
             unlabelled = " (-1 marks a split without labels: read another split)" if index == -1 else ""
             raise ValueError(f"{where}: {index}: not an index into the {len(options)} options{unlabelled}")

@@ -236,13 +236,22 @@ def test_choices_go_with_the_runs_that_were_made_with_them(stand_in, tmp_path):
     assert not chosen.exists()
 
 
+def test_the_analysis_is_of_what_the_file_says_now(stand_in, tmp_path):
+    text = with_files(tmp_path, "a", "b")
+    for baseline, only in (("lora", None), ("abmll", "analysis")):
+        with pytest.raises(Refused, match="none of its runs is finished"):
+            stand_in(text=text.replace("baselines: [lora]", f"baselines: [{baseline}]"), only=only)
+        index = json.loads((tmp_path / "out/comparisons/some/comparison.json").read_text())
+        assert index["baselines"] == [baseline]
+
+
 def another_runs(config: str, place: Path, *overrides: str) -> None:
     """What a run with these overrides leaves in its folder."""
     found = load_config(config, [*overrides, f"output={place}", "logging.progress_bar=false"])
     save_config(with_absolute_paths(found, config), place / "config.yaml")
 
 
-def test_another_runs_folder_is_refused_before_the_tries_and_before_the_index(stand_in, tmp_path):
+def test_another_runs_folder_is_refused_before_the_tries_and_before_the_index(stand_in, tmp_path, capsys):
     text = with_files(tmp_path, "a", "b", "c")
     tune = "tune: {tasks: [c], grid: {lora: {method.outer_lr: [1e-4, 1e-3]}, abmll: {}}}\n"
     (tmp_path / "some.yaml").write_text(text)
@@ -253,6 +262,11 @@ def test_another_runs_folder_is_refused_before_the_tries_and_before_the_index(st
     for more in (tune, ""):
         with pytest.raises(Refused, match=r"holds another run: .*trainer\.episodes: 7 there, 6 now"):
             stand_in(text=text + more)
+        capsys.readouterr()
+        assert stand_in(text=text + more, only="list") == 0
+        first, *others = capsys.readouterr().out.splitlines()
+        assert "refused: " in first and "trainer.episodes: 7 there, 6 now" in first
+        assert not any("refused" in line for line in others)
         assert not list((tmp_path / "out").rglob("compare.log"))
         assert not list((tmp_path / "out").rglob("comparison.json"))
     another_runs(comparison.config, place, *lora.overrides, "method.outer_lr=1e-4")

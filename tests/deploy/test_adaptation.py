@@ -72,6 +72,16 @@ def test_an_override_does_not_make_theta_another_ones(run, override):
         MetaModel.load(run, [override], device="cpu")
 
 
+@pytest.mark.parametrize(
+    "override", ["eval.samples=8", "eval.prune.fraction=0.5", "tasks.folder=x", "memory.budget_gb=1"]
+)
+def test_an_override_that_no_adaptation_reads_is_refused(run, override):
+    told = rf"override: {override.partition('=')[0]}: adapting to examples of your own does not read it; "
+    with pytest.raises(ConfigError, match=told + ("give --samples" if "samples" in override else "remove it")):
+        MetaModel.load(run, [override], device="cpu")
+    MetaModel.load(run, ["eval.batch_size=2"], device="cpu")
+
+
 def test_a_diverging_adaptation_is_refused(run):
     meta = MetaModel.load(run, ["method.test_lr=1e30"], device="cpu")
     with pytest.raises(Refused, match=r"task moods: adaptation: the loss by step is .*lower method\.test_lr"):

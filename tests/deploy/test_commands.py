@@ -218,6 +218,14 @@ def test_a_bad_row_ends_it_with_its_place(call, adapter, tmp_path):
     assert status == 2 and "t.jsonl:2: no column text or input" in err
 
 
+def test_suggest_refuses_a_file_without_rows_and_options_that_are_one(call, adapter, run, texts, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    status, _, err = call("suggest", "--adapter", adapter, "--input", tmp_path / "none.jsonl")
+    assert status == 2 and "none.jsonl: holds no rows; write one example a line" in err
+    status, _, err = call("suggest", "--run", run, "--options", "good", "Good", "--device", "cpu", "--input", texts)
+    assert status == 2 and "labels 'good' and 'Good' differ in case or spaces alone" in err
+
+
 def test_suggest_prints_the_rows(call, adapter, adapted, run, texts):
     status, out, _ = call("suggest", "--adapter", adapter, "--input", texts, "--count", 2)
     assert status == 0

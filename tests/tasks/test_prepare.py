@@ -317,6 +317,10 @@ def test_names_of_a_list_a_file_and_a_command(tmp_path):
     assert names_of("mine", tmp_path) == ("a", "b", "c")
     assert names_of(str(tmp_path / "mine.yaml"), Path("nowhere")) == ("a", "b", "c")
     assert names_of("x, y,x,", tmp_path) == ("x", "y")
+    with pytest.raises(ConfigError, match=r"--tasks: ' ,': names no task"):
+        names_of(" ,", tmp_path)
+    with pytest.raises(ConfigError, match=r"--tasks: mine: is a list; name it alone"):
+        names_of("x,mine", tmp_path)
     with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read"):
         names_of("gone.yaml", tmp_path)
     (tmp_path / "run.yaml").write_text("model: {}\n")

@@ -72,6 +72,9 @@ def test_overrides_that_nothing_would_read_are_refused(finished, tmp_path):
         ("output=x", "with --output"),
         ("method.inner_lr=1", "set method.test_lr"),
         ("trainer.episodes=9", "remove"),
+        ("trainer.deepspeed=x.json", "remove"),
+        ("logging.every=3", "remove"),
+        ("eval.select_by=nll", "remove"),
     ):
         with pytest.raises(
             ConfigError, match=rf"override: {key.partition('=')[0]}: only training reads it; .*{remedy}"
