@@ -19,21 +19,20 @@ class AdaptedTasks:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Any, dict[str, Tensor]]] = {}
 
-    @torch.no_grad()
     def adapt(self, predictor: Predictor, method: Method, support: Mapping[str, Sequence[PromptedExample]]) -> None:
         """As `Predictor.adapt` on the tasks' examples: phi's slots in their order, from here where all of them are."""
         phi = predictor.learner.adapters.phi
         made_by = {task: _made_by(predictor, method, examples) for task, examples in support.items()}
         if all(task in self._kept and self._kept[task][0] == made for task, made in made_by.items()):
             predictor.learner.adapters.reset_phi(len(support))
-            for slot, task in enumerate(support):
-                for name, value in self._kept[task][1].items():
-                    phi[name][slot].copy_(value)
+            with torch.no_grad():
+                for slot, task in enumerate(support):
+                    for name, value in self._kept[task][1].items():
+                        phi[name][slot].copy_(value)
             return
-        with torch.enable_grad():
-            predictor.adapt(method, list(support), list(support.values()))
+        predictor.adapt(method, list(support), list(support.values()))
         for slot, (task, made) in enumerate(made_by.items()):
-            self._kept[task] = (made, {name: value[slot].to("cpu", copy=True) for name, value in phi.items()})
+            self._kept[task] = (made, {name: value[slot].detach().to("cpu", copy=True) for name, value in phi.items()})
 
 
 def _made_by(predictor: Predictor, method: Method, examples: Sequence[PromptedExample]) -> tuple[Any, ...]:
