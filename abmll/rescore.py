@@ -99,6 +99,9 @@ class FinishedRun:
     def _notes(self, config: Config, scored: Sequence[str]) -> Iterator[str]:
         if slow := in_software(config.model.dtype, self.ranks.device.type):
             yield slow
+        if config.eval.samples and not self.parts.method.sampled:
+            name, samples = config.method.name, config.eval.samples
+            yield f"eval.samples: {samples}: {name} has no posterior: its scores are the mean's"
         if seen := [name for name in scored if name in self.facts.get("trained_on", ())]:
             yield f"{', '.join(seen)}: this run was trained on them; their scores are not those of unseen tasks"
 

@@ -35,13 +35,17 @@ OF_TRAINING = {  # keys that training alone reads
     "trainer.keep_checkpoints",
     "trainer.deepspeed",
     "eval.select_by",
+    "method.prior_shape",
+    "method.prior_rate",
+    "tasks.train",
+    "tasks.keep_overlap",
 }
-# what an adaptation to a user's own examples does not read either: they are its task, and its command's options say how
-# it is scored
-OF_TASKS = {
-    f"tasks.{name}"
-    for name in ("source", "folder", "lists", "train", "validation", "test", "missing", "max_train_examples")
-}
+# what an adaptation to a user's own examples does not read either: they are its task, alone on one device, and its
+# command's options say how it is scored
+NOT_OF_ADAPTING = (
+    *("tasks.source", "tasks.folder", "tasks.lists", "tasks.validation", "tasks.test", "tasks.missing", "tasks.hub"),
+    *("tasks.builtin", "tasks.max_train_examples", "eval", "memory", "model.sharding", "trainer.parallel_episodes"),
+)
 
 
 def refuse_unread(overrides: Iterable[str], adapting: bool = False) -> None:
@@ -52,7 +56,7 @@ def refuse_unread(overrides: Iterable[str], adapting: bool = False) -> None:
     for key in (text.partition("=")[0].strip() for text in overrides):
         if key in OF_TRAINING or key.startswith("logging."):
             problems.append(f"override: {key}: only training reads it; {MEANT.get(key, 'remove it')}")
-        elif adapting and (key in OF_TASKS or (key.startswith(("eval.", "memory.")) and key != "eval.batch_size")):
+        elif adapting and key != "eval.batch_size" and any(f"{key}.".startswith(f"{own}.") for own in NOT_OF_ADAPTING):
             remedy = "give --samples to predict.py or evaluate.py" if key == "eval.samples" else "remove it"
             problems.append(f"override: {key}: adapting to examples of your own does not read it; {remedy}")
     if problems:

@@ -9,13 +9,14 @@ test tasks: see `abmll.compare.tuning`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from abmll.compare.schema import ONLY, PLAIN, Cell, Comparison, Job, Overrides, Try, Tuning
-from abmll.config import ConfigError, load_config, override_texts
+from abmll.config import ConfigError, load_config, override_texts, resolve_path
+from abmll.config.task_lists import resolve_task_lists
 
 OF_TEST = "method.test_"  # keys of the adaptation to an unseen task, which no training reads
 
@@ -130,13 +131,23 @@ def _runs_of_try(
             job,
             setting=f"try-{number}",
             folder=f"tuning/{job.model}/{job.task_set}/{job.method}/try-{number}/seed-{job.seed}",
-            overrides=(*job.overrides, *over),
+            overrides=(*job.overrides, *over, *_training_tasks(comparison, (*job.overrides, *extra))),
             scores={},
             needed=tuple(tuning.tasks),
         )
         for job in jobs(plain, {cell: values}, ())
         if (job.model, job.task_set, job.method) == cell
     ]
+
+
+def _training_tasks(comparison: Comparison, overrides: Sequence[str]) -> list[str]:
+    """A run's test tasks leave its training, and so they do a try's, which has other test tasks."""
+    with suppress(ConfigError):  # told with the other mistakes
+        tasks = load_config(comparison.config, overrides).tasks
+        if tasks.source != "builtin":
+            lists = resolve_task_lists(tasks, lambda path: resolve_path(path, comparison.config))
+            return override_texts({"tasks.train": list(lists.train)}) if lists.overlap_removed else []
+    return []
 
 
 def place_of_score(name: str) -> str:

@@ -79,7 +79,8 @@ def styles_of(labels: Iterable[str]) -> Styles:
 
 def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     """Validation accuracy and ECE after adaptation (as the paper's Figure 2), and the training NLL of an episode's last
-    batch, against episodes; mean over seeds, the band from the lowest to the highest."""
+    batch, against episodes; mean over seeds, the band from the lowest to the highest. A curve ends where a seed's does.
+    """
     panels = [
         ("accuracy", f"validation accuracy %,\ntrailing mean of {WINDOW} validations", 100.0),
         ("ece", f"validation ECE,\ntrailing mean of {WINDOW} validations", 1.0),
@@ -95,6 +96,7 @@ def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
             points = pd.concat(
                 [smoothed(seed, max(1, len(seed) // 10) if name == "nll" else WINDOW) for seed in seeds], axis=1
             )
+            points = points.dropna()  # where a seed has diverged, the others' mean would be another curve
             axis.plot(points.index, points.mean(axis=1), label=label, **styles[label])
             band = {"color": styles[label]["color"], "alpha": 0.15, "linewidth": 0}
             axis.fill_between(points.index, points.min(axis=1), points.max(axis=1), **band)

@@ -86,7 +86,7 @@ def best(cell: Cell, scored: list[tuple[Overrides, float]], select_by: str, list
         raise Refused(f"tune: {' '.join(cell)}: all {len(scored)} tries diverged; name other values in tune.grid")
     sign = -1.0 if select_by in HIGHER_IS_BETTER else 1.0
     chosen, _ = min(scored, key=lambda one: math.inf if math.isnan(one[1]) else sign * one[1])
-    numbers = {key: values for key, values in lists.items() if all(isinstance(value, (int, float)) for value in values)}
+    numbers = {key: values for key, values in lists.items() if all(type(value) in (int, float) for value in values)}
     at = {key: chosen[key.partition("+")[0]] for key in numbers}
     ends = [key for key, values in numbers.items() if len(values) > 1 and at[key] in (min(values), max(values))]
     return Choice(cell, scored, chosen, ends)

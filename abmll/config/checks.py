@@ -93,7 +93,7 @@ def sections_disagree(config: Any, scoring: bool = False) -> list[Problem]:
         "method.name",
     )
     rule(
-        second_order and config.trainer.activation_checkpointing is not False,
+        second_order and config.trainer.activation_checkpointing is not False and not scoring,
         "trainer.activation_checkpointing",
         "maml's inner steps cannot be made again in its backward pass; set it to false, or method.name=fomaml",
         "method.name",

@@ -247,11 +247,14 @@ def _check_picture(path: str) -> None:
 
 def _draw(found: Predictions, name: str, path: str) -> None:
     """A reliability diagram; the file's ending says which kind of picture."""
+    import matplotlib  # an optional package
+
     from abmll.compare.plots import reliability
 
     confidence, choice = (column.numpy() for column in found.options.max(dim=1))
     examples = {"label": name, "run": name, "confidence": confidence, "correct": choice == found.label.numpy()}
-    reliability(pd.DataFrame(examples)).savefig(path)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a task's name may hold dollar signs
+        reliability(pd.DataFrame(examples)).savefig(path)
 
 
 def _of_fitting(

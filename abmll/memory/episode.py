@@ -173,8 +173,7 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         engine = CountedEngine(learner.adapters.theta, build_optimizer, setup.deepspeed, setup.world_size, counter)
         inner = learner.optimizer(config.method.inner_lr)
         beside = episodes_beside(config, setup.world_size)
-        batch = side_by_side([make_batch(config.tasks.batch_size, config.tasks.max_tokens)] * beside)
-        keys = [rows_of_keys([NoiseKey(0, step)] * beside, batch.input_ids.device) for step in range(2)]
+        batch, keys = _side_by_side(config, beside)
         learner.adapters.reset_phi(beside)
         counter.label(ADAPTERS, learner.adapters.phi.values())
     several = (config.trainer.tasks_per_step or 1) > setup.world_size * beside
@@ -201,10 +200,15 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         del gradient, sums
         learner.adapters.reset_phi(beside)
     adapts_as_it_trains = method.inner_loop and config.method.reset_inner_optimizer
-    if setup.scoring and not adapts_as_it_trains:
+    tasks = config.trainer.parallel_episodes  # an outer step may have fewer
+    if setup.scoring and not (adapts_as_it_trains and tasks == beside):
         with counter.stage(ADAPTATION):
+            learner.adapters.reset_phi(tasks)
+            counter.label(ADAPTERS, learner.adapters.phi.values())
+            if tasks != beside:
+                batch, keys = _side_by_side(config, tasks)
             method.adapt(learner, [batch] * 2, keys)  # then its moments are there
-            learner.adapters.reset_phi(beside)
+            learner.adapters.reset_phi(tasks)
     bound = max((counter.peaks[phase].size for phase in (*TRAINING, ADAPTATION) if phase in counter.peaks), default=0)
     for examples in setup.scoring:
         counter.peaks.pop(SCORING, None)
@@ -212,6 +216,12 @@ def run_episode(setup: Setup, counter: Counting, mesh: DeviceMesh | None = None)
         if SCORING not in counter.peaks or counter.peaks[SCORING].size <= bound:
             break
     return examples if setup.scoring else None
+
+
+def _side_by_side(config: Config, tasks: int) -> tuple[Batch, list[Tensor]]:
+    """A batch of each of so many tasks, and the names of their noise in two steps."""
+    batch = side_by_side([make_batch(config.tasks.batch_size, config.tasks.max_tokens)] * tasks)
+    return batch, [rows_of_keys([NoiseKey(0, step)] * tasks, batch.input_ids.device) for step in range(2)]
 
 
 def warm_up(optimizer: torch.optim.Optimizer) -> None:

@@ -122,6 +122,8 @@ def read_labelled(
         try:
             check_alike(row.options(), options, row.where)
             text, label, own = row.text(columns), row.label(columns), options or row.options()
+            if not text.strip():
+                raise ValueError(f"{row.where}: the text is empty; remove the row")
             if own is not None:
                 check_output(label, own, row.where)
             elif options is not None:

@@ -172,14 +172,14 @@ class RowReader:
         if self.task.label_is == "scores":
             return self._clean(str(label))
         if self.task.labels is not None and label in self.task.labels:
-            return options[self.task.labels.index(label)]
+            return _numbered(options, self.task.labels.index(label), label, where)
         if self.task.labels is not None:
             raise ValueError(
                 f"{where}: {label!r}: not among labels {list(self.task.labels)}; add it there, or to drop_labels to "
                 "leave such rows out"
             )
         if names is not None and label in names:
-            return options[names.index(label)]
+            return _numbered(options, names.index(label), label, where)
         if isinstance(label, str) and ((text := self._clean(label)) in options or not re.fullmatch(r"-?\d+", label)):
             check_output(text, options, where)
             return text
@@ -196,6 +196,13 @@ class RowReader:
             unlabelled = " (-1 marks a split without labels: read another split)" if index == -1 else ""
             raise ValueError(f"{where}: {index}: not an index into the {len(options)} options{unlabelled}")
         return options[index]
+
+
+def _numbered(options: tuple[str, ...], index: int, label: object, where: str) -> str:
+    """RowError where the row has fewer options than the others."""
+    if index >= len(options):
+        raise RowError(f"{where}: {label!r}: is the label of option {index + 1}, and the row has {len(options)}")
+    return options[index]
 
 
 def _letters(text: str) -> str:

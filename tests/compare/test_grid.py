@@ -8,7 +8,8 @@ import pytest
 
 from abmll.compare.grid import grid_of, jobs, tries
 from abmll.compare.load import load_comparison, missing_tasks
-from abmll.config import ConfigError, load_config, override_texts
+from abmll.config import ConfigError, load_config, override_texts, resolve_path
+from abmll.config.task_lists import resolve_task_lists
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT = f"""
@@ -133,6 +134,16 @@ def test_settings_are_chosen_on_neither_training_nor_test_tasks(task, role, writ
         load_comparison(write(f"{hidden}tune: {{tasks: [art], grid: {{all: {{method.beta: [1]}}}}}}"))
     with pytest.raises(ConfigError, match=r"tune\.tasks: none; name validation tasks"):
         load_comparison(write(f"{text}tune: {{grid: {{all: {{method.beta: [1]}}}}}}"))
+
+
+def test_tries_leave_out_of_training_what_the_runs_do(write):
+    text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/nli.yaml")
+    comparison = load_comparison(write(f"{text}tune: {{tasks: [other], grid: {{all: {{method.beta: [1, 2]}}}}}}"))
+    trains = []
+    for job in (jobs(comparison, {}, ())[0], next(iter(tries(comparison, ()).values()))[0].runs[0]):
+        tasks = load_config(comparison.config, job.overrides).tasks
+        trains.append(resolve_task_lists(tasks, lambda path: resolve_path(path, comparison.config)).train)
+    assert trains[0] == trains[1] and "sick" not in trains[1]
 
 
 def test_settings_for_generated_tasks_are_chosen_on_those_of_other_seeds(write):

@@ -40,6 +40,10 @@ def test_learning_curves_are_means_over_seeds_with_the_papers_window():
     # smoothed .3 .45 .6 .7 and .5 .45 .4 .4
     np.testing.assert_allclose(line.get_ydata(), [40, 45, 50, 55])
     assert learning_curves(pd.DataFrame(rows).assign(accuracy=math.nan), STYLES) is None
+    diverged = pd.DataFrame(rows)
+    diverged.loc[(diverged["run"] == 1) & (diverged["episode"] >= 20), "accuracy"] = math.nan
+    (line,) = learning_curves(diverged, STYLES).axes[0].lines
+    assert line.get_xdata().tolist() == [0, 10]  # and not the other seed's from there on
 
 
 def examples(confidence, correct, variance=None, task="task"):

@@ -137,6 +137,8 @@ def test_keys_that_take_one_value(tmp_path):
     scored = [({"a": value, "b": value}, score) for value, score in ((1, 3.0), (2, 1.0), (3, 0.5))]
     choice = best(("model", "tasks", "lora"), scored, "nll", {"a+b": [1, 2, 3]})
     assert choice.chosen == {"a": 3, "b": 3} and choice.at_the_end_of == ["a+b"]
+    scored = [({"a": value}, score) for value, score in ((True, 3.0), (False, 1.0))]
+    assert best(("model", "tasks", "lora"), scored, "nll", {"a": [True, False]}).at_the_end_of == []
 
 
 @pytest.mark.parametrize(("select_by", "expected"), [("nll_options", 2), ("accuracy", 3)])

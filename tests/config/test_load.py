@@ -320,7 +320,7 @@ def test_paths_are_looked_up_in_three_places(tmp_path, monkeypatch):
 
 def test_a_packed_base_is_not_sharded(write):
     maml = ["method.name=maml", "method.inner_optimizer=sgd", "trainer.activation_checkpointing=false"]
-    assert load_config(write(GOOD), maml)
+    assert load_config(write(GOOD), maml) and load_config(write(GOOD), maml[:2], scoring=True)
     (found,) = problems(write(GOOD), [*maml, "model.sharding=full"])
     assert "model.sharding: 'full': maml takes derivatives through several forward passes" in found
     (found,) = problems(write(GOOD), ["model.sharding=full", "model.quantization=nf4"])

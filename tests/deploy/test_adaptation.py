@@ -73,7 +73,7 @@ def test_an_override_does_not_make_theta_another_ones(run, override):
 
 
 @pytest.mark.parametrize(
-    "override", ["eval.samples=8", "eval.prune.fraction=0.5", "tasks.folder=x", "memory.budget_gb=1"]
+    "override", ["eval.samples=8", "eval.prune.fraction=0.5", "tasks.folder=x", "trainer.parallel_episodes=2"]
 )
 def test_an_override_that_no_adaptation_reads_is_refused(run, override):
     told = rf"override: {override.partition('=')[0]}: adapting to examples of your own does not read it; "

@@ -378,6 +378,20 @@ def test_rows_that_repeat_others_count_once(call, run, data, tmp_path):
     assert status == 0 and sorted(line["row"] for line in lines) == list(range(6))
 
 
+def test_a_diagram_of_a_task_whose_name_holds_dollar_signs(call, adapted, data, tmp_path):
+    card = adapted.card.model_copy(update={"task": "cost_$5_and_$9"})
+    told = TaskModel(adapted.base, adapted.phi, card).save(tmp_path / "told")
+    status, _, err = call("evaluate", "--adapter", told, "--data", data, "--diagram", tmp_path / "d.svg")
+    assert status == 0, err
+    assert (tmp_path / "d.svg").stat().st_size > 1000
+
+
+def test_a_row_without_a_text_is_refused(call, run, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n,pos\nbad,neg\ngood,pos\nugly,neg\n")
+    status, _, err = call("adapt", "--run", run, "--data", tmp_path / "rows.csv", "--out", tmp_path / "out")
+    assert status == 2 and "rows.csv:2: the text is empty; remove the row" in err
+
+
 def test_a_diagram_that_cannot_be_drawn_costs_no_work(call, data):
     status, _, err = call("evaluate", "--adapter", "none", "--data", data, "--diagram", "d.foo")
     assert status == 2 and err.startswith("error: --diagram: d.foo: is no picture by its ending; name a .svg")

@@ -156,6 +156,16 @@ def test_a_method_without_training_adapts_and_scores():
     assert kept.ledger.peak_of(ADAPTATION) > trained.ledger.peak_of("backward")  # two optimizers' moments
 
 
+def test_tasks_side_by_side_count_in_an_evaluation_whatever_an_outer_step_has():
+    def count(episodes: int, tasks: int):
+        trainer = {"tasks_per_step": episodes, "parallel_episodes": tasks}
+        return count_episode(make_setup("none", scoring=(1,), trainer=trainer))
+
+    alone, beside, one = count(1, 4), count(4, 4), count(1, 1)
+    assert alone.peak_of("backward") == one.peak_of("backward") < beside.peak_of("backward")
+    assert alone.peak_of(ADAPTATION) >= beside.peak_of("backward") and ADAPTATION not in one.phases
+
+
 def test_samples_side_by_side_count():
     one, four = (plan(eval={"batch_size": 4, "samples": n}).ledger.peak_of(SCORING) for n in (1, 4))
     assert four > one

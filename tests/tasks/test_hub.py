@@ -89,6 +89,11 @@ def test_csv_splits_and_slices(tmp_path):
         ({"q": "?", "a": True}, {"options": ["True", "False"]}, r"row 0: a: True: is the text of option 'True', whose"),
         ({"q": "?", "a": 1}, {"options": ["1", "2"]}, r"row 0: a: 1: is the text of option '1', whose index is 0; say"),
         ({"q": "?", "a": 2}, {"options": ["1", "2"]}, r"row 0: a: 2: is the text of option '2', whose index is 1; say"),
+        (
+            {"q": "?", "a": "C", "o": ["x", "y"]},
+            {"options": "o", "labels": ["A", "B", "C"]},
+            "of option 3, and the row has 2",
+        ),
         ({"q": "?", "a": "maybe"}, {}, r"row 0: a: output 'maybe' is not among the options"),
         ({"q": "?", "a": 0.5}, {}, r"row 0: a: 0\.5, a float"),
         ({"q": "?", "a": 0, "o": "red, blue"}, {"options": "o"}, "neither a list nor a dict"),

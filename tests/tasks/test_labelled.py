@@ -22,7 +22,7 @@ def lines(*rows):
 
 
 def test_jsonl_of_texts_and_labels(tmp_path):
-    rows = [{"text": "a\nb", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "", "label": "yes"}]
+    rows = [{"text": "a\nb", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "?", "label": "yes"}]
     found = read_labelled(write(tmp_path / "t.jsonl", "\ufeff" + lines(*rows) + "\n\n"))
     assert found == [Example(row["text"], ("no", "yes"), row["label"]) for row in rows]
 

@@ -74,6 +74,8 @@ def test_overrides_that_nothing_would_read_are_refused(finished, tmp_path):
         ("trainer.episodes=9", "remove"),
         ("trainer.deepspeed=x.json", "remove"),
         ("logging.every=3", "remove"),
+        ("tasks.train=[a]", "remove"),
+        ("method.prior_shape=3", "remove"),
         ("eval.select_by=nll", "remove"),
     ):
         with pytest.raises(
@@ -252,6 +254,12 @@ def test_the_pretrained_models_tasks_are_adapted_from_its_own_theta(finished, tm
     evaluate(str(run), ["eval.pretrained=true", "eval.prune.fraction=0.4"], str(tmp_path / "alone.json"))
     both = json.loads((run / "scores/two/scores.json").read_text())
     assert both == json.loads((tmp_path / "alone.json").read_text()) and both[0]["tasks"] != both[1]["tasks"]
+
+
+def test_samples_of_a_point_estimate_are_told_to_be_none(make_run, capsys):
+    run = make_run("point").train("method.name=reptile", "trainer.episodes=1")
+    evaluate(str(run.folder), ["eval.samples=3", "eval.max_examples=1"], None)
+    assert "note: eval.samples: 3: reptile has no posterior: its scores are the mean's" in capsys.readouterr().out
 
 
 def test_a_point_estimate_is_scored_with_drawn_weights(make_run):

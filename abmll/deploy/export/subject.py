@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # texts of several kinds, for prompts of the task's own form: an adapter holds none of the texts that it was made of
 TEXTS = (
+    "Thanks!",  # so short that no demonstration is left out for it that has room before any text
     "The meeting has moved to Thursday at ten.",
     "What a wonderful evening, thank you all!",
     "Shares fell sharply after the quarterly report.",
@@ -119,7 +120,9 @@ class Subject:
                 f"{model.name}: not even a short text fits in tasks.max_tokens: {self.base.config.tasks.max_tokens}; "
                 "adapt with a larger one"
             )
-        return [example for example, _ in fitting], [prompt for _, prompt in fitting]
+        least = min(prompt.left_out for _, prompt in fitting)
+        alike = [(example, prompt) for example, prompt in fitting if prompt.left_out == least]  # one frame for all
+        return [example for example, _ in alike], [prompt for _, prompt in alike]
 
 
 @torch.inference_mode()

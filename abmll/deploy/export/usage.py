@@ -24,9 +24,11 @@ def how_to_ask(subject: Subject) -> str:
     else:
         lines += [f"options = {_text(list(subject.card.options))}", "prompt = BEFORE + text + AFTER"]
     tasks = subject.base.config.tasks
+    number = len(subject.card.demonstrations) - subject.prompts[0].left_out
     shown = (
-        f" Its {len(subject.card.demonstrations)} answered examples are part of every prompt."
-        if subject.card.demonstrations
+        f" Its {number} answered examples are part of every prompt; before a text that leaves no room for all of them "
+        "`predict` shows fewer, which the code below does not."
+        if number
         else ""
     )
     return (
