@@ -15,16 +15,16 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from torch import Tensor, nn
 
 from abmll.config import ConfigError
-from abmll.config.errors import did_you_mean, show
-from abmll.config.messages import dotted
+from abmll.config.messages import describe
 from abmll.config.schema import LoggingConfig
 from abmll.files import read_json
 from abmll.profiling import phase
@@ -33,6 +33,11 @@ from abmll.tensor_files import read_tensors, write_tensors
 # Of a checkpoint: theta by name, its optimizer's moments as NAME.KIND, and what is counted.
 THETA, MOMENTS, COUNTS = "theta.safetensors", "moments.safetensors", "counts.json"
 _BATCHES = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # an outer step sums episodes itself
+# of a file's sections that DeepSpeed checks: what stands before the places of its errors; the monitors' have it in them
+_SECTIONS = {
+    "DeepSpeedZeroConfig": ("zero_optimization.", DeepSpeedZeroConfig),
+    "CommsLoggerConfig": ("comms_logger.", CommsLoggerConfig),
+}
 
 
 class _Theta(nn.Module):
@@ -230,23 +235,12 @@ def check_settings(settings: dict[str, Any], path: str | Path) -> None:
         config = DeepSpeedConfig({**settings, **_BATCHES})
         if config.grad_accum_dtype is not None:
             DtypeEnum(config.grad_accum_dtype)
-    except ValidationError as error:  # of one of its sections, which the message's places may lie below
-        section = {"DeepSpeedZeroConfig": ("zero_optimization",), "CommsLoggerConfig": ("comms_logger",)}
-        above = section.get(error.title, ())
-        raise ConfigError(
-            f"{path}: {dotted((*above, *one['loc']))}: {show(one['input'])}: {_wrong(one, error.title)}"
-            for one in error.errors(include_url=False)
-        ) from None
+    except ValidationError as error:  # of one of its sections
+        above, section = _SECTIONS.get(error.title, ("", DeepSpeedMonitorConfig))
+        lines = (describe(one["loc"], [one], section) for one in error.errors(include_url=False))
+        raise ConfigError(f"{path}: {above}{line}" for line in lines) from None
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         raise ConfigError([f"{path}: DeepSpeed refuses it: {error}; correct this value"]) from None
-
-
-def _wrong(error: ErrorDetails, section: str) -> str:
-    if error["type"] != "extra_forbidden":
-        return error["msg"].replace("Input should", "must") + "; change it, or remove it for DeepSpeed's default"
-    known = DeepSpeedZeroConfig.model_fields if section == "DeepSpeedZeroConfig" else ()
-    remedy = did_you_mean(str(error["loc"][-1]), known) if known else "remove it"
-    return f"unknown key; {remedy}"
 
 
 def check_monitors(config: LoggingConfig) -> list[str]:

@@ -85,16 +85,17 @@ def grid_of(tuning: Tuning, method: str) -> list[Overrides]:
     ]
 
 
-def tries(comparison: Comparison, extra: tuple[str, ...]) -> dict[Cell, list[Try]]:
-    """Each cell's combinations, of the cells that have more than one to try. Those that differ in the adaptation to
-    an unseen task alone (`OF_TEST`) share a training: the first one's runs are scored as the others say, too.
+def tries(comparison: Comparison, extra: tuple[str, ...], least: int = 2) -> dict[Cell, list[Try]]:
+    """Each cell's combinations, of the cells that have at least so many: one is nothing to try. Those that differ in
+    the adaptation to an unseen task alone (`OF_TEST`) share a training: the first one's runs are scored as the others
+    say, too.
     """
     found = {}
     for cell in cells(comparison):
         grid = grid_of(comparison.tune, cell[2])
         of_cell: list[Try] = []
         first: dict[str, int] = {}  # by what is trained, the first try's number
-        for number, values in enumerate(grid if len(grid) > 1 else ()):
+        for number, values in enumerate(grid if len(grid) >= least else ()):
             own = _runs_of_try(comparison, extra, cell, values, number)
             of_test = {key: value for key, value in values.items() if key.startswith(OF_TEST)}
             trained = repr([item for item in values.items() if item[0] not in of_test])

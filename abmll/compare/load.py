@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from abmll.compare.grid import cells, grid_of, jobs, lists_of, tries, without_methods
-from abmll.compare.schema import ONLY, PLAIN, Comparison, Overrides, Tuning, parse_name
+from abmll.compare.grid import jobs, lists_of, tries, without_methods
+from abmll.compare.schema import ONLY, PLAIN, Comparison, Overrides, parse_name
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
@@ -162,7 +162,8 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
     if without:
         yield f"tune.grid: nothing to try for {', '.join(without)}; add them, or `all`"
     told: dict[str, None] = {}
-    for place, values in (("tune.seeds", tuning.seeds), *_listed(tuning)):
+    listed = {f"tune.grid.{name}: {keys}": values for name, own in tuning.grid.items() for keys, values in own.items()}
+    for place, values in {"tune.seeds": tuning.seeds, **listed}.items():
         if twice := duplicates(map(repr, values)):
             told[f"{place}: {', '.join(twice)}: listed twice; list each once"] = None
     given = {"override": {text.partition("=")[0].strip() for text in extra}, "tune.overrides": set(tuning.overrides)}
@@ -171,27 +172,13 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
         for place, keys in given.items():
             for key in sorted(keys & tried):
                 told[f"{place}: {key}: is to be chosen by tune.grid for {method}; take it out of one of the two"] = None
-    tried = tries(comparison, extra)
-    for cell in cells(comparison):
-        method, alone = cell[2], grid_of(tuning, cell[2])[:1]  # of one combination, which nothing is tried of
-        runs = [(one.runs[0].overrides, one.values) for one in tried.get(cell, ())] or [
-            (job.overrides, values)
-            for values in alone
-            for job in jobs(comparison, {cell: values}, ())
-            if (job.model, job.task_set, job.method) == cell
-        ]
-        for overrides, values in runs:
+    for (_, _, method), of_cell in tries(comparison, extra, least=1).items():
+        for one in of_cell:
             try:
-                load_config(comparison.config, [*overrides, *override_texts(values), *extra])
+                load_config(comparison.config, [*one.runs[0].overrides, *override_texts(one.values), *extra])
             except ConfigError as error:
                 told |= dict.fromkeys(f"tune: {method}: {line}" for line in error.problems)
     yield from told
-
-
-def _listed(tuning: Tuning) -> Iterator[tuple[str, list[Any]]]:
-    """Every list of values to try, and its place in the file."""
-    for method, lists in tuning.grid.items():
-        yield from ((f"tune.grid.{method}: {keys}", values) for keys, values in lists.items())
 
 
 def _leaks(comparison: Comparison, config: Config) -> Iterator[str]:

@@ -101,6 +101,8 @@ def _default(key: Key, model: type[BaseModel]) -> str:
     if isinstance(field.default, BaseModel) or field.default is PydanticUndefined:
         return "change it or remove it"
     default = field.default
+    if isinstance(default, int) and not isinstance(default, bool):
+        default = int(default)  # DeepSpeed's are of a class of its own, which YAML does not know
     text = yaml_text.dump(default).removesuffix("...\n").strip() if not isinstance(default, tuple) else show(default)
     return f"change it, or remove it for the default, {text}"
 

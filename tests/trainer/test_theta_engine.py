@@ -50,7 +50,7 @@ def make(tmp_path):
             r"zero_optimization\.reduce_bucket_size: 'x': must be a val",
         ),
         ({"comms_logger": {"enabled": "what"}}, r"comms_logger\.enabled: 'what': must be a valid boolean.*; change it"),
-        ({"tensorboard": {"outputpath": 1}}, r"tensorboard\.outputpath: 1: unknown key; remove it"),
+        ({"tensorboard": {"outputpath": 1}}, r"tensorboard\.outputpath: 1: unknown key; did you mean output_path\?"),
         ({"communication_data_type": "fp99"}, "DeepSpeed refuses it: .*fp99; correct this value"),
         ({"data_types": {"grad_accum_dtype": "q"}}, "DeepSpeed refuses it: 'q' is not a valid"),
     ],
