@@ -91,6 +91,12 @@ class Bench:
         return False
 
 
+@pytest.fixture(autouse=True)
+def own_servers(monkeypatch):
+    """None that an earlier test of this process has started, which knows that test's paths and variables."""
+    monkeypatch.setattr("abmll.compare.launcher._forks", {})
+
+
 @pytest.fixture
 def bench(tmp_path) -> Iterator[Bench]:
     bench = Bench(tmp_path, END)
@@ -229,7 +235,6 @@ def test_a_fork_sees_what_an_interpreter_of_its_own_sees(tmp_path, monkeypatch):
 def test_a_command_whose_server_is_gone_gets_an_interpreter_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(END)
     monkeypatch.setattr("abmll.compare.launcher.Forks", lambda environment: Forks(environment, ["no_such_module"]))
-    monkeypatch.setattr("abmll.compare.launcher._forks", {})
     launcher = Launcher(tmp_path, 1, 1, [])
     for turn in ("0", "4"):
         with (tmp_path / "lock").open("w") as lock:
@@ -240,7 +245,6 @@ def test_a_command_whose_server_is_gone_gets_an_interpreter_of_its_own(tmp_path,
 def test_the_stop_ends_what_runs_and_starts_no_more(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(END)
     monkeypatch.setattr("abmll.compare.launcher.Forks", lambda environment: Forks(environment, ["fcntl"]))
-    monkeypatch.setattr("abmll.compare.launcher._forks", {})
     launcher, ended = Launcher(tmp_path, 1, 1, []), []
 
     def go() -> None:
