@@ -85,14 +85,13 @@ class FinishedRun:
         checkpoint_layers(parts.model, plan.checkpointing)
         letters, beside = parts.tasks.letter_ids, config.trainer.parallel_episodes
         evaluator = Evaluator(
-            parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, self.ranks, beside, adapted
+            parts.learner, letters, config.eval, plan.eval_batch_size, config.seed, self.ranks, beside
         )
         adapters = parts.learner.adapters
         adapters.load_theta(self.theta)
-        evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test")]
+        evaluations = [evaluator.evaluate(parts.method, parts.tasks.test, "test", adapted)]
         if config.eval.pretrained and not isinstance(parts.method, Pretrained):
             adapters.initialise(config.seed)  # back to the start, where the adapters are zero
-            evaluator.adapted = None  # of another theta
             evaluations.insert(0, evaluator.evaluate(Pretrained(config.method), parts.tasks.test, "test"))
         return evaluations, [*parts.tasks.notes, *self._notes(config, [task.name for task in parts.tasks.test])]
 

@@ -67,15 +67,17 @@ class Evaluator:
         seed: int,
         ranks: Ranks,
         parallel_tasks: int = 1,
-        adapted: AdaptedTasks | None = None,  # of scorings before, by the same theta
     ):
         self.predictor = Predictor(learner, letter_ids, config, batch_size, seed)
         self.learner, self.config, self.seed, self.ranks = learner, config, seed, ranks
-        self.parallel_tasks, self.adapted = parallel_tasks, adapted
+        self.parallel_tasks = parallel_tasks
 
-    def evaluate(self, method: Method, tasks: Sequence[PromptedTask], split: Split) -> Evaluation:
+    def evaluate(
+        self, method: Method, tasks: Sequence[PromptedTask], split: Split, adapted: AdaptedTasks | None = None
+    ) -> Evaluation:
         """All ranks call this with the same tasks. Scores are NaN where a prediction is.
 
+        `adapted` has the tasks' phi of scorings before, by the same theta, and gets those that it has not.
         Interrupted, on all ranks, where one of them was asked to stop before its last tasks.
         """
         work = [(task.test if split == "test" else task.validation).work(self.config.max_examples) for task in tasks]
@@ -85,7 +87,7 @@ class Evaluator:
             if self.stopping():
                 mine = None
                 break
-            mine |= self._evaluate_tasks(method, own[start : start + self.parallel_tasks], split)
+            mine |= self._evaluate_tasks(method, own[start : start + self.parallel_tasks], split, adapted)
         parts = self.ranks.gather(mine)
         if None in parts:
             raise Interrupted(f"stopped while scoring {method.name} on the {split} tasks")
@@ -100,7 +102,7 @@ class Evaluator:
         )
 
     def _evaluate_tasks(
-        self, method: Method, tasks: Sequence[PromptedTask], split: Split
+        self, method: Method, tasks: Sequence[PromptedTask], split: Split, adapted: AdaptedTasks | None = None
     ) -> dict[str, dict[int, Scored]]:
         adapters, steps = self.learner.adapters, method.config.adaptation_steps
         size, most = steps * self.learner.batch_size, self.config.max_examples if split == "test" else None
@@ -111,10 +113,10 @@ class Evaluator:
         held_out = {}
         if self.config.temperature == "held_out":
             held_out = {name: self._predict_held_out(method, name, own.examples) for name, own in support.items()}
-        if self.adapted is None:
+        if adapted is None:
             self.predictor.adapt(method, list(support), [own.examples for own in support.values()])
         else:
-            self.adapted.adapt(self.predictor, method, {name: own.examples for name, own in support.items()})
+            adapted.adapt(self.predictor, method, {name: own.examples for name, own in support.items()})
         for slot, (name, own) in enumerate(examples.items()):
             distinct = support[name].distinct
             found[name][steps] = self._score(method, name, own, distinct, steps, slot, held_out.get(name))
