@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from abmll.config.errors import Refused
 from abmll.files import TEMPORARY
 from abmll.interrupt import Interrupted
 from abmll.op_lock import load_cpu_operation
@@ -149,13 +150,22 @@ def _joining(seconds: float) -> Iterator[None]:
 
 
 def take_gpu(visible: int) -> int:
-    """This rank's GPU among those that it sees: SLURM may show each rank its own one only.
+    """This rank's GPU among those that it sees: SLURM, or a script of the user's, may show each rank its own one only.
 
-    LOCAL_RANK says so too from here on: DeepSpeed takes its device by it, however many there are.
+    LOCAL_RANK says so too from here on: DeepSpeed takes its device by it, however many there are. Refused where the
+    machine has fewer GPUs than ranks.
     """
-    if visible == 1:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible == 1 and shown and "," not in shown:
         os.environ["LOCAL_RANK"] = "0"
-    return int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["LOCAL_RANK"])
+    if rank >= visible:
+        raise Refused(
+            f"LOCAL_RANK: {rank}: more ranks were started than the {visible} GPU{'s' if visible > 1 else ''} here: "
+            f"start one a GPU (deepspeed --num_gpus {visible}, torchrun --nproc-per-node {visible}), or hide the GPUs "
+            "for ranks on CPU (CUDA_VISIBLE_DEVICES=)"
+        )
+    return rank
 
 
 def stop_ranks(error: BaseException | None = None) -> None:

@@ -115,8 +115,9 @@ class Learner:
 
         beta: None takes the configuration's.
 
-        Nothing in it waits for the device. It can be captured in a CUDA graph, which replays with the noise of the rows
-        that are given as `key`, if the optimizer has `capturable=True`.
+        With packed prompts (`model.attention` but for eager) nothing in it waits for the device. It can then be
+        captured in a CUDA graph, which replays with the noise of the rows that are given as `key`, if the optimizer has
+        `capturable=True`.
         """
         terms = self._phi_gradient(batch, key, self.method.beta if beta is None else beta)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from abmll import distributed
+from abmll.config import Refused
 from abmll.distributed import Ranks, check_shared, take_gpu
 
 
@@ -84,11 +85,25 @@ def test_a_folder_that_is_seen_late_is_shared(check, tmp_path):
     late.join()
 
 
-@pytest.mark.parametrize(("visible", "taken"), [(4, "3"), (1, "0")])
-def test_a_rank_takes_its_own_gpu(visible, taken, monkeypatch):
+@pytest.mark.parametrize(("visible", "shown", "taken"), [(4, "0,1,2,3", "3"), (4, None, "3"), (1, "3", "0")])
+def test_a_rank_takes_its_own_gpu(visible, shown, taken, monkeypatch):
     """All GPUs are visible, or, as SLURM may bind them, the rank's own one; DeepSpeed is told by the environment."""
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert take_gpu(visible) == int(taken) and os.environ["LOCAL_RANK"] == taken
+
+
+@pytest.mark.parametrize(("visible", "shown"), [(1, "0,1"), (1, None), (2, None), (1, "")])
+def test_more_ranks_than_gpus_are_refused(visible, shown, monkeypatch):
+    """As `deepspeed --num_accelerators 2` on a machine with one shows both ranks what would be two."""
+    monkeypatch.setenv("LOCAL_RANK", str(visible))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    with pytest.raises(Refused, match=rf"LOCAL_RANK: {visible}: .* --num_gpus {visible},"):
+        take_gpu(visible)
 
 
 def test_what_deepspeed_leaves_in_shared_memory_is_removed(monkeypatch, tmp_path):

@@ -101,7 +101,10 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # torch.manual_seed would touch the other devices' too
+        for gpu in devices:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(SEED)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 

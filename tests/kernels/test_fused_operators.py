@@ -132,7 +132,8 @@ def test_rows_further_apart_than_a_32_bit_offset(harness):
     far = replace(inputs, x=spread(inputs.x, 0), weight=spread(inputs.weight, 1))
     upstream["y"] = spread(upstream["y"], 2)
     found = harness.run(far, upstream=upstream)
-    assert resident_bytes() - before < 2**28
+    if harness.device.type == "cpu":  # on a GPU it is libraries that are loaded meanwhile
+        assert resident_bytes() - before < 2**28
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from abmll.adapters import GaussianLoRALinear, LoRALinear, base_dtype, inject_adapters, remove_adapters
 from abmll.config.schema import AdapterConfig, MethodConfig, ModelConfig
 from abmll.kernels import Groups, NoiseKey
+from abmll.kernels.backends import interpreted
 from abmll.models import quantization
 from abmll.models.load import describe, load_model
 from abmll.models.quantization import PackedLinear, check_quantization, num_parameters, pack_shapes, weight_bytes
@@ -123,6 +124,7 @@ def test_adapters_on_packed_layers_are_those_on_their_dense_twins(posterior, dty
         assert right.norm() > 0 and (found - right).norm() < bound * right.norm()
 
 
+@pytest.mark.skipif(not interpreted(), reason="a base on the CPU, where the kernels run in Triton's interpreter alone")
 def test_fused_kernels_on_packed_layers(build_tiny):
     """A step of phi through the kernels is the plain one's, to fp32's accuracy."""
     found = []
