@@ -15,7 +15,7 @@ import pandas as pd
 
 from abmll.compare.calibration import pooled_ece
 from abmll.compare.results import DEFAULT, STANDARD, Results
-from abmll.compare.schema import PLAIN, parse_name
+from abmll.compare.schema import PLAIN, parse_name, swept_value
 from abmll.compare.statistics import Estimate, differences, estimate, holm, outcomes, permutation_p, record
 from abmll.methods import Frequencies
 
@@ -57,18 +57,6 @@ UNCERTAINTY = (
 PAPERS = (Metric("accuracy_vocabulary", "accuracy %", 100, 1), Metric("ece_paper", "ECE"))
 PAIR = ["task", "seed"]  # what a difference is taken over
 COSTS = ("seconds", "episodes", "inner_steps", "outer_steps", "tokens", "peak_memory_bytes", "parameters")
-# where a sweep's value stands in the configuration of the default run or the plain score, the first that is not null
-SWEPT_KEYS = {
-    "c": ("adapters.log_variance_offset",),
-    "beta": ("method.beta",),
-    "inner_lr": ("method.inner_lr",),
-    "outer_lr": ("method.outer_lr",),
-    "test_lr": ("method.test_lr",),
-    "steps": ("method.test_steps", "method.inner_steps"),
-    "samples": ("eval.samples",),
-    "pruning": ("eval.prune.fraction",),
-    "pruning_projections": ("eval.prune.fraction",),
-}
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +200,7 @@ def sweeps(results: Results) -> dict[str, pd.DataFrame]:
     """By name, every sweep of a setting or a score, after adaptation: a row a line and value along it.
 
     A sweep of settings has a line a method and score, one of scores a line a method and setting. The default run or the
-    plain score stands on the line at its own value, where SWEPT_KEYS knows it and no other point does.
+    plain score stands on the line at its own value, where it is known (`swept_value`) and no other point has it.
     """
     scores = adapted(results.scores)
     standard = scores[scores["condition"] == STANDARD]
@@ -245,20 +233,9 @@ def _with_default(points: pd.DataFrame, default: pd.Series, results: Results) ->
     added = []
     for (*place, name), own in swept.groupby([*places, "sweep"], sort=False):
         here = unnamed[(unnamed[places] == place).all(axis=1)]
-        values = here["run"].map({run: _set_to(config, str(name)) for run, config in results.configs.items()})
+        values = here["run"].map({run: swept_value(config, str(name)) for run, config in results.configs.items()})
         added.append(here.assign(sweep=name, value=values)[values.notna() & ~values.isin(own["value"])])
     return pd.concat([swept, *added])
-
-
-def _set_to(config: dict[str, Any], sweep: str) -> float:
-    """What a configuration has where a sweep sets another value; NaN where that is not known."""
-    for key in SWEPT_KEYS.get(sweep, ()):
-        value: Any = config
-        for name in key.split("."):
-            value = (value or {}).get(name)
-        if value is not None:
-            return float(value)
-    return math.nan
 
 
 def papers_metrics(scores: pd.DataFrame) -> pd.DataFrame:

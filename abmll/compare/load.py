@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from abmll.compare.grid import jobs, lists_of, tries, without_methods
-from abmll.compare.schema import ONLY, PLAIN, Comparison, Overrides, parse_name
+from abmll.compare.schema import ONLY, PLAIN, SWEPT_KEYS, Comparison, Overrides, parse_name, swept_value
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
@@ -104,11 +104,14 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
     if twice := duplicates(comparison.seeds):
         yield f"seeds: {twice}: listed twice; list each once"
     yield from _set_by_us(comparison, extra)
+    yield from _made_alike(comparison, extra)
     told: dict[str, None] = {}  # in order, each once
     for job in jobs(comparison, {}, extra):
         if job.seed == comparison.seeds[0]:
-            for overrides in ((), *(override_texts(values) for values in job.scores.values())):
-                told |= dict.fromkeys(_run_problems(comparison, [*job.overrides, *overrides], job.method))
+            told |= dict.fromkeys(_run_problems(comparison, job.overrides, job.method, "settings", job.setting))
+            for name, values in job.scores.items():
+                overrides = [*job.overrides, *override_texts(values)]
+                told |= dict.fromkeys(_run_problems(comparison, overrides, job.method, "scores", name))
     yield from told
     if comparison.tune:
         yield from _grid_problems(comparison, extra)
@@ -143,12 +146,28 @@ def _set_by_us(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
                 yield f"{place}: {key}: each run has its own; {SET_BY_US[key]}"
 
 
-def _run_problems(comparison: Comparison, overrides: list[str], method: str) -> Iterator[str]:
+def _made_alike(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    """Overrides for all runs of what some of them are there to differ in."""
+    for section in ("models", "task_sets", "methods", "settings"):
+        named = getattr(comparison, section)
+        for key in dict.fromkeys(text.partition("=")[0].strip() for text in extra):
+            if len({repr(values.get(key)) for values in named.values()}) > 1:
+                setting = [name for name, values in named.items() if key in values]
+                yield f"override: {key}: is what {section} differ in ({', '.join(setting)}); change it there"
+
+
+def _run_problems(
+    comparison: Comparison, overrides: Sequence[str], method: str, section: str, name: str
+) -> Iterator[str]:
     try:
         config = load_config(comparison.config, overrides)
     except ConfigError as error:
         yield from (f"{method}: {line}" for line in error.problems)
         return
+    sweep, number = parse_name(name)
+    if sweep in SWEPT_KEYS and (value := swept_value(config.model_dump(mode="json"), sweep)) != number:
+        keys = " or ".join(SWEPT_KEYS[sweep])
+        yield f"{section}.{name}: {method} has {value:g} there ({keys}), and the name says another; change one of them"
     if comparison.tune:
         yield from _leaks(comparison, config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,12 +19,35 @@ Cell = tuple[str, str, str]  # model, task set, method
 PLAIN = "plain"  # a run's own scores
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 ONLY = "methods"  # beside overrides: the methods that a setting or a way of scoring is for
+# where a sweep's value stands in a configuration, the first that is not null
+SWEPT_KEYS = {
+    "c": ("adapters.log_variance_offset",),
+    "beta": ("method.beta",),
+    "inner_lr": ("method.inner_lr",),
+    "outer_lr": ("method.outer_lr",),
+    "test_lr": ("method.test_lr",),
+    "steps": ("method.test_steps", "method.inner_steps"),
+    "samples": ("eval.samples",),
+    "pruning": ("eval.prune.fraction",),
+    "pruning_projections": ("eval.prune.fraction",),
+}
 
 
 def parse_name(name: str) -> tuple[str, float]:
     """The sweep that a setting or a score is a point of, and its value there; the name itself and NaN without one."""
     found = re.fullmatch(f"(.+?)-({NUMBER})", name)
     return (found[1], float(found[2])) if found else (name, math.nan)
+
+
+def swept_value(config: Mapping[str, Any], sweep: str) -> float:
+    """What a configuration has where a sweep of this name sets another value; NaN where that is not known."""
+    for key in SWEPT_KEYS.get(sweep, ()):
+        value: Any = config
+        for name in key.split("."):
+            value = (value or {}).get(name)
+        if value is not None:
+            return float(value)
+    return math.nan
 
 
 def single_keys(values: Overrides) -> Overrides:

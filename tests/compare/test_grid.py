@@ -204,6 +204,26 @@ def test_a_runs_seed_and_folder_are_the_comparisons(old, new, told, write):
         load_comparison(write(text), ("seed=3",))
 
 
+@pytest.mark.parametrize("key", ["method.name", "method.beta"])
+def test_overrides_for_all_do_not_undo_what_runs_differ_in(key, write):
+    with pytest.raises(ConfigError, match=rf"override: {key}: is what methods differ in \(\w+\); change it there"):
+        load_comparison(write(), (f"{key}=lora",))
+    load_comparison(write(), ("adapters.rank=2", "method.inner_lr=1e-3"))  # of the only model, and of all
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("method.beta: 1e-6}", "method.beta: 1e-5}", r"settings\.beta-1e-6: abmll has 1e-05 there \(method\.beta\)"),
+        ("eval.samples: 2", "eval.max_examples: 2", r"scores\.samples-2: abmll has 0 there \(eval\.samples\)"),
+        ("test_steps: 1", "test_steps: 2", r"scores\.steps-1: lora has 2 there \(method\.test_steps or method\.inner"),
+    ],
+)
+def test_a_sweeps_name_says_its_value(old, new, told, write):
+    with pytest.raises(ConfigError, match=told):
+        load_comparison(write(change=(old, new)))
+
+
 def test_the_command_lines_overrides_stand_behind_those_of_the_tries_but_not_before_their_tasks(write):
     text = TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
     text += "tune: {tasks: [glue-sst2], grid: {all: {method.beta: [1, 2]}}, overrides: {trainer.episodes: 9}}\n"
