@@ -43,6 +43,12 @@ class RunTasks:
         training = {f"{task.name} (training)": task.train.digest for task in (*self.train, *self.validation)}
         return training | {f"{task.name} (validation)": task.validation.digest for task in self.validation}
 
+    @property
+    def test_digests(self) -> dict[str, str]:
+        """Of all rows that scoring the test tasks reads."""
+        splits = ("train", "test")
+        return {f"{task.name} ({split})": getattr(task, split).digest for task in self.test for split in splits}
+
     def sampler(self, config: Config, method: Method) -> EpisodeSampler:
         kind = PooledSampler if method.pooled else EpisodeSampler
         query = config.method.outer_batch == "query"

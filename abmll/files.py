@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,10 +33,15 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     partial.replace(path)
 
 
-def unwritable(path: Path) -> str | None:
-    """Why a file cannot be written, and what to do, or None: asked before the work whose result it is for."""
+def unwritable(path: Path, read: Iterable[str | Path] = ()) -> str | None:
+    """Why a file cannot be written, and what to do, or None: asked before the work whose result it is for.
+
+    `read`: what that work reads, of which no file may be replaced, files and whole folders.
+    """
     if path.is_dir():
         return f"is a folder; name a file in it, such as {path / 'FILE'}"
+    if problem := is_read(path, read):
+        return problem
     if not path.parent.is_dir():
         return f"{path.parent} is no folder; make it, or name another file"
     try:
@@ -45,6 +50,18 @@ def unwritable(path: Path) -> str | None:
             return None
     except OSError as error:
         return f"nothing can be written in {path.parent} ({error.strerror}); name another file"
+
+
+def is_read(path: Path, read: Iterable[str | Path]) -> str | None:
+    """Why a file that is there must stay as it is: it is one of those that are read, or lies in such a folder."""
+    for own in map(Path, read if path.exists() else ()):
+        if own.exists() and (path.samefile(own) or path.resolve().is_relative_to(own.resolve())):
+            return (
+                f"is a file of {own}, which is read; name another file"
+                if own.is_dir()
+                else "is read; name another file"
+            )
+    return None
 
 
 def read_json(path: Path) -> Any:

@@ -29,6 +29,10 @@ from abmll.run_folder import check_folder
 from abmll.tasks.doubts import doubts
 
 
+class _Doubtful(Exception):
+    """What a check found is not good, and does not keep the run from starting here."""
+
+
 def preflight(config: Config, config_path: str, resume: bool = False, overwrite: bool = False) -> tuple[str, bool]:
     """A report in lines, and whether the run can start. A failed check does not stop the ones after it."""
     lines: list[str] = []
@@ -38,6 +42,9 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         nonlocal good
         try:
             lines.append(f"ok      {name}: {look()}")
+            return True
+        except _Doubtful as told:
+            lines.append(f"note    {name}: {told}")
             return True
         except (ValueError, OSError) as error:
             good = False
@@ -88,8 +95,8 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         if plan.ledger is not None and not plan.fits:
             plan_command = f"python launch/plan.py --config {config_path}"
             lines.append(f"raise memory.budget_gb where there is more, or see what would make it fit: {plan_command}")
-            if on_gpu:  # a machine without one may only be where the configuration is written
-                raise ValueError("\n        ".join(lines))
+            # a machine without a GPU may only be where the configuration is written
+            raise (ValueError if on_gpu else _Doubtful)("\n        ".join(lines))
         return "\n        ".join(lines)
 
     def deepspeed() -> str:

@@ -21,8 +21,9 @@ from abmll.methods import Pretrained
 from abmll.models.checkpointing import checkpoint_layers
 from abmll.printed import score_table
 from abmll.resuming import scoring
+from abmll.run_folder import WRITTEN
 from abmll.score_files import save_scores, scored_under
-from abmll.summary import FINAL, THETA, load_summary
+from abmll.summary import FINAL, THETA, find_summary, load_summary
 from abmll.trained_with import refuse_other, refuse_other_base, refuse_other_training, refuse_unread
 
 
@@ -37,12 +38,15 @@ class FinishedRun:
     def __init__(self, run: str | Path, ranks: Ranks, overrides: Sequence[str] = ()):
         self.folder, self.overrides, self.ranks = Path(run), list(overrides), ranks
         self.config_path = self.folder / "config.yaml"
-        if not self.config_path.is_file():
-            raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
-        refuse_unread(overrides)
-        self.config = load_config(self.config_path, overrides, scoring=True)
         try:
-            self.theta, self.facts = load_summary(self.folder / FINAL)
+            summary = find_summary(self.folder)
+            if summary == self.folder or not self.config_path.is_file():
+                raise Refused(f"--run: {run}: holds no config.yaml; name the output folder of a run")
+            refuse_unread(overrides)
+            self.config = load_config(self.config_path, overrides, scoring=True)
+            self.theta, self.facts = load_summary(summary)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise Refused(str(error)) from error
         refuse_other_training(self.config, self.facts)
@@ -56,9 +60,11 @@ class FinishedRun:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What all of its scores depend on: theta, the overrides that are not a name's own, and how the run scores."""
-        theta = file_digest(self.folder / FINAL / THETA)
-        return {"theta": theta, "overrides": self.overrides, "scoring": scoring(self.config)}
+        """What all of its scores depend on: theta, the overrides that are not a name's own, how the run scores, and the
+        rows of its test tasks.
+        """
+        theta, tasks = file_digest(self.folder / FINAL / THETA), self.parts.tasks.test_digests
+        return {"theta": theta, "overrides": self.overrides, "scoring": scoring(self.config), "tasks": tasks}
 
     def configured(self, overrides: Sequence[str]) -> Config:
         """ConfigError for overrides that are wrong or do nothing, or of the model or the adapters, which are loaded."""
@@ -101,6 +107,12 @@ class FinishedRun:
         if config.eval.samples and not self.parts.method.sampled:
             name, samples = config.method.name, config.eval.samples
             yield f"eval.samples: {samples}: {name} has no posterior: its scores are the mean's"
+        trained = flat(self.facts["config"])
+        if config.tasks.source == trained["tasks.source"] == "builtin" and config.seed != trained["seed"]:
+            yield (
+                f"seed: {config.seed}: with its own, {trained['seed']}, the run was trained on kinds and words that "
+                "these tasks are made of, so that they are not unseen"
+            )
         if seen := [name for name in scored if name in self.facts.get("trained_on", ())]:
             yield f"{', '.join(seen)}: this run was trained on them; their scores are not those of unseen tasks"
 
@@ -113,8 +125,11 @@ def evaluate(run: str, overrides: list[str], output: str | None, settings: str |
     where `output` cannot be written.
     """
     named = read_settings(settings) if settings else {}
+    if settings and not named:
+        raise ConfigError([f"--settings: {settings}: names no settings; write `name: {{section.key: value}}` lines"])
     with joined_ranks() as ranks:
-        if problem := ranks.from_main(unwritable(Path(output)) if output else None):
+        its_own = [Path(run) / name for name in WRITTEN]
+        if problem := ranks.from_main(unwritable(Path(output), its_own) if output else None):
             raise Refused(f"--output: {output}: {problem}")
         finished = FinishedRun(run, ranks, overrides)
         with told_as_settings(finished.config, finished.folder):
@@ -123,14 +138,13 @@ def evaluate(run: str, overrides: list[str], output: str | None, settings: str |
                 return
             evaluations, notes = finished.score()
             if ranks.is_main:
+                if output:  # before they are printed: who reads that may have enough of it
+                    told = json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1)
+                    write_whole(Path(output), told)
                 for note in notes:
                     print(f"note: {note}")
                 step = finished.facts["step"]
                 print(f"{finished.folder / 'final'}, after step {step}\n\n{score_table(evaluations)}")
-                if output:
-                    write_whole(
-                        Path(output), json.dumps([evaluation.to_json() for evaluation in evaluations], indent=1)
-                    )
 
 
 def score_settings(finished: FinishedRun, named: Mapping[str, Mapping[str, Any]]) -> None:

@@ -65,9 +65,10 @@ def save_scores(
 def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any] | None = None) -> bool:
     """Whether the folder holds scores under these overrides. Refused where they are under others.
 
-    `made_with`: the command's own `overrides` and, where they are known, `theta`'s digest and the `scoring` of its
-    configuration, to be held against those that the scores were made with. Those of another theta are not there: it is
-    gone; nor are those that are to be made otherwise now. Scores that do not know what made them are there.
+    `made_with`: the command's own `overrides` and, where they are known, `theta`'s digest, the `scoring` of its
+    configuration and the digests of its test `tasks`, to be held against those that the scores were made with. Those of
+    another theta are not there: it is gone; nor are those that are to be made otherwise now. Scores that do not know
+    what made them are there.
     """
     if not (folder / SCORES).is_file():
         return False
@@ -80,7 +81,9 @@ def scored_under(folder: Path, settings: Mapping[str, Any], made_with: Mapping[s
     if known["overrides"] != made_with["overrides"]:
         told = " and not ".join(" ".join(one["overrides"]) or "none" for one in (known, made_with))
         raise Refused(f"{folder}: holds scores with the overrides {told}; remove it, or take another name")
-    return all(known[key] == made_with[key] for key in ("theta", "scoring") if key in known and key in made_with)
+    return all(
+        known[key] == made_with[key] for key in ("theta", "scoring", "tasks") if key in known and key in made_with
+    )
 
 
 def load_made_with(folder: Path) -> dict[str, Any]:

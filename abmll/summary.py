@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from abmll.files import damage, new_partial, publish, read_json
+from abmll.files import MANIFEST, damage, new_partial, publish, read_json
 from abmll.tensor_files import read_tensors, write_tensors
 
 THETA, FACTS = "theta.safetensors", "summary.json"
@@ -30,6 +30,22 @@ def finished_facts(run: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return facts if isinstance(facts, dict) and "scores" in facts else None
+
+
+def find_summary(run: Path) -> Path:
+    """The summary in a run's folder, or the folder itself if it is one. ValueError, with its remedy, where none is."""
+    if (run / FINAL).is_dir():
+        return run / FINAL
+    if (run / MANIFEST).is_file() and (run / FACTS).is_file():
+        return run
+    problem = "holds no run; name a run's output folder, or its final/"
+    if not run.is_dir():
+        problem = "no such folder; name a run's output folder, or its final/"
+    elif (run / MANIFEST).is_file():
+        problem = "holds what was made from a run, such as an adapter, and no run; name the output folder of that run"
+    elif (run / "config.yaml").is_file():
+        problem = "its run has not ended: there is no final/; go on with it by launch/train.py --resume auto"
+    raise ValueError(f"--run: {run}: {problem}")
 
 
 def load_summary(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -164,6 +164,8 @@ def _run_problems(
     except ConfigError as error:
         yield from (f"{method}: {line}" for line in error.problems)
         return
+    if section == "scores" and config.tasks.source == "builtin" and config.seed != comparison.seeds[0]:
+        yield f"scores.{name}: seed: a run may be trained on what the tasks of another seed are made of; take it out"
     sweep, number = parse_name(name)
     if sweep in SWEPT_KEYS and (value := swept_value(config.model_dump(mode="json"), sweep)) != number:
         keys = " or ".join(SWEPT_KEYS[sweep])

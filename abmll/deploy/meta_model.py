@@ -20,7 +20,7 @@ from abmll.files import file_digest
 from abmll.methods import Frequencies
 from abmll.metrics import Predictions, concatenate
 from abmll.provenance import versions
-from abmll.summary import FINAL, THETA, load_summary
+from abmll.summary import FINAL, THETA, find_summary, load_summary
 from abmll.tasks.checks import check_options, check_output
 from abmll.tasks.labelled import by_question, check_spelling, readable
 from abmll.tasks.task import Example
@@ -46,9 +46,8 @@ class MetaModel:
         Refused or ConfigError (ValueErrors both) where there is no whole summary, its model cannot be had or is another
         than theta was trained on, or an override makes theta another one's (`abmll.trained_with`).
         """
-        folder = Path(run)
-        summary = folder / FINAL if (folder / FINAL).is_dir() else folder
         try:
+            summary = find_summary(Path(run))
             theta, facts = load_summary(summary)
             refuse_unread(overrides, adapting=True)
             config = config_from(facts["config"], summary, overrides, scoring=True)
@@ -166,6 +165,11 @@ class MetaModel:
             )
         prompts = self.base.prompter.encode(examples)
         found = [example for example, prompt in zip(examples, prompts, strict=True) if prompt is not None]
+        if not found:
+            raise ValueError(
+                f"task {task}: none of its {len(examples)} examples fits in tasks.max_tokens: "
+                f"{self.base.config.tasks.max_tokens}; raise it"
+            )
         if _one_label(found):
             raise ValueError(
                 f"task {task}: {len(found)} of {len(examples)} examples fit in tasks.max_tokens: "
@@ -250,9 +254,8 @@ class Diverged(Refused):
 
     def __init__(self, problems: Mapping[str, str], models: dict[str, TaskModel]):
         lines = [f"task {task}: adaptation: {problem}" for task, problem in problems.items()]
-        super().__init__(
-            "; ".join(lines) + ": not finite; lower method.test_lr (method.test_lr=... behind the command)"
-        )
+        remedy = "lower method.test_lr, or method.beta if it was raised (method.test_lr=... behind the command)"
+        super().__init__(f"{'; '.join(lines)}: not finite; {remedy}")
         self.models = models
 
 

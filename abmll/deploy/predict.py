@@ -24,7 +24,7 @@ from tqdm import tqdm
 from abmll.deploy.meta_model import MetaModel
 from abmll.deploy.task_model import Prediction, TaskModel, TooLong, load_task_models, of_base
 from abmll.deploy.truncation import told_too_long, told_truncated
-from abmll.files import unwritable, write_whole
+from abmll.files import is_read, unwritable, write_whole
 from abmll.metrics import Predictions, score
 from abmll.tasks.labelled import Columns, Row, check_alike, read_labelled, read_rows
 from abmll.tasks.task import Example
@@ -50,10 +50,7 @@ def predict(
 
     `abstain`: of a prediction that is less sure than this the label is left out.
     """
-    both = [Path(name) for name in (source, output) if name is not None]
-    if len(both) == 2 and all(path.exists() for path in both) and both[0].samefile(both[1]):
-        raise ValueError(f"--output: {output}: is the input; name another file")
-    if output is not None and (problem := _cannot_write_into(Path(output))):
+    if output is not None and (problem := _cannot_write_into(Path(output), (source, *adapters))):
         raise ValueError(f"--output: {output}: {problem}")
     models = load_task_models(adapters, of_base(model, dtype), device)
     names = [own.name for own in models]
@@ -70,7 +67,7 @@ def predict(
         for line in lines if first is None else chain([first], lines):
             file.write(_as_json(line) + "\n")
             written, abstained = written + 1, abstained + line.get("abstained", False)
-            for what in ("truncated", "too_long"):
+            for what in ("truncated", "too_long", "empty"):
                 if line.get(what) and line["row"] != last.get(what):  # by several adapters it is one text
                     told[what], last[what] = told[what] + 1, line["row"]
             bar.update()
@@ -78,7 +75,7 @@ def predict(
                 file.flush()
     left_out = f", the label left out of {abstained:,}" if abstain is not None else ""
     print(f"{written:,} predictions{left_out}", file=sys.stderr)
-    _tell_long(models[0], told["truncated"], told["too_long"], written // len(models))
+    _tell_left_out(models[0], written // len(models), told["truncated"], told["too_long"], told["empty"])
 
 
 def predicted_lines(
@@ -92,15 +89,16 @@ def predicted_lines(
 ) -> Iterator[dict[str, Any]]:
     """What `predict` writes, chunk by chunk of the rows; `names` tell the models apart.
 
-    A text that fits in no prompt has a line without a prediction: one of them does not stop the others.
+    A text that fits in no prompt, or is empty, has a line without a prediction: one of them does not stop the others.
     """
     number = 0
     for chunk in chunks:
+        asked = _with_text(chunk, columns)
         by_model: list[dict[int, Prediction]] = []
         for own in models:
             ask = partial(own.predict, samples=samples, calibrated=calibrated)
-            found, fitting = _of_fitting(ask, _questions(own, chunk, columns))
-            by_model.append(dict(zip(fitting, found or (), strict=True)))
+            found, fitting = _of_fitting(ask, _questions(own, [chunk[place] for place in asked], columns))
+            by_model.append(dict(zip((asked[at] for at in fitting), found or (), strict=True)))
         for place in range(len(chunk)):
             text = chunk[place].text(columns)
             for name, predicted in zip(names, by_model, strict=True):
@@ -176,8 +174,8 @@ def suggest(
 ) -> None:
     """Prints the rows most worth a label, the most uncertain first, as JSONL: by an adapter, or by theta itself.
 
-    Of rows that ask the same the first; those that fit in no prompt are left out, and told. `row` is the place in this
-    file, whatever a column of that name says.
+    Of rows that ask the same the first; those that fit in no prompt, or have no text, are left out, and told. `row` is
+    the place in this file, whatever a column of that name says.
     """
     rows = [checked(row, columns) for row in read_rows(source)]
     if not rows:
@@ -186,11 +184,13 @@ def suggest(
         own = MetaModel.load(run, of_base(model, dtype), device).unadapted(options or ())
     else:
         own = load_task_models([str(adapter)], of_base(model, dtype), device)[0]
-    chosen, fitting = _of_fitting(partial(own.suggest, count=count, samples=samples), _questions(own, rows, columns))
-    for place in (fitting[at] for at in chosen or ()):
+    asked = _with_text(rows, columns)
+    questions = _questions(own, [rows[place] for place in asked], columns)
+    chosen, fitting = _of_fitting(partial(own.suggest, count=count, samples=samples), questions)
+    for place in (asked[fitting[at]] for at in chosen or ()):
         own_fields = {name: value for name, value in rows[place].fields.items() if name != "row"}
         print(_as_json({"row": place, **_no_nan(own_fields)}))
-    _tell_long(own, 0, len(rows) - len(fitting), len(rows))
+    _tell_left_out(own, len(rows), 0, len(asked) - len(fitting), len(rows) - len(asked))
 
 
 def evaluate_adapter(
@@ -210,10 +210,12 @@ def evaluate_adapter(
     In the JSON a score that is not a number is null. Rows that fit in no prompt are left out, and told.
     """
     for option, path in (("--output", output), ("--diagram", diagram)):
-        if path and (problem := unwritable(Path(path))):
+        if path and (problem := unwritable(Path(path), (source, adapter))):
             raise ValueError(f"{option}: {path}: {problem}")
     if diagram:
         _check_picture(diagram)
+        if output and Path(output).resolve() == Path(diagram).resolve():
+            raise ValueError(f"--diagram: {diagram}: is the --output, too; name another file")
     own = load_task_models([adapter], of_base(model, dtype), device)[0]
     examples = read_labelled(source, columns, own.options or ())
     found, fitting = _of_fitting(partial(own.predictions, samples=samples, calibrated=calibrated), examples)
@@ -223,16 +225,16 @@ def evaluate_adapter(
             f"{own.base.config.tasks.max_tokens}; shorten them, or adapt again with a larger one"
         )
     values = {**asdict(score(found)), **asdict(uncertainty(found))}
-    print(
-        "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
-    )
-    truncated = sum(own.truncated([examples[place] for place in fitting]))
-    _tell_long(own, truncated, len(examples) - len(fitting), len(examples))
-    if output:
+    if output:  # before they are printed: who reads that may have enough of it
         told = {name: None if not math.isfinite(value) else value for name, value in values.items()}
         write_whole(Path(output), json.dumps(told, indent=1, allow_nan=False))
     if diagram:
         _draw(found, own.name, diagram)
+    print(
+        "\n".join(f"{name:<26} {value:.4f}" if name != "n" else f"{name:<26} {value}" for name, value in values.items())
+    )
+    truncated = sum(own.truncated([examples[place] for place in fitting]))
+    _tell_left_out(own, len(examples), truncated, len(examples) - len(fitting))
 
 
 def _check_picture(path: str) -> None:
@@ -262,12 +264,19 @@ def _of_fitting(
 ) -> tuple[Found | None, Sequence[int]]:
     """What `ask` says of the questions that fit in a prompt, None where there are none, and their places."""
     places = range(len(questions))
+    if not questions:
+        return None, places
     try:
         return ask(questions), places
     except TooLong as error:  # found out by asking, so that texts that fit are tokenised once
         left_out = set(error.places)
     fitting = [place for place in places if place not in left_out]
     return ask([questions[place] for place in fitting]) if fitting else None, fitting
+
+
+def _with_text(rows: Sequence[Row], columns: Columns) -> list[int]:
+    """The places of the rows that say anything: an empty cell asks nothing."""
+    return [place for place, row in enumerate(rows) if row.text(columns).strip()]
 
 
 def _questions(own: TaskModel, rows: Sequence[Row], columns: Columns) -> list[str | Example]:
@@ -285,10 +294,10 @@ def _question(own: TaskModel, row: Row, columns: Columns) -> str | Example:
 
 
 def _line(number: int, name: str | None, text: str, found: Prediction | None, abstain: float | None) -> dict[str, Any]:
-    """`found` None: the text fits in no prompt."""
+    """`found` None: the text is empty, or fits in no prompt."""
     line: dict[str, Any] = {"row": number, **({"adapter": name} if name else {}), "text": text}
     if found is None:
-        return {**line, "label": None, "too_long": True}
+        return {**line, "label": None, "too_long" if text.strip() else "empty": True}
     line.update(asdict(found))
     if abstain is not None:
         line["abstained"] = found.confidence < abstain
@@ -298,11 +307,13 @@ def _line(number: int, name: str | None, text: str, found: Prediction | None, ab
     return {key: value for key, value in line.items() if value is not None or key == "label"}
 
 
-def _tell_long(own: TaskModel, truncated: int, too_long: int, texts: int) -> None:
+def _tell_left_out(own: TaskModel, texts: int, truncated: int, too_long: int, empty: int = 0) -> None:
     """So many of the texts, where there are any."""
     for count, told in ((truncated, told_truncated), (too_long, told_too_long)):
         if count:
             print(told(count, texts, own.base.config.tasks.max_tokens), file=sys.stderr)
+    if empty:
+        print(f"{empty:,} of {texts:,} texts are empty, and were left out", file=sys.stderr)
 
 
 def _as_json(line: dict[str, Any]) -> str:
@@ -318,10 +329,12 @@ def _no_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cannot_write_into(path: Path) -> str | None:
+def _cannot_write_into(path: Path, read: Sequence[str]) -> str | None:
     """As `unwritable`; but what is there, a pipe or /dev/null too, is written into, whatever its folder is."""
     if not path.exists() or path.is_dir():
         return unwritable(path)
+    if problem := is_read(path, read):
+        return problem
     return None if os.access(path, os.W_OK) else "cannot be written; name another file"
 
 

@@ -197,9 +197,10 @@ class TaskModel:
         temperature = self.card.temperature
         if temperature is None:
             why = "cross-validation found no temperature, as where predictions are like guesses"
+            remedy = "with more examples"
             if "cross_validation" not in self.card.scores:
-                why = "its adapter was made without cross-validation"
-            raise ValueError(f"task {self.name}: calibrated: {why}; leave it out, or adapt again with more examples")
+                why, remedy = "its adapter was made without cross-validation", "with it (--folds)"
+            raise ValueError(f"task {self.name}: calibrated: {why}; leave it out, or adapt again {remedy}")
         return temperature
 
     @staticmethod

@@ -45,7 +45,7 @@ def report(folders: Sequence[str], out: str | None) -> Path:
         raise Refused(f"--out: {path}: is a folder; name a file in it, such as {path / 'report.html'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        problem = unwritable(path)
+        problem = unwritable(path, (own for run in runs for own in run.folder.iterdir() if own.suffix != ".html"))
     except OSError as error:
         problem = f"{path.parent} cannot be a folder ({error.strerror}); name another file"
     if problem:

@@ -10,7 +10,9 @@ FEWEST = 8  # questions of which all have the answer at one place: of two option
 
 
 def doubts(task: Task) -> Iterator[str]:
-    """A line for test rows that are training rows, and for answers that stand at one place among differing options."""
+    """A line for test rows that are training rows, for answers that stand at one place among differing options, and for
+    training rows of one answer.
+    """
     known = {(example.input, frozenset(example.options)) for example in task.train}
     shared = sum((example.input, frozenset(example.options)) in known for example in task.test)
     if shared:
@@ -18,8 +20,12 @@ def doubts(task: Task) -> Iterator[str]:
     for split in ("train", "test"):
         examples = getattr(task, split)
         places = {example.label for example in examples}
-        if len(examples) >= FEWEST and len(places) == 1 and len({example.options for example in examples}) > 1:
+        if len(examples) < FEWEST or len(places) > 1:
+            continue
+        if len({example.options for example in examples}) > 1:
             yield (
                 f"{task.name}: all {len(examples)} {split} rows have their answer at place {places.pop() + 1} of their "
                 "own options, which is all that can be learned; shuffle the options"
             )
+        elif split == "train":  # a few test rows may be of one class by chance
+            yield f"{task.name}: all {len(examples)} train rows have one answer, {examples[0].output!r}; add others"

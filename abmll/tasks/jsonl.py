@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -29,6 +30,9 @@ def load_jsonl_tasks(folder: str | Path, names: Iterable[str], scored: Collectio
     """
     folder = Path(folder)
     names = check_names(names, "tasks")
+    for name in names:  # one task by two names would be trained on and scored as unseen
+        if os.path.normpath(name) != name or name.startswith(("/", "..")):
+            raise ValueError(f"tasks: {name!r}: is no name of a folder in tasks.folder; write {Path(name).name!r}")
     if not folder.is_dir():
         raise ValueError(f"tasks.folder: {folder}: no such folder; set tasks.folder to the folder that holds the tasks")
     tasks, missing, notes = {}, {}, []

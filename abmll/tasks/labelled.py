@@ -212,13 +212,18 @@ def contradictions(examples: Iterable[Example]) -> int:
 
 
 def draw(examples: Sequence[Example], count: int | None, seed: int, source: str) -> list[Example]:
-    """`count` of the examples, drawn by the seed (None: all): one of each label as far as `count` goes, the others as
-    they come, so that labels are about as frequent as among all.
+    """`count` of the examples, drawn by the seed (None: all): one of each label, the others as they come, so that
+    labels are about as frequent as among all.
 
-    ValueError unless these are FEWEST to MOST.
+    ValueError unless these are FEWEST to MOST, and no fewer than the labels of rows that share their options.
     """
     available = len(examples)
     if count is not None and count < available:
+        labels, alike = {example.output for example in examples}, len({question(one)[1] for one in examples}) == 1
+        if alike and FEWEST <= count < len(labels):
+            raise ValueError(
+                f"--examples: {count}: fewer than there are labels, {len(labels)}; raise it, or leave it out"
+            )
         places = _each_label_first(examples, permutation(len(examples), seed, "drawn examples"))
         examples = [examples[place] for place in sorted(places[:count])]
     if len(examples) > MOST:

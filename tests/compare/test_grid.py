@@ -211,6 +211,11 @@ def test_overrides_for_all_do_not_undo_what_runs_differ_in(key, write):
     load_comparison(write(), ("adapters.rank=2", "method.inner_lr=1e-3"))  # of the only model, and of all
 
 
+def test_generated_tasks_are_scored_with_the_runs_seed(write):
+    with pytest.raises(ConfigError, match=r"scores\.steps-1: seed: a run may be trained on what"):
+        load_comparison(write(change=("test_steps: 1", "test_steps: 1, seed: 9")))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

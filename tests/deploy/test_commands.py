@@ -1,5 +1,6 @@
 """The commands, as they are typed: adapt, predict, suggest, evaluate an adapter."""
 
+import io
 import json
 import runpy
 import sys
@@ -324,6 +325,56 @@ def test_no_file_is_lost_to_an_output(call, run, data, adapter, texts, tmp_path)
     )
     assert status == 2 and "calibrated: its adapter was made without cross-validation" in err
     assert texts.read_text() == before and kept.read_text() == "kept"
+
+    labelled, card = data.read_bytes(), (adapter / "card.json").read_bytes()
+    given = ("--adapter", adapter, "--data", data)
+    for command, arguments in {
+        "predict": ("--adapter", adapter, "--input", texts, "--output", adapter / "card.json"),
+        "evaluate": (*given, "--output", data),
+    }.items():
+        status, _, err = call(command, *arguments)
+        assert status == 2 and err.startswith(f"error: --output: {arguments[-1]}: is ") and "name another file" in err
+    status, _, err = call("evaluate", *given, "--output", kept, "--diagram", tmp_path / "other/../kept.jsonl")
+    assert status == 2 and "--diagram" in err
+    status, _, err = call("evaluate", *given, "--output", tmp_path / "d.svg", "--diagram", tmp_path / "d.svg")
+    assert status == 2 and "d.svg: is the --output, too; name another file" in err
+    assert data.read_bytes() == labelled and (adapter / "card.json").read_bytes() == card
+
+
+def test_scores_are_written_though_nobody_reads_the_table(call, adapter, data, tmp_path, monkeypatch):
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("abmll.deploy.predict.print", closed, raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # the command closes it
+    given = ("--adapter", adapter, "--data", data, "--output", tmp_path / "s.json", "--diagram", tmp_path / "d.svg")
+    assert call("evaluate", *given)[0] == 0
+    assert json.loads((tmp_path / "s.json").read_text())["n"] and (tmp_path / "d.svg").is_file()
+
+
+def test_texts_without_a_word_get_no_label(call, adapter, adapted, tmp_path):
+    """... stop nothing, and are not suggested."""
+    (tmp_path / "t.csv").write_text(f'id,text\n0,"{TEXTS[0]}"\n1,\n2,"{TEXTS[1]}"\n3,"  "\n')
+    status, out, err = call("predict", "--adapter", adapter, "--input", tmp_path / "t.csv")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and "2 of 4 texts are empty, and were left out" in err
+    assert lines[1] == {"row": 1, "text": "", "label": None, "empty": True}
+    assert lines[3] == {"row": 3, "text": "  ", "label": None, "empty": True}
+    assert [lines[place]["label"] for place in (0, 2)] == [found.label for found in adapted.predict(TEXTS[:2])]
+    status, out, err = call("suggest", "--adapter", adapter, "--input", tmp_path / "t.csv", "--count", 4)
+    assert status == 0 and {json.loads(line)["row"] for line in out.splitlines()} == {0, 2} and "2 of 4 texts" in err
+    (tmp_path / "t.csv").write_text("id,text\n0,\n")
+    for command in ("predict", "suggest"):
+        status, out, _ = call(command, "--adapter", adapter, "--input", tmp_path / "t.csv")
+        assert status == 0 and len(out.splitlines()) == (command == "predict")
+
+
+def test_a_folder_that_is_no_finished_run_says_what_it_is(call, adapter, data, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.yaml").touch()
+    for folder, problem in {adapter: "holds what was made from a run", tmp_path / "half": "has not ended"}.items():
+        status, _, err = call("adapt", "--run", folder, "--data", data, "--out", tmp_path / "out")
+        assert status == 2 and err.startswith(f"error: --run: {folder}: ") and problem in err
 
 
 def test_predictions_that_cannot_be_written_cost_no_work(call, texts, tmp_path):

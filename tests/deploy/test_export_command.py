@@ -109,7 +109,7 @@ def test_an_adapter_of_other_weights_is_refused(call, adapter, tmp_path):
     ("arguments", "message"),
     [
         (["--adapter", "missing"], r"--adapter: missing: holds no card\.json"),
-        (["--run", "missing"], r"summary missing: .*; name a folder written by a run"),
+        (["--run", "missing"], r"--run: missing: no such folder; name a run's output folder"),
         (["--adapter", "A", "--format", "peft"], r"which nobody else can load; use --format merged"),
         (["--adapter", "A", "--model", "random:qwen"], r"model\.name: 'random:qwen': no such architecture"),
     ],

@@ -30,7 +30,10 @@ def test_answers_that_stand_at_one_place():
     (line,) = doubts(Task("sorted", questions(FEWEST, place=1), (), questions(3, start=100)))
     assert line.startswith(f"sorted: all {FEWEST} train rows have their answer at place 2 of their own options")
     assert list(doubts(Task("few", questions(FEWEST - 1, place=0), (), ()))) == []
-    same = tuple(
-        Example(f"text {number}", ("yes", "no"), "yes") for number in range(20)
-    )  # one class: no matter of place
-    assert list(doubts(Task("one class", same, (), ()))) == []
+
+
+def test_training_rows_of_one_answer():
+    same = tuple(Example(f"text {number}", ("yes", "no"), "yes") for number in range(20))
+    (line,) = doubts(Task("one class", same, (), ()))
+    assert line == "one class: all 20 train rows have one answer, 'yes'; add others"
+    assert list(doubts(Task("of the test alone", questions(9, place=0)[:2], (), same))) == []

@@ -134,6 +134,12 @@ def test_task_named_twice_is_an_error(tmp_path, write_rows):
         load_jsonl_tasks(tmp_path, ["t", "u", "t"])
 
 
+@pytest.mark.parametrize("name", ["sst/", "./sst", "../tasks/sst", "/sst", "a/../sst"])
+def test_a_task_has_one_name(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"tasks: '{name}': is no name of a folder in tasks\.folder; write 'sst'"):
+        load_jsonl_tasks(tmp_path, [name])
+
+
 def test_missing_tasks_are_returned_with_where_it_looked(tmp_path, write_rows):
     write_rows(tmp_path / "t/train.jsonl", [GOOD])
     write_rows(tmp_path / "t/test.jsonl", [GOOD])

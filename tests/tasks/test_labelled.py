@@ -211,6 +211,12 @@ def test_examples_are_drawn_by_the_seed():
         draw(examples[:3], None, 3, "t")
     with pytest.raises(ValueError, match=r"^--examples: 2: an adaptation takes 4 to 500; raise it"):
         draw(examples, 2, 3, "t")
+    five = [Example(str(number), tuple("abcde"), "abcde"[number % 5]) for number in range(20)]
+    assert {example.output for example in draw(five, 5, 3, "t")} == set("abcde")
+    with pytest.raises(ValueError, match="--examples: 4: fewer than there are labels, 5; raise it"):
+        draw(five, 4, 3, "t")
+    own = [Example(str(number), (f"a{number}", f"b{number}"), f"a{number}") for number in range(20)]
+    assert len(draw(own, 4, 3, "t")) == 4
     with pytest.raises(ValueError, match=r"t: 3 examples: .*; add some"):
         draw(examples[:3], 9, 3, "t")
 

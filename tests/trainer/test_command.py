@@ -39,7 +39,7 @@ def test_validate_tells_what_does_not_fit(run, command, capsys):
     """It fails on a GPU alone: a machine without one may only be where the configuration is written."""
     assert command("--validate", "memory.budget_gb=1e-9") == 0
     out = capsys.readouterr().out
-    assert "DOES NOT FIT 1e-09 GB: " in out and f"python launch/plan.py --config {run.config}" in out
+    assert "note    memory: DOES NOT FIT 1e-09 GB: " in out and f"python launch/plan.py --config {run.config}" in out
 
 
 def test_validate_reports_every_fault_at_once(run, tmp_path):

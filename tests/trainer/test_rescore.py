@@ -44,6 +44,25 @@ def test_an_output_that_cannot_be_written_costs_no_scores(finished, tmp_path, ou
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["final/theta.safetensors", "config.yaml", "scores.json"])
+def test_no_file_of_the_run_is_lost_to_an_output(finished, name, monkeypatch):
+    monkeypatch.setattr("abmll.rescore.FinishedRun", lambda *_: pytest.fail("it was loaded"))
+    before = (finished.folder / name).read_bytes()
+    with pytest.raises(Refused, match=rf"--output: .*{name}: is .*read; name another file"):
+        evaluate(str(finished.folder), [], str(finished.folder / name))
+    assert (finished.folder / name).read_bytes() == before
+
+
+def test_scores_are_written_though_nobody_reads_the_table(finished, tmp_path, monkeypatch):
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("abmll.rescore.print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate(str(finished.folder), ["eval.max_examples=1"], str(tmp_path / "s.json"))
+    assert json.loads((tmp_path / "s.json").read_text())
+
+
 def test_theta_serves_another_dtype_and_a_slow_one_is_told(finished, monkeypatch, capsys):
     monkeypatch.setattr("abmll.config.native._cpu_multiplies_bfloat16", lambda: False)
     for dtype in ("float32", "bfloat16"):
@@ -187,6 +206,29 @@ def test_scores_of_another_theta_or_with_other_overrides_are_not_taken_for_these
     assert not there and third != second
     (few / "made_with.json").unlink()  # scores of an older version
     assert scored() == (True, third)
+    settings.write_text("")
+    with pytest.raises(ConfigError, match=r"--settings: .*settings\.yaml: names no settings; write"):
+        evaluate(str(run.folder), [], None, str(settings))
+
+
+def test_scores_of_other_rows_are_not_taken_for_these(make_run, other_tasks, tmp_path, capsys):
+    of_tasks = (*other_tasks[:2], "tasks.train=[blue]", "tasks.test=[red]", "eval.every=null")
+    run, settings = make_run("other").train(*of_tasks, "trainer.episodes=1"), tmp_path / "settings.yaml"
+    settings.write_text("all: {eval.max_examples: 50}\n")
+    for there in (False, True):
+        evaluate(str(run.folder), [], None, str(settings))
+        assert capsys.readouterr().out.endswith("all: is there already\n") == there
+    test = tmp_path / "tasks/red/test.jsonl"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[1:]))
+    evaluate(str(run.folder), [], None, str(settings))
+    assert not capsys.readouterr().out.endswith("all: is there already\n")
+
+
+def test_generated_tasks_of_another_seed_are_not_said_to_be_unseen(finished, capsys):
+    told = "note: seed: 99: with its own, "
+    for overrides in ([], ["seed=99"]):
+        evaluate(str(finished.folder), [*overrides, "eval.max_examples=1"], None)
+        assert (told in capsys.readouterr().out) == bool(overrides)
 
 
 def test_a_file_of_scores_does_not_go_with_settings(finished):
@@ -318,10 +360,15 @@ def test_a_run_on_files_is_scored_again_without_them(run, other_tasks, tmp_path)
 
 
 def test_a_folder_without_a_finished_run_is_refused(finished, tmp_path):
-    with pytest.raises(Refused, match=r"holds no config\.yaml; name the output folder of a run"):
-        evaluate(str(tmp_path), [], None)
+    for folder, problem in (
+        (tmp_path / "none", "no such folder; name a run's output folder"),
+        (tmp_path, "holds no run; name a run's output folder"),
+        (finished.folder / "final", "holds no config.yaml; name the output folder of a run"),
+    ):
+        with pytest.raises(Refused, match=f"^--run: {folder}: {problem}"):
+            evaluate(str(folder), [], None)
     (tmp_path / "config.yaml").write_text((finished.folder / "config.yaml").read_text())
-    with pytest.raises(Refused, match=r"summary .*final.*; name a folder written by a run"):
+    with pytest.raises(Refused, match=r"its run has not ended: .* --resume auto"):
         evaluate(str(tmp_path), [], None)
     with pytest.raises(ConfigError, match=r"adapters\.rank: theta was trained with 2; leave it as it was"):
         evaluate(str(finished.folder), ["adapters.rank=3"], None)
