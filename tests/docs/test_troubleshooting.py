@@ -31,7 +31,7 @@ SAID = {
     "dwarfs the NLL": f"{TRAIN} SHORT method.beta=1.0 output=runs/dwarfed",
     "gave NaN or Inf": f"{TRAIN} SHORT method.inner_lr=1e30 trainer.max_nonfinite=2 trainer.episodes=9 output=runs/nan",
     "differs from the checkpoint's": f"{TRAIN} SHORT --resume auto output=runs/quickstart seed=1",
-    "holds no config.yaml": "launch/evaluate.py --run runs/none",
+    "no such folder; name a run's": "launch/evaluate.py --run runs/none",
     "theta was trained with": "launch/evaluate.py --run runs/quickstart adapters.rank=3",
     "draws weights around a point estimate": "launch/evaluate.py --run runs/quickstart eval.tfb.samples=4",
 }
