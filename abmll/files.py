@@ -56,11 +56,8 @@ def is_read(path: Path, read: Iterable[str | Path]) -> str | None:
     """Why a file that is there must stay as it is: it is one of those that are read, or lies in such a folder."""
     for own in map(Path, read if path.exists() else ()):
         if own.exists() and (path.samefile(own) or path.resolve().is_relative_to(own.resolve())):
-            return (
-                f"is a file of {own}, which is read; name another file"
-                if own.is_dir()
-                else "is read; name another file"
-            )
+            what = f"a file of {own}, which" if own.is_dir() else "what"
+            return f"is {what} this command reads; name another file"
     return None
 
 

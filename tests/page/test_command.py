@@ -30,7 +30,7 @@ def test_it_prints_the_page_it_wrote(tmp_path):
 def test_no_file_of_a_run_is_lost_to_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     before = (folder / "metrics.jsonl").read_text()
-    with pytest.raises(Refused, match=r"--out: .*metrics\.jsonl: is read; name another file"):
+    with pytest.raises(Refused, match=r"--out: .*metrics\.jsonl: is what this command reads; name another file"):
         report([str(folder)], str(folder / "metrics.jsonl"))
     assert (folder / "metrics.jsonl").read_text() == before
     assert report([str(folder)], str(folder / "mine.html")) == report([str(folder)], str(folder / "mine.html"))

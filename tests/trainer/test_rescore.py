@@ -48,7 +48,7 @@ def test_an_output_that_cannot_be_written_costs_no_scores(finished, tmp_path, ou
 def test_no_file_of_the_run_is_lost_to_an_output(finished, name, monkeypatch):
     monkeypatch.setattr("abmll.rescore.FinishedRun", lambda *_: pytest.fail("it was loaded"))
     before = (finished.folder / name).read_bytes()
-    with pytest.raises(Refused, match=rf"--output: .*{name}: is .*read; name another file"):
+    with pytest.raises(Refused, match=rf"--output: .*{name}: is .*this command reads; name another file"):
         evaluate(str(finished.folder), [], str(finished.folder / name))
     assert (finished.folder / name).read_bytes() == before
 
