@@ -309,7 +309,8 @@ def best_of(rivals: pd.DataFrame, metric: Metric) -> tuple[str, pd.DataFrame]:
 
 def _scored_on(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """The rows of a task and seed that `others` have too: an unfinished comparison lacks some of one method's."""
-    return rows[pd.MultiIndex.from_frame(rows[PAIR]).isin(pd.MultiIndex.from_frame(others[PAIR]))]
+    known = set(zip(*(others[key] for key in PAIR), strict=True))
+    return rows[np.array([pair in known for pair in zip(*(rows[key] for key in PAIR), strict=True)], dtype=bool)]
 
 
 def _of_both(mine: pd.DataFrame, theirs: pd.DataFrame, metric: Metric) -> tuple[pd.Series, pd.Series]:
