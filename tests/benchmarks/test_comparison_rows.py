@@ -108,6 +108,21 @@ def test_a_kept_run_stays_and_gets_its_new_scores(rows, two_runs, tmp_path):
     assert (target / place / "scores/samples-8/predictions.parquet").is_file()
 
 
+def test_a_run_that_went_on_after_a_kill_is_the_same(rows, two_runs, tmp_path):
+    """It names the episodes of an outer step, which its first session left to the ranks."""
+    source, index = two_runs
+    rows.keep(source, index, tmp_path / "rows", {})
+    path = source / "runs/abmll/default/seed-0/final/summary.json"
+    facts = json.loads(path.read_text())
+    steps = facts.get("trained_steps")
+    facts["config"].setdefault("trainer", {})["tasks_per_step"] = 1
+    path.write_text(json.dumps(facts))
+    rows.keep(source, index, tmp_path / "rows", {})
+    path.write_text(json.dumps({**facts, "trained_steps": (steps or 0) + 1}))
+    with pytest.raises(ValueError, match="'tasks_per_step': 1"):
+        rows.keep(source, index, tmp_path / "rows", {})
+
+
 def test_another_run_of_the_same_name_is_refused(rows, two_runs, tmp_path):
     source, index = two_runs
     rows.keep(source, index, tmp_path / "rows", {})
