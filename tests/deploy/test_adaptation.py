@@ -243,7 +243,7 @@ def test_examples_that_do_not_fit_are_left_out(run):
     found, short = meta.adapt([*EXAMPLES, long], "moods", folds=2), meta.adapt(EXAMPLES, "moods", folds=2)
     assert found.card.adaptation.examples == 6
     assert found.card.model_dump() == short.card.model_dump()
-    with pytest.raises(ValueError, match=r"0 of 2 examples fit in tasks\.max_tokens: 320"):
+    with pytest.raises(ValueError, match=r"none of its 2 examples fits in tasks\.max_tokens: 320; raise it"):
         meta.adapt([long, (long[0] + "x", "bad")])
 
 

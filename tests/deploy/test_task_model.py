@@ -262,7 +262,7 @@ def test_theta_alone_is_no_adapter(meta, tmp_path):
 
 
 def test_a_run_without_a_summary_is_refused(tmp_path):
-    with pytest.raises(Refused, match="such as RUN/final"):
+    with pytest.raises(Refused, match="holds no run; name a run's output folder, or its final/"):
         MetaModel.load(tmp_path)
 
 
