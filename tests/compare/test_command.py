@@ -177,7 +177,7 @@ def test_tasks_are_looked_for_before_the_first_run(present, more, told, stand_in
     text = with_files(tmp_path, *present)
     with pytest.raises(Refused, match=told):
         stand_in(text=f"{text}{more}\n")
-    scored = text.replace("eval.samples: 2", "tasks.test: [e]")
+    scored = text.replace("samples-2", "elsewhere").replace("eval.samples: 2", "tasks.test: [e]")
     if present == "ab":
         with pytest.raises(Refused, match="are not there: e;"):
             stand_in(text=scored)

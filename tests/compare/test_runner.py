@@ -96,9 +96,11 @@ def test_finished_runs_and_scores_are_not_made_again(bench):
 
 def test_scores_under_other_overrides_are_refused(bench):
     bench.runner().run(bench.jobs)
-    (bench.folder / "comparison.yaml").write_text(TEXT.replace("method.test_steps: 1", "method.test_steps: 2"))
+    (bench.folder / "comparison.yaml").write_text(
+        TEXT.replace("method.test_steps: 1", "method.test_steps: 1, eval.max_examples: 3")
+    )
     changed = jobs(load_comparison(bench.folder / "comparison.yaml"), {}, ())
-    with pytest.raises(Refused, match=r"scores/steps-1: holds scores under \{'method.test_steps': 1\}, not .*2\}"):
+    with pytest.raises(Refused, match=r"scores/steps-1: holds scores under \{'method.test_steps': 1\}, not .*3\}"):
         bench.runner().run(changed)
 
 
