@@ -106,6 +106,10 @@ def test_choices_stand_behind_the_methods_own_settings_and_before_the_named_ones
         ("steps-1:", "beta-3:", r"scores\.beta-3: is a point of what the setting beta-1e-6 is one of"),
         ("beta-1e-6:", "steps-1:", r"scores\.steps-1: is a point of what the setting steps-1 is one of"),
         ("method.test_steps: 1", "adapters.rank: 2", r"scores\.steps-1: adapters\.rank: a score is of a trained run"),
+        ("test_steps: 1", "test_steps: 1, seed: 9", r"scores\.steps-1: seed: a run may be trained on what"),
+        ("method.beta: 1e-6}", "method.beta: 1e-5}", r"settings\.beta-1e-6: abmll has 1e-05 there \(method\.beta\)"),
+        ("eval.samples: 2", "eval.max_examples: 2", r"scores\.samples-2: abmll has 0 there \(eval\.samples\)"),
+        ("test_steps: 1", "test_steps: 2", r"scores\.steps-1: lora has 2 there \(method\.test_steps or method\.inner"),
     ],
 )
 def test_mistakes_are_told_with_their_place(old, new, told, write):
@@ -209,24 +213,6 @@ def test_overrides_for_all_do_not_undo_what_runs_differ_in(key, write):
     with pytest.raises(ConfigError, match=rf"override: {key}: is what methods differ in \(\w+\); change it there"):
         load_comparison(write(), (f"{key}=lora",))
     load_comparison(write(), ("adapters.rank=2", "method.inner_lr=1e-3"))  # of the only model, and of all
-
-
-def test_generated_tasks_are_scored_with_the_runs_seed(write):
-    with pytest.raises(ConfigError, match=r"scores\.steps-1: seed: a run may be trained on what"):
-        load_comparison(write(change=("test_steps: 1", "test_steps: 1, seed: 9")))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        ("method.beta: 1e-6}", "method.beta: 1e-5}", r"settings\.beta-1e-6: abmll has 1e-05 there \(method\.beta\)"),
-        ("eval.samples: 2", "eval.max_examples: 2", r"scores\.samples-2: abmll has 0 there \(eval\.samples\)"),
-        ("test_steps: 1", "test_steps: 2", r"scores\.steps-1: lora has 2 there \(method\.test_steps or method\.inner"),
-    ],
-)
-def test_a_sweeps_name_says_its_value(old, new, told, write):
-    with pytest.raises(ConfigError, match=told):
-        load_comparison(write(change=(old, new)))
 
 
 def test_the_command_lines_overrides_stand_behind_those_of_the_tries_but_not_before_their_tasks(write):

@@ -1,5 +1,7 @@
 """A tiny run's summary, made without training: theta is off its start, so that adapters do something."""
 
+import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 
-from deployed import EXAMPLES, save_run
+from deployed import EXAMPLES, TEXTS, save_run
 from exported import adapted_from, save_base
+
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +51,35 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def moods(build_tiny, base, tmp_path_factory):
     return adapted_from(build_tiny, base, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Exit status, standard output and standard error of a command, in this process."""
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(LAUNCH / f"{command}.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "moods.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in EXAMPLES))
+    return path
+
+
+@pytest.fixture
+def adapter(adapted, tmp_path):
+    return adapted.save(tmp_path / "adapter")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(TEXTS)))
+    return path

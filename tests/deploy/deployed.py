@@ -54,3 +54,9 @@ def option_probabilities(base, phi, text):
         logits = base.model(input_ids=ids, use_cache=False).logits[0, -1]
     letters = torch.tensor(base.prompter.letter_ids[:2])
     return logits[letters].double().softmax(dim=0)
+
+
+def adapted_without_folds(call, run, data, out, *more):
+    given = ("--run", run, "--data", data, "--out", out, "--folds", 0, "--device", "cpu", *more)
+    assert call("adapt", *given)[0] == 0
+    return out

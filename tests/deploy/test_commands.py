@@ -2,51 +2,14 @@
 
 import io
 import json
-import runpy
-import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
-from deployed import EXAMPLES, OPTIONS, TEXTS
+from deployed import EXAMPLES, OPTIONS, TEXTS, adapted_without_folds
 
 from abmll import TaskModel
 from abmll.compare.statistics import wilson
-
-LAUNCH = Path(__file__).parents[2] / "launch"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Exit status, standard output and standard error of a command, in this process."""
-
-    def call(command, *arguments):
-        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(LAUNCH / f"{command}.py"), run_name="__main__")
-        return ended.value.code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "moods.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in EXAMPLES))
-    return path
-
-
-@pytest.fixture
-def adapter(adapted, tmp_path):
-    return adapted.save(tmp_path / "adapter")
-
-
-@pytest.fixture
-def texts(tmp_path):
-    path = tmp_path / "texts.csv"
-    path.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(TEXTS)))
-    return path
 
 
 def test_adapt_writes_what_the_library_makes(call, run, data, adapted, tmp_path):
@@ -182,7 +145,6 @@ def test_an_adapter_serves_its_base_in_another_dtype(call, run, adapter, data, t
 
 
 def test_predict_streams_standard_input(call, adapter, monkeypatch):
-    import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "It was slow."}\n'))
     status, out, _ = call("predict", "--adapter", adapter, "--input", "-")
@@ -276,12 +238,6 @@ def test_evaluate_scores_an_adapter(call, adapter, adapted, data, tmp_path):
     assert "accuracy " in out and "<svg" in diagram.read_text()
 
 
-def test_a_diagram_without_matplotlib_costs_no_work(call, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, _, err = call("evaluate", "--adapter", "none", "--data", data, "--diagram", tmp_path / "x.svg")
-    assert status == 2 and err.startswith("error: --diagram: is drawn by matplotlib; run: pip install"), err
-
-
 def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path):
     """At a temperature that is told; where cross-validation found none that is told too."""
     card = adapted.card.model_copy(update={"scores": {"cross_validation": {"temperature": 2.5}}})
@@ -296,60 +252,10 @@ def test_calibrated_predictions_are_the_librarys(call, adapted, texts, tmp_path)
     assert status == 2 and "cross-validation found no temperature" in err
 
 
-def test_no_rows_have_no_predictions(call, adapter, texts, tmp_path):
-    """The output is opened all the same; and what there is may be no file."""
-    texts.write_text("id,text\n")
-    kept = tmp_path / "kept.jsonl"
-    kept.write_text("kept")
-    for output in (kept, "/dev/null"):
-        assert call("predict", "--adapter", adapter, "--input", texts, "--output", output)[0] == 0
-    assert kept.read_text() == ""
-
-
 def test_rows_before_a_bad_one_are_written(call, adapter, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
     status, out, err = call("predict", "--adapter", adapter, "--input", tmp_path / "t.jsonl")
     assert status == 2 and "t.jsonl:3:" in err and [json.loads(line)["text"] for line in out.splitlines()] == ["a", "b"]
-
-
-def test_no_file_is_lost_to_an_output(call, run, data, adapter, texts, tmp_path):
-    kept = tmp_path / "kept.jsonl"
-    kept.write_text("kept")
-    before = texts.read_text()
-    assert call("predict", "--adapter", adapter, "--input", texts, "--output", texts)[0] == 2
-    assert call("predict", "--adapter", adapter, "--input", tmp_path / "none.jsonl", "--output", kept)[0] == 2
-    assert call("predict", "--adapter", adapter, "--input", texts, "--output", tmp_path / "no/where")[0] == 2
-    sure_of_nothing = adapted_without_folds(call, run, data, tmp_path / "no-folds")
-    status, _, err = call(
-        "predict", "--adapter", sure_of_nothing, "--input", texts, "--output", kept, "--calibrated", "--device", "cpu"
-    )
-    assert status == 2 and "calibrated: its adapter was made without cross-validation" in err
-    assert texts.read_text() == before and kept.read_text() == "kept"
-
-    labelled, card = data.read_bytes(), (adapter / "card.json").read_bytes()
-    given = ("--adapter", adapter, "--data", data)
-    for command, arguments in {
-        "predict": ("--adapter", adapter, "--input", texts, "--output", adapter / "card.json"),
-        "evaluate": (*given, "--output", data),
-    }.items():
-        status, _, err = call(command, *arguments)
-        assert status == 2 and err.startswith(f"error: --output: {arguments[-1]}: is ") and "name another file" in err
-    status, _, err = call("evaluate", *given, "--output", kept, "--diagram", tmp_path / "other/../kept.jsonl")
-    assert status == 2 and "--diagram" in err
-    status, _, err = call("evaluate", *given, "--output", tmp_path / "d.svg", "--diagram", tmp_path / "d.svg")
-    assert status == 2 and "d.svg: is the --output, too; name another file" in err
-    assert data.read_bytes() == labelled and (adapter / "card.json").read_bytes() == card
-
-
-def test_scores_are_written_though_nobody_reads_the_table(call, adapter, data, tmp_path, monkeypatch):
-    def closed(*_: object, **__: object) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr("abmll.deploy.predict.print", closed, raising=False)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())  # the command closes it
-    given = ("--adapter", adapter, "--data", data, "--output", tmp_path / "s.json", "--diagram", tmp_path / "d.svg")
-    assert call("evaluate", *given)[0] == 0
-    assert json.loads((tmp_path / "s.json").read_text())["n"] and (tmp_path / "d.svg").is_file()
 
 
 def test_texts_without_a_word_get_no_label(call, adapter, adapted, tmp_path):
@@ -375,17 +281,6 @@ def test_a_folder_that_is_no_finished_run_says_what_it_is(call, adapter, data, t
     for folder, problem in {adapter: "holds what was made from a run", tmp_path / "half": "has not ended"}.items():
         status, _, err = call("adapt", "--run", folder, "--data", data, "--out", tmp_path / "out")
         assert status == 2 and err.startswith(f"error: --run: {folder}: ") and problem in err
-
-
-def test_predictions_that_cannot_be_written_cost_no_work(call, texts, tmp_path):
-    status, _, err = call("predict", "--adapter", "none", "--input", texts, "--output", tmp_path / "no/p.jsonl")
-    assert status == 2 and err.startswith(f"error: --output: {tmp_path}/no/p.jsonl: ") and "is no folder" in err
-
-
-def adapted_without_folds(call, run, data, out, *more):
-    given = ("--run", run, "--data", data, "--out", out, "--folds", 0, "--device", "cpu", *more)
-    assert call("adapt", *given)[0] == 0
-    return out
 
 
 def test_a_text_that_fits_in_no_prompt_stops_nothing(call, run, data, tmp_path):
@@ -441,29 +336,6 @@ def test_a_row_without_a_text_is_refused(call, run, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n,pos\nbad,neg\ngood,pos\nugly,neg\n")
     status, _, err = call("adapt", "--run", run, "--data", tmp_path / "rows.csv", "--out", tmp_path / "out")
     assert status == 2 and "rows.csv:2: the text is empty; remove the row" in err
-
-
-def test_a_diagram_that_cannot_be_drawn_costs_no_work(call, data):
-    status, _, err = call("evaluate", "--adapter", "none", "--data", data, "--diagram", "d.foo")
-    assert status == 2 and err.startswith("error: --diagram: d.foo: is no picture by its ending; name a .svg")
-
-
-@pytest.mark.parametrize("option", ["--output", "--diagram"])
-def test_scores_that_cannot_be_written_cost_no_work(call, data, tmp_path, option):
-    for path, problem in (
-        (tmp_path / "no/s.svg", "is no folder"),
-        (tmp_path, "is a folder"),
-        ("/proc/s.svg", "nothing"),
-    ):
-        status, _, err = call("evaluate", "--adapter", "none", "--data", data, option, path)
-        assert status == 2 and err.startswith(f"error: {option}: {path}: ") and problem in err
-
-
-def test_an_occupied_folder_is_told_before_the_work(call, data, tmp_path):
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/notes.txt").write_text("mine")
-    status, _, err = call("adapt", "--run", "no-run", "--data", data, "--out", tmp_path / "own")
-    assert status == 2 and "holds other files than an adapter's" in err
 
 
 def test_paths_may_lead_upwards(call, adapter, texts, tmp_path, monkeypatch):
