@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from itertools import chain
 from pathlib import Path
 
 LOWEST = 10_000
@@ -15,11 +16,12 @@ def free_port() -> int:
     """A TCP port that nobody has on this machine, and that nobody is given by chance before the ranks listen there.
 
     Port 0 asks for one of the range that all connections, Gloo's among them, take theirs from: until the ranks have
-    started, seconds later, it may be another's. Random, so that two who ask at a time do not get the same. OSError
-    where all are taken.
+    started, seconds later, it may be another's. From a random one on, so that two who ask at a time do not get the
+    same. OSError where all are taken.
     """
     ports = candidates()
-    for port in random.SystemRandom().sample(ports, len(ports)):
+    first = random.SystemRandom().randrange(len(ports))
+    for port in chain(ports[first:], ports[:first]):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

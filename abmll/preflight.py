@@ -21,6 +21,7 @@ from abmll.memory import plan_run
 from abmll.memory.capacity import device_capacity
 from abmll.memory.table import summary
 from abmll.methods import METHODS
+from abmll.methods.advice import unread_settings
 from abmll.models.load import attention_implementation, describe, load_tokenizer, model_config
 from abmll.models.positions import beyond_positions, check_positions
 from abmll.models.quantization import check_quantization
@@ -81,6 +82,11 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
         config = as_checkpointed(config, found, world_size)
         return f"{found.folder}, written by {found.state['world_size']} ranks"
 
+    def method() -> str:
+        if told := unread_settings(config):
+            raise _Doubtful("; ".join(told))
+        return config.method.name
+
     def monitors() -> str:
         return ", ".join(check_monitors(config.logging)) or "none"
 
@@ -134,6 +140,7 @@ def preflight(config: Config, config_path: str, resume: bool = False, overwrite:
     check("ranks", ranks)
     check("deepspeed", deepspeed)
     check("monitors", monitors)
+    check("method", method)
     if METHODS[config.method.name].layers == "gaussian":
         check("projections", projections)
     if config.model.quantization != "none":

@@ -10,7 +10,7 @@ from abmll.distributed import Ranks
 from abmll.evaluation import Evaluation
 from abmll.memory import Plan
 from abmll.memory.table import summary
-from abmll.methods.advice import unlike_published
+from abmll.methods.advice import unlike_published, unread_settings
 from abmll.models.packing import told_layout
 from abmll.models.quantization import num_parameters
 from abmll.models.sharding import gathered_bytes
@@ -61,8 +61,8 @@ def derived_numbers(config: Config, parts: Parts, trainer: Trainer, ranks: Ranks
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
     slow = in_software(config.model.dtype, ranks.device.type)
-    notes = [*tasks.notes, *([slow] if slow else []), *unlike_published(config, sizes, trainer.tasks_per_step)]
-    notes = "".join(f"\nnote: {note}" for note in notes)
+    advice = [*unread_settings(config), *unlike_published(config, sizes, trainer.tasks_per_step)]
+    notes = "".join(f"\nnote: {note}" for note in (*tasks.notes, *([slow] if slow else []), *advice))
     return f"{text}{notes}\nmemory          {summary(plan, 'each rank, counted')}"
 
 

@@ -80,7 +80,7 @@ def check_finished_run(config: Config, folder: Path, ranks: Ranks) -> None:
         except ConfigError as error:  # another version's
             problem = str(error)
         else:
-            there, now = (in_effect(flat(own.model_dump(mode="json"))) for own in (found, config))
+            there, now = in_effect(*(flat(own.model_dump(mode="json")) for own in (found, config)))
             for values in (there, now):
                 values["model.name"] = absolute_model(values["model.name"])
             problem = _different(there, now, FIXED_KEYS, "in the run that is there")
@@ -131,8 +131,8 @@ def _different(saved: dict[str, Any], now: dict[str, Any], fixed: tuple[str, ...
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint, world_size: int) -> None:
-    saved = in_effect(flat(completed(checkpoint.state["config"])))  # an older version's may lack keys
-    now = in_effect(flat(config.model_dump(mode="json")))
+    before = completed(checkpoint.state["config"])  # an older version's may lack keys
+    saved, now = in_effect(flat(before), flat(config.model_dump(mode="json")))
     for values in (saved, now):  # a summary's is absolute, a command's may not be
         values["model.name"] = absolute_model(values["model.name"])
     saved["trainer.tasks_per_step"] = checkpoint.state["tasks_per_step"]

@@ -11,15 +11,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from abmll.compare.grid import jobs, lists_of, tries, without_methods
-from abmll.compare.schema import ONLY, PLAIN, SWEPT_KEYS, Comparison, Overrides, parse_name, swept_value
+from abmll.compare.schema import ONLY, PLAIN, SWEPT_KEYS, Cell, Comparison, Overrides, parse_name, swept_value
 from abmll.config import Config, ConfigError, load_config, override_texts, resolve_path
 from abmll.config.errors import duplicates, show
 from abmll.config.files import read_layers
 from abmll.config.messages import Key, describe
+from abmll.config.method_keys import unread_keys
+from abmll.config.settings import flat, in_effect
 from abmll.config.task_lists import resolve_task_lists
 from abmll.config.yaml_text import parse
 from abmll.trained_with import LOADED, refuse_unread
 
+_UNREAD = f"which reads nothing that differs; take it out, or list the methods that do under `{ONLY}`"
 SET_BY_US = {"seed": "set the comparison's `seeds`", "output": "set the comparison's `output`"}  # of each run
 
 
@@ -113,8 +116,33 @@ def _problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
                 overrides = [*job.overrides, *override_texts(values)]
                 told |= dict.fromkeys(_run_problems(comparison, overrides, job.method, "scores", name))
     yield from told
+    if not told:
+        yield from _without_effect(comparison, extra)
     if comparison.tune:
         yield from _grid_problems(comparison, extra)
+
+
+def _without_effect(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[str]:
+    """Settings and scores whose values a method does not read: its rows would tell of a difference that is none."""
+    seen: dict[Cell, dict[str, dict[str, Any]]] = {}
+    for job in jobs(comparison, {}, extra):
+        if job.seed != comparison.seeds[0]:
+            continue
+        values = flat(load_config(comparison.config, job.overrides).model_dump(mode="json"))
+        others = seen.setdefault((job.model, job.task_set, job.method), {})
+        for other, before in others.items():
+            if _same(before, values):
+                yield f"settings.{job.setting}: the same as {other} for {job.method}, {_UNREAD}"
+        others[job.setting] = values
+        for name, overrides in job.scores.items():
+            config = load_config(comparison.config, [*job.overrides, *override_texts(overrides)])
+            if _same(values, flat(config.model_dump(mode="json"))):
+                yield f"scores.{name}: the same as a run's own scores for {job.method}, {_UNREAD}"
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    one, other = in_effect(before, now)
+    return one == other
 
 
 def _read_before_scoring(values: Overrides) -> list[str]:
@@ -194,11 +222,15 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
             for key in sorted(keys & tried):
                 told[f"{place}: {key}: is to be chosen by tune.grid for {method}; take it out of one of the two"] = None
     for (_, _, method), of_cell in tries(comparison, extra, least=1).items():
+        unread = {key for keys in tuning.grid.get(method, {}) for key in keys.split("+")}
         for one in of_cell:
+            overrides = [*one.runs[0].overrides, *override_texts(one.values), *extra]
             try:
-                load_config(comparison.config, [*one.runs[0].overrides, *override_texts(one.values), *extra])
+                unread &= unread_keys(flat(load_config(comparison.config, overrides).model_dump(mode="json")))
             except ConfigError as error:
                 told |= dict.fromkeys(f"tune: {method}: {line}" for line in error.problems)
+                unread = set()
+        told |= dict.fromkeys(f"tune.grid.{method}: {key}: {method} does not read it; take it out" for key in unread)
     yield from told
 
 

@@ -106,7 +106,7 @@ class Runner:
             there = with_absolute_paths(load_config(path), path)  # an older one may name its model from here
         except ConfigError as error:
             raise Refused(f"{path}: {error}; remove the folder") from None
-        old, new = (in_effect(flat(config.model_dump())) for config in (there, wanted))
+        old, new = in_effect(*(flat(config.model_dump()) for config in (there, wanted)))
         if wanted.tasks.source == "builtin":  # of which none is missing
             old["tasks.missing"] = new["tasks.missing"]
         different = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import yaml_text
 from .errors import ConfigError, show
+from .method_keys import unread_keys
 
 _NAME = re.compile(r"[\w+-][\w.+-]{0,99}")  # serves as a folder's name
 
@@ -33,10 +34,15 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's `flat` values without those that nothing reads: two runs that differ in them are the same."""
-    unread = ("eval.select_by", "eval.validation_examples") if values.get("eval.every") is None else ()
-    return {key: value for key, value in values.items() if key not in unread}
+def in_effect(*configs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Configurations' `flat` values without those that none of them reads: runs that differ there are the same."""
+    unread = set.intersection(*(_unread(values) for values in configs))
+    return [{key: value for key, value in values.items() if key not in unread} for values in configs]
+
+
+def _unread(values: Mapping[str, Any]) -> set[str]:
+    never = {"eval.select_by", "eval.validation_examples"} if values["eval.every"] is None else set()
+    return never | unread_keys(values)
 
 
 def whole_sections(values: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,10 @@ refused, and so is what could take a reader's memory or time: text, values or ne
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -106,6 +108,11 @@ def parse(text: str, source: str) -> object:
     """
     if len(text) > MOST_CHARACTERS:
         raise ConfigError([f"{source}: {len(text):,} characters: a configuration has {MOST_CHARACTERS:,} at most"])
+    return copy.deepcopy(_parsed(text, source))
+
+
+@lru_cache(maxsize=512)  # a comparison reads the same base and overrides for each of its runs
+def _parsed(text: str, source: str) -> object:
     loader = None
     try:
         loader = _Loader(text)

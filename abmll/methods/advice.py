@@ -1,4 +1,4 @@
-"""Where a run's settings make a method another one than what was published under its name."""
+"""Where a run's settings make a method another one than what was published under its name, or do nothing to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from abmll.config import Config
 from abmll.config.messages import show
+from abmll.config.method_keys import unread_keys
+from abmll.config.schema import AdapterConfig, MethodConfig
+from abmll.config.settings import flat
 from abmll.methods import METHODS, build_method
 
 
@@ -52,3 +55,16 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
             "which is pooled LoRA with batches of one task each; set trainer.tasks_per_step=1, on one rank"
         )
     return found
+
+
+def unread_settings(config: Config) -> list[str]:
+    """A line that names the keys which are set to other than their defaults and which the method does not read."""
+    name, values = config.method.name, flat(config.model_dump(mode="json"))
+    defaults = flat({"method": MethodConfig().model_dump(mode="json"), "adapters": AdapterConfig().model_dump()})
+    told = [key for key in sorted(unread_keys(values)) if values[key] != defaults[key]]
+    if not told:
+        return []
+    listed, them = ", ".join(f"{key}: {show(values[key])}" for key in told), "them" if len(told) > 1 else "it"
+    steps = "method.outer_lr" in told and config.method.interpolates
+    rate = "; how far theta goes in a step is method.reptile_step" if steps else ""
+    return [f"{listed}: {name} does not read {them}; take {them} out{rate}"]

@@ -117,6 +117,21 @@ def test_mistakes_are_told_with_their_place(old, new, told, write):
         load_comparison(write(change=(old, new)))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("methods: [abmll], method.beta", "method.beta", r"settings\.beta-1e-6: the same as default for lora, which"),
+        ("steps-1: {method.test_steps: 1}", "x: {method.test_kl: false}", r"x: the same as .* own scores for lora, wh"),
+        ("beta-1e-6: {methods: [abmll], method.beta: 1e-6}", "x: {method.reptile_step: 1}", r"x: .* default for abmll"),
+        ("beta-1e-6: {methods: [abmll], method.beta: 1e-6}", "x: {eval.select_by: nll}", r"x: .* default for abmll"),
+    ],
+)
+def test_rows_that_a_method_does_not_differ_in_are_refused(old, new, told, write):
+    """Two rows of the same numbers would read as "this setting changes nothing"."""
+    with pytest.raises(ConfigError, match=told):
+        load_comparison(write(change=(old, new)))
+
+
 def test_a_tries_grid_is_all_combinations(write):
     grid = "{abmll: {method.beta: [1, 2], method.outer_lr: [3, 4]}, all: {method.inner_lr+method.test_lr: [5]}}"
     tune, text = f"tune: {{tasks: [t], grid: {grid}}}", TEXT.replace(f"{CONFIGS}/tiny.yaml", f"{CONFIGS}/cls23.yaml")
@@ -178,6 +193,10 @@ def test_settings_for_generated_tasks_are_chosen_on_those_of_other_seeds(write):
         (
             "grid: {all: {method.beta: [1, 2]}, lora: {method.outer_lr: [fast]}}",
             r"tune: lora: .*method\.outer_lr: 'fast'",
+        ),
+        (
+            "grid: {all: {method.beta: [1]}, lora: {method.inner_lr: [1, 2]}}",
+            r"tune\.grid\.lora: method\.inner_lr: lora does not read it; take it out",
         ),
         ("grid: {all: {method.beta: [1, 1]}}", r"tune\.grid\.all: method\.beta: 1: listed twice; list each once"),
         ("seeds: [5, 5], grid: {all: {method.beta: [1]}}", r"tune\.seeds: 5: listed twice; list each once"),

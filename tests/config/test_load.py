@@ -6,6 +6,7 @@ import re
 import pytest
 
 from abmll.config import Config, ConfigError, load_config, resolve_path, save_config, with_absolute_paths
+from abmll.config.yaml_text import read_mapping
 
 GOOD = """\
 model: {name: "random:tiny"}
@@ -237,6 +238,14 @@ def test_scoring_needs_no_training_tasks(write):
 def test_rules_between_keys_hold_without_the_loader():
     with pytest.raises(ValueError, match=r"tasks\.folder: null: .*; tasks\.lists: null: "):
         Config(model={"name": "random:tiny"})
+
+
+def test_what_was_read_is_each_readers_own(write):
+    """The same text is parsed once."""
+    path = write("tasks: {source: builtin, train: [a, b]}")
+    first = read_mapping(path)
+    first["tasks"]["train"].append("c")
+    assert read_mapping(path) == {"tasks": {"source": "builtin", "train": ["a", "b"]}}
 
 
 def test_keys_written_twice(write):

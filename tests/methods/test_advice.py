@@ -4,17 +4,20 @@ import pytest
 
 from abmll.config.load import load_config
 from abmll.methods import METHODS
-from abmll.methods.advice import unlike_published
+from abmll.methods.advice import unlike_published, unread_settings
 
 EVEN = {"a": 1000, "b": 1000, "c": 1000, "d": 1000}
 
 
-def advice(tmp_path, name, sizes=EVEN, tasks_per_step=1, **method):
+def configured(tmp_path, name, *overrides, **method):
     path = tmp_path / "run.yaml"
     path.write_text("{model: {name: random:tiny}, tasks: {source: builtin, batch_size: 2}}")
-    overrides = [f"method.name={name}", "trainer.activation_checkpointing=false"]
-    overrides += [f"method.{key}={value}" for key, value in method.items()]
-    return unlike_published(load_config(path, overrides), sizes, tasks_per_step)
+    named = [f"method.{key}={value}" for key, value in method.items()]
+    return load_config(path, [f"method.name={name}", "trainer.activation_checkpointing=false", *named, *overrides])
+
+
+def advice(tmp_path, name, sizes=EVEN, tasks_per_step=1, **method):
+    return unlike_published(configured(tmp_path, name, **method), sizes, tasks_per_step)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("blob", "fomaml", "maml")])
@@ -69,3 +72,22 @@ def test_a_task_that_fills_the_pool_is_told(tmp_path):
         "average task, where episodes draw all alike; set tasks.max_train_examples=1, the median"
     )
     assert advice(tmp_path, "reptile", sizes) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_nothing_to_tell_of(name, tmp_path):
+    sgd = {"inner_optimizer": "sgd"} if name == "maml" else {}
+    assert unread_settings(configured(tmp_path, name, **sgd)) == []
+
+
+def test_what_a_method_does_not_read_is_told(tmp_path):
+    (line,) = unread_settings(configured(tmp_path, "lora", "adapters.log_variance_offset=-9", beta=0.1, outer_lr=1e-3))
+    assert line == ("adapters.log_variance_offset: -9.0, method.beta: 0.1: lora does not read them; take them out")
+    (line,) = unread_settings(configured(tmp_path, "reptile", outer_lr=1e-3))
+    assert line == (
+        "method.outer_lr: 0.001: reptile does not read it; take it out; how far theta goes in a step is "
+        "method.reptile_step"
+    )
+    assert unread_settings(configured(tmp_path, "abmll", beta=0.1, outer_lr=1e-3)) == []
+    (line,) = unread_settings(configured(tmp_path, "abmll", reptile_step=0.1))
+    assert line.startswith("method.reptile_step: 0.1: abmll does not read it")

@@ -42,6 +42,12 @@ def test_validate_tells_what_does_not_fit(run, command, capsys):
     assert "note    memory: DOES NOT FIT 1e-09 GB: " in out and f"python launch/plan.py --config {run.config}" in out
 
 
+def test_validate_tells_of_keys_that_the_method_does_not_read(command, capsys):
+    assert command("--validate", "method.name=reptile", "method.outer_lr=0.5") == 0
+    told = "method.beta: 1e-12, method.outer_lr: 0.5: reptile does not read them; take them out; how far theta goes"
+    assert f"note    method: {told} " in capsys.readouterr().out
+
+
 def test_validate_reports_every_fault_at_once(run, tmp_path):
     (tmp_path / "broken.json").write_text('{"zero_optimization": ')
     found = call(

@@ -194,7 +194,7 @@ def test_a_finished_run_of_another_configuration_is_not_replaced(make_run):
     with pytest.raises(Refused, match=told):
         run.train("method.name=fomaml", resume=True)
     assert load_config(run.folder / "config.yaml").method.name == "pretrained"
-    run.train("method.name=pretrained", "logging.every=2", resume=True)
+    run.train("method.name=pretrained", "logging.every=2", "method.outer_lr=1", resume=True)  # which it does not read
 
 
 def test_an_annealed_step_is_annealed_over_one_length(make_run, monkeypatch):
