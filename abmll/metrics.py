@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch.nn.functional import one_hot, pad
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
 
 from abmll.tasks.task import Batch
 
@@ -85,6 +84,9 @@ def score(predictions: Predictions) -> Scores:
 
     `ece_paper` is near 1 - accuracy for a confident model and cannot be compared with the pooled `ece`.
     """
+    # here, as it imports SciPy and matplotlib: a fifth of the start of a command that may score nothing, or only later
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_f1_score
+
     options, label = predictions.options, predictions.label
     n, num_letters = options.shape
     if n == 0:

@@ -30,6 +30,19 @@ if TYPE_CHECKING:
     from abmll.tasks.task import Batch, Episode
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist's: files with the fewest tests would come last
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start ranks first: they have few tests and take minutes, and the last of them would have one of two
+    workers wait for the other.
+    """
+    ranks = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in ranks)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """The parts of a run and the configuration that they were built from."""

@@ -24,7 +24,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO
 
-IMPORTED = ("abmll.run", "abmll.rescore")
+IMPORTED = ("abmll.run", "abmll.rescore", "torchmetrics.functional.classification")  # the last when a run is scored
 LONGEST = 1 << 20  # bytes of a message: an environment, mostly
 SERVER = "import sys; sys.path[:] = {path!r}; from abmll.compare.forks import serve; serve({descriptor}, {modules!r})"
 

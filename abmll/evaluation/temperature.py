@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import math
 
-from scipy.optimize import minimize_scalar
-
 from abmll.metrics import Predictions
 
 RANGE = (1 / 20, 20.0)  # of T
@@ -24,6 +22,8 @@ def fit_temperature(predictions: Predictions) -> float:
     Of examples that adaptation has trained on the model is surer and more often right than of new ones, so that T comes
     out too low.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, and few runs ask for a temperature
+
     if predictions.options.isnan().any():
         return math.nan
     logits = predictions.options.log()  # -inf: there is no such option

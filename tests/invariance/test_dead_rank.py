@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
 import torch
-from runs import Run, environment
+from forked import Command, Start
+from runs import Run
 
 from abmll.ports import free_port
 
@@ -25,30 +25,26 @@ STARTED = 500  # seconds; the very first start compiles DeepSpeed's operation
 
 
 @pytest.fixture
-def two_ranks(run: Run):
+def two_ranks(run: Run, start: Start):
     """Start the command on two ranks; `only_second` are the second's own arguments."""
-    port, started = str(free_port()), []
+    port = str(free_port())
 
-    def start(*arguments: str, only_second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    def start_both(*arguments: str, only_second: tuple[str, ...] = ()) -> list[Command]:
+        started = []
         for rank in (0, 1):
             group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
             group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            command = run.command(*arguments, *(only_second if rank else ()))
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            started.append(subprocess.Popen(command, env={**environment(), **group}, **pipes))
+            started.append(start(run.command(*arguments, *(only_second if rank else ())), group))
         return started
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return start_both
 
 
-def trains(run: Run, process: subprocess.Popen) -> None:
+def trains(run: Run, process: Command) -> None:
     """Wait until steps are made."""
     path, deadline = run.folder / "metrics.jsonl", time.monotonic() + STARTED
     while not path.exists() or path.read_text().count("\n") < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None and time.monotonic() < deadline, process.said
         time.sleep(0.05)
 
 
@@ -63,23 +59,20 @@ def test_a_killed_rank_ends_the_other_at_once(run, two_ranks, victim):
     assert other.poll() is None  # a slow rank ends nobody
     processes[victim].kill()
     killed = time.monotonic()
-    _, errors = other.communicate(timeout=30)
+    status = other.wait(30)
     print(f"{time.monotonic() - killed:.1f} s")
-    assert other.returncode not in (0, -signal.SIGKILL)
-    assert f"error (rank {1 - victim}): rank {victim} on {socket.gethostname()} died" in errors
+    assert status not in (0, -signal.SIGKILL)
+    assert f"error (rank {1 - victim}): rank {victim} on {socket.gethostname()} died" in other.said
 
 
 def test_a_mistake_on_one_rank_alone_ends_both(two_ranks):
     first, second = two_ranks(only_second=("trainer.deepspeed=nowhere.json",))
-    _, errors = second.communicate(timeout=STARTED)
-    assert second.returncode == 2 and "error (rank 1): trainer.deepspeed: " in errors
-    _, errors = first.communicate(timeout=STARTED)
-    assert first.returncode != 0
-    assert f"error (rank 0): rank 1 on {socket.gethostname()} failed: Refused: trainer.deepspeed: " in errors
+    assert second.wait(STARTED) == 2 and "error (rank 1): trainer.deepspeed: " in second.said
+    assert first.wait(STARTED) != 0
+    assert f"error (rank 0): rank 1 on {socket.gethostname()} failed: Refused: trainer.deepspeed: " in first.said
 
 
 def test_divergence_is_told_as_such(two_ranks):
     for process in two_ranks("method.inner_lr=1e30", "trainer.episodes=20", "trainer.max_nonfinite=2"):
-        _, errors = process.communicate(timeout=STARTED)
-        assert process.returncode == 1
-        assert "error: 2 episodes in a row gave NaN or Inf" in errors and "error (rank" not in errors
+        assert process.wait(STARTED) == 1
+        assert "error: 2 episodes in a row gave NaN or Inf" in process.said and "error (rank" not in process.said

@@ -28,24 +28,28 @@ BOUND = 4 * 20 * 2.0**-24
 ZERO = ("trainer.deepspeed=configs/deepspeed/zero2.json", "trainer.deepspeed=configs/deepspeed/zero0.json")
 
 
-def train(run: Run, ranks: int, *arguments: str) -> str:
+def on_two_ranks(run: Run, *arguments: str) -> str:
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
-    launch = [sys.executable, launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    launch = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", str(free_port())]
     found = call([*launch, str(TRAIN), "--config", str(run.config), *SMOOTH, *arguments], timeout=400)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 
 
-def test_two_ranks_one_and_two_again(make_run):
+def test_two_ranks_one_and_two_again(make_run, start):
     whole, run = make_run("whole"), make_run("moved")
-    train(whole, 2, "trainer.episodes=8")
+    whole.train(*SMOOTH, "trainer.episodes=8", "trainer.tasks_per_step=2")  # on one rank, of which there is one here
 
-    out = train(run, 2, "trainer.episodes=4", ZERO[0])
+    out = on_two_ranks(run, "trainer.episodes=4", ZERO[0])
     assert "2 of 2 episodes on 2 ranks" in out
-    out = train(run, 1, "trainer.episodes=6", ZERO[1], "--resume", "auto", "trainer.parallel_episodes=2")
+    alone = start(
+        run.command(*SMOOTH, "trainer.episodes=6", ZERO[1], "--resume", "auto", "trainer.parallel_episodes=2")
+    )
+    assert alone.wait(400) == 0, alone.said
+    out = alone.said
     assert "3 of 2 episodes on 1 ranks" in out
     assert "2 ranks wrote it, 1 go on: an outer step has 2 episodes as before" in out
-    out = train(run, 2, "trainer.episodes=8", ZERO[0], "--resume", "auto")
+    out = on_two_ranks(run, "trainer.episodes=8", ZERO[0], "--resume", "auto")
     assert "4 of 2 episodes on 2 ranks" in out
     assert "1 ranks wrote it, 2 go on: an outer step has 2 episodes as before" in out
 

@@ -48,20 +48,19 @@ def test_validate_tells_of_keys_that_the_method_does_not_read(command, capsys):
     assert f"note    method: {told} " in capsys.readouterr().out
 
 
-def test_validate_reports_every_fault_at_once(run, tmp_path):
+def test_validate_reports_every_fault_at_once(run, tmp_path, command, capsys):
     (tmp_path / "broken.json").write_text('{"zero_optimization": ')
-    found = call(
-        run.command(
-            *("--validate", "model.name=package:no_such_package/model.gguf", "tasks.source=jsonl"),
-            *(f"tasks.folder={tmp_path / 'nowhere'}", "tasks.train=[a]", "tasks.test=[b]"),
-            f"trainer.deepspeed={tmp_path / 'broken.json'}",
-        )
+    status = command(
+        *("--validate", "model.name=package:no_such_package/model.gguf", "tasks.source=jsonl"),
+        *(f"tasks.folder={tmp_path / 'nowhere'}", "tasks.train=[a]", "tasks.test=[b]"),
+        f"trainer.deepspeed={tmp_path / 'broken.json'}",
     )
-    assert found.returncode == 2
-    assert "FAILED  deepspeed: " in found.stdout and "not valid JSON" in found.stdout
-    assert "FAILED  model: " in found.stdout and "no_such_package" in found.stdout
-    assert "FAILED  tasks: " in found.stdout and "nowhere" in found.stdout
-    assert "Traceback" not in found.stdout + found.stderr
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert "FAILED  deepspeed: " in out and "not valid JSON" in out
+    assert "FAILED  model: " in out and "no_such_package" in out
+    assert "FAILED  tasks: " in out and "nowhere" in out
+    assert "Traceback" not in out + err
     assert not run.folder.exists()
 
 

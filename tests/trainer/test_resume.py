@@ -7,28 +7,26 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
-from runs import METHODS, ROOT, Run, Stopped, environment, stop_before
+from forked import Command
+from runs import METHODS, ROOT, Run, Stopped, stop_before
 
 from abmll.config import Refused, load_config
 
 LONG = ("trainer.episodes=16", "trainer.checkpoint_every=1", "eval.every=3", "eval.pretrained=true")
 
 
-def killed(run: Run, *arguments: str, when) -> int | None:
-    """Start the command and SIGKILL it once `when()`; its exit status."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(run.command(*LONG, *arguments), env=environment(), **quiet) as process:
-        deadline = time.monotonic() + 400
-        while process.poll() is None and not when():
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-    return process.returncode
+def killed(process: Command, when: Callable[[], bool]) -> int:
+    """SIGKILL it once `when()`; its exit status."""
+    deadline = time.monotonic() + 400
+    while process.poll() is None and not when():
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.001)
+    process.kill()
+    return process.wait(60)
 
 
 def lines(run: Run) -> int:
@@ -36,7 +34,7 @@ def lines(run: Run) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_killed_runs_resumed_equal_the_uninterrupted_one(make_run):
+def test_killed_runs_resumed_equal_the_uninterrupted_one(make_run, start):
     """Kills: after a step and a random moment, and while a checkpoint is being written."""
     seed = int.from_bytes(os.urandom(2), "little")
     print(f"seed {seed}")
@@ -47,20 +45,19 @@ def test_killed_runs_resumed_equal_the_uninterrupted_one(make_run):
     def after_a_step() -> bool:
         return lines(run) >= first and not time.sleep(pause)
 
-    assert killed(run, when=after_a_step) == -signal.SIGKILL
+    assert killed(start(run.command(*LONG)), after_a_step) == -signal.SIGKILL
     assert first <= lines(run) < lines(whole)
     reached = lines(run)
 
     def while_saving() -> bool:
         return lines(run) > reached + 2 and any(run.folder.glob("checkpoints/.partial-step-*"))
 
-    assert killed(run, "--resume", "auto", when=while_saving) == -signal.SIGKILL
+    resumed = run.command(*LONG, "--resume", "auto")
+    assert killed(start(resumed), while_saving) == -signal.SIGKILL
     assert reached < lines(run) < lines(whole)
-    finished = subprocess.run(
-        run.command(*LONG, "--resume", "auto"), env=environment(), capture_output=True, text=True, timeout=400
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "resumed from" in finished.stdout
+    finished = start(resumed)
+    assert finished.wait(400) == 0, finished.said
+    assert "resumed from" in finished.said
     run.same_as(whole)
 
 
