@@ -37,7 +37,6 @@ def counted(gpu: bool) -> Iterator[StorageCounter]:
         # every stretch of noise takes what the first does, one after the other; every chunk of a projection from the
         # second on, when what the one before made is still there
         stack.enter_context(patch.object(noise, "chunks", _first(1, noise.chunks)))
-        stack.enter_context(patch.object(noise, "ROUNDS", 4))  # of seven: those behind take what it does
         stack.enter_context(patch.object(closed_form, "chunks", _first(2, closed_form.chunks)))
         if gpu:
             stack.enter_context(assume_gpu())
