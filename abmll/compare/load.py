@@ -128,16 +128,20 @@ def _without_effect(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[
     for job in jobs(comparison, {}, extra):
         if job.seed != comparison.seeds[0]:
             continue
-        values = flat(load_config(comparison.config, job.overrides).model_dump(mode="json"))
+        values = _values(comparison, job.overrides)
         others = seen.setdefault((job.model, job.task_set, job.method), {})
         for other, before in others.items():
             if _same(before, values):
                 yield f"settings.{job.setting}: the same as {other} for {job.method}, {_UNREAD}"
         others[job.setting] = values
         for name, overrides in job.scores.items():
-            config = load_config(comparison.config, [*job.overrides, *override_texts(overrides)])
-            if _same(values, flat(config.model_dump(mode="json"))):
+            if _same(values, _values(comparison, [*job.overrides, *override_texts(overrides)])):
                 yield f"scores.{name}: the same as a run's own scores for {job.method}, {_UNREAD}"
+
+
+def _values(comparison: Comparison, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's whole configuration by `section.key`."""
+    return flat(load_config(comparison.config, overrides).model_dump(mode="json"))
 
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -226,7 +230,7 @@ def _grid_problems(comparison: Comparison, extra: tuple[str, ...]) -> Iterator[s
         for one in of_cell:
             overrides = [*one.runs[0].overrides, *override_texts(one.values), *extra]
             try:
-                unread &= unread_keys(flat(load_config(comparison.config, overrides).model_dump(mode="json")))
+                unread &= unread_keys(_values(comparison, overrides))
             except ConfigError as error:
                 told |= dict.fromkeys(f"tune: {method}: {line}" for line in error.problems)
                 unread = set()

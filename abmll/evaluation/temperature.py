@@ -22,10 +22,10 @@ def fit_temperature(predictions: Predictions) -> float:
     Of examples that adaptation has trained on the model is surer and more often right than of new ones, so that T comes
     out too low.
     """
-    from scipy.optimize import minimize_scalar  # slow to import, and few runs ask for a temperature
-
     if predictions.options.isnan().any():
         return math.nan
+    from scipy.optimize import minimize_scalar  # slow to import, and few runs ask for a temperature
+
     logits = predictions.options.log()  # -inf: there is no such option
 
     def negative_log_posterior(log_temperature: float) -> float:

@@ -110,24 +110,14 @@ def test_choices_stand_behind_the_methods_own_settings_and_before_the_named_ones
         ("method.beta: 1e-6}", "method.beta: 1e-5}", r"settings\.beta-1e-6: abmll has 1e-05 there \(method\.beta\)"),
         ("eval.samples: 2", "eval.max_examples: 2", r"scores\.samples-2: abmll has 0 there \(eval\.samples\)"),
         ("test_steps: 1", "test_steps: 2", r"scores\.steps-1: lora has 2 there \(method\.test_steps or method\.inner"),
-    ],
-)
-def test_mistakes_are_told_with_their_place(old, new, told, write):
-    with pytest.raises(ConfigError, match=told):
-        load_comparison(write(change=(old, new)))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
+        # rows that would be the same numbers again, and read as "this changes nothing"
         ("methods: [abmll], method.beta", "method.beta", r"settings\.beta-1e-6: the same as default for lora, which"),
         ("steps-1: {method.test_steps: 1}", "x: {method.test_kl: false}", r"x: the same as .* own scores for lora, wh"),
         ("beta-1e-6: {methods: [abmll], method.beta: 1e-6}", "x: {method.reptile_step: 1}", r"x: .* default for abmll"),
         ("beta-1e-6: {methods: [abmll], method.beta: 1e-6}", "x: {eval.select_by: nll}", r"x: .* default for abmll"),
     ],
 )
-def test_rows_that_a_method_does_not_differ_in_are_refused(old, new, told, write):
-    """Two rows of the same numbers would read as "this setting changes nothing"."""
+def test_mistakes_are_told_with_their_place(old, new, told, write):
     with pytest.raises(ConfigError, match=told):
         load_comparison(write(change=(old, new)))
 

@@ -38,7 +38,7 @@ def on_two_ranks(run: Run, *arguments: str) -> str:
 
 def test_two_ranks_one_and_two_again(make_run, start):
     whole, run = make_run("whole"), make_run("moved")
-    whole.train(*SMOOTH, "trainer.episodes=8", "trainer.tasks_per_step=2")  # on one rank, of which there is one here
+    whole.train(*SMOOTH, "trainer.episodes=8", "trainer.tasks_per_step=2")  # in this process, on one rank
 
     out = on_two_ranks(run, "trainer.episodes=4", ZERO[0])
     assert "2 of 2 episodes on 2 ranks" in out

@@ -87,6 +87,16 @@ def goes_with(run: Run, *overrides: str) -> bool:
     return True
 
 
+def tried(run: Run, name: str) -> tuple[list[str], list[str]]:
+    """Keys whose other value may be set: those said to be read, and those said to be unread. What does not go with the
+    method at all is refused, and some are what the run has.
+    """
+    values = flat(load_config(run.config, [*SMALL, *RUNS[name]]).model_dump(mode="json"))
+    unread = unread_keys(values)
+    keys = [key for key in OTHER if values[key] != OTHER[key] and goes_with(run, *RUNS[name], f"{key}={OTHER[key]}")]
+    return [key for key in keys if key not in unread], [key for key in keys if key in unread]
+
+
 def test_every_key_of_the_section_is_tried():
     assert set(MethodConfig.model_fields) - {"name"} == {key[7:] for key in OTHER if key.startswith("method.")}
 
@@ -94,18 +104,12 @@ def test_every_key_of_the_section_is_tried():
 @pytest.mark.parametrize("name", RUNS)
 def test_keys_that_are_said_to_be_unread_change_nothing_and_the_others_something(make_run, name):
     run = make_run(name.replace(" ", "-"))
-    values = flat(load_config(run.config, [*SMALL, *RUNS[name]]).model_dump(mode="json"))
-    unread = unread_keys(values)
+    read, unread = tried(run, name)
     usual = outcome(run, *RUNS[name])
-    # what does not go with the method at all is refused, or it is what the run has
-    tried = [key for key in OTHER if values[key] != OTHER[key] and goes_with(run, *RUNS[name], f"{key}={OTHER[key]}")]
-    assert outcome(run, *RUNS[name], *(f"{key}={OTHER[key]}" for key in tried if key in unread)) == usual
-    read = [key for key in tried if key not in unread] if name in EVERY_KEY_IS_OF_ONE else []
-    assert [key for key in read if outcome(run, *RUNS[name], f"{key}={OTHER[key]}") == usual] == []
+    assert outcome(run, *RUNS[name], *(f"{key}={OTHER[key]}" for key in unread)) == usual
+    alone = read if name in EVERY_KEY_IS_OF_ONE else []
+    assert [key for key in alone if outcome(run, *RUNS[name], f"{key}={OTHER[key]}") == usual] == []
 
 
 def test_every_key_is_read_by_one_whose_keys_are_tried_alone(run):
-    read = set()
-    for name in EVERY_KEY_IS_OF_ONE:
-        read |= OTHER.keys() - unread_keys(flat(load_config(run.config, RUNS[name]).model_dump(mode="json")))
-    assert read == OTHER.keys()
+    assert {key for name in EVERY_KEY_IS_OF_ONE for key in tried(run, name)[0]} == OTHER.keys()
