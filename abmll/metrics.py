@@ -78,7 +78,7 @@ class Scores:
 
 
 def score(predictions: Predictions) -> Scores:
-    """Scores of the examples as one set, all NaN where a prediction is NaN (the adaptation diverged).
+    """Scores of the examples as one set; all that need predictions are NaN where one is (the adaptation diverged).
 
     ValueError if there are no examples.
 
@@ -91,11 +91,13 @@ def score(predictions: Predictions) -> Scores:
     n, num_letters = options.shape
     if n == 0:
         raise ValueError("score: 0 examples: a task needs at least one test example; check the task's test split")
+    right = one_hot(label, num_letters)
+    majority = right.double().mean(dim=0).max()
     if options.isnan().any() or predictions.nll.isnan().any():
-        return Scores(**{field.name: math.nan for field in fields(Scores) if field.name != "n"}, n=n)
+        undefined = {field.name: math.nan for field in fields(Scores)}
+        return Scores(**undefined | {"majority": float(majority), "n": n})
     confidence, choice = options.max(dim=1)
     correct = choice == label
-    right = one_hot(label, num_letters)
     # torchmetrics' bins are closed on the left and it gives a confidence of exactly 1 a bin of its own
     below_one = confidence.clamp(max=1 - torch.finfo(confidence.dtype).eps)
     values = {
@@ -107,7 +109,7 @@ def score(predictions: Predictions) -> Scores:
         "nll_options": -(options * right).sum(dim=1).clamp(min=SMALLEST).log().mean(),
         "brier": ((options - right) ** 2).sum(dim=1).mean(),
         "macro_f1": multiclass_f1_score(choice, label, num_classes=num_letters, average="macro"),
-        "majority": right.double().mean(dim=0).max(),
+        "majority": majority,
     }
     return Scores(**{name: float(value) for name, value in values.items()}, n=n)
 

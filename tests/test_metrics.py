@@ -192,6 +192,7 @@ def test_a_diverged_task_has_no_scores_and_no_mean_hides_it():
     sound.update(torch.full((1, 1, 12), 1 / 12), batch_of([0], [2]))
     scores = diverged.score()
     assert math.isnan(scores.accuracy) and math.isnan(scores.nll) and scores.n == 1
+    assert scores.majority == 1.0  # of the labels alone
     together = pool([diverged.predictions(), sound.predictions()])
     assert math.isnan(together["accuracy"]) and math.isnan(together["pooled_ece"]) and together["n"] == 2
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pandas as pd
+import torch
 
 from abmll.metrics import CALIBRATION_BINS
 
@@ -13,7 +14,10 @@ GAPS = [f"gap{number}" for number in range(CALIBRATION_BINS)]
 
 
 def _bins_of(confidence: np.ndarray) -> np.ndarray:
-    return np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    """By the very edges of torchmetrics' ECE: a confidence of 11/15 would else stand in another bin than there."""
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
+    number = torch.bucketize(torch.tensor(confidence, dtype=torch.float64), edges, right=True).numpy() - 1
+    return np.minimum(number, CALIBRATION_BINS - 1)
 
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.api.typing import SeriesGroupBy
 
 from abmll.compare.calibration import pooled_ece
 from abmll.compare.results import DEFAULT, STANDARD, Results
@@ -75,7 +76,8 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     for place, part in groups(scores):
         wanted = beatable(part)
         for (label, steps), own in part.groupby(["label", "steps"], sort=False):
-            constant = (own["commonest_prediction"] == 1).groupby(own["task"]).mean()  # as scores: of seeds, then tasks
+            constant = (own["commonest_prediction"] == 1).astype(float).where(own["commonest_prediction"].notna())
+            constant = _means(constant.groupby(own["task"]))  # as scores: of seeds, then tasks
             rows.append(
                 {
                     **place,
@@ -85,7 +87,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
                     "tasks": own["task"].nunique(),
                     **estimates(own, (*MAIN, *UNCERTAINTY, *PAPERS), with_seeds=True),
                     POOLED_ECE.name: pooled_ece(own),
-                    "constant": float(constant.mean()),
+                    "constant": float(constant.mean(skipna=False)),
                     "commonest": float(own.groupby("task")["majority"].mean().mean()),
                     "beatable_tasks": len(wanted),
                     **estimates(own[own["task"].isin(wanted)], (ACCURACY,), prefix="beatable_"),
@@ -168,24 +170,25 @@ def _held_against(
 def by_task(scores: pd.DataFrame, baselines: tuple[str, ...]) -> pd.DataFrame:
     """A row a task and label after adaptation: accuracy, whether it is constant in all seeds, and its outcome.
 
-    `outcome` of what is no baseline is 1, 0 or -1 against the baseline that is the best on the mean over tasks, by the
-    seeds of both; a setting's against the baselines' same setting, or their default, as in `against_baseline`.
+    `outcome` of what is no baseline is 1, 0 or -1 against `baseline`, that which is the best on the mean over tasks, by
+    the seeds of both, where accuracy is of all seeds; a setting's against the baselines' same setting, or their
+    default, as in `against_baseline`. `baseline` is empty where there is none.
     """
     rows = []
     for place, part in groups(adapted(scores[scores["condition"] == STANDARD])):
         rivals = part[part["method"].isin(baselines)]
         for label, own in part.groupby("label", sort=False):
             shared = _scored_on(_of_setting(rivals, own["setting"].iloc[0]), own)
-            best = shared if shared.empty else best_of(shared, ACCURACY)[1]
+            compared = own["method"].iloc[0] not in baselines and not shared.empty
+            baseline, best = best_of(shared, ACCURACY) if compared else ("", shared[:0])
             mine, theirs = _of_both(own, best, ACCURACY)
             outcome = pd.Series(outcomes(mine.to_numpy(), theirs.to_numpy()), mine.index)
             accuracy = task_values(own, ACCURACY)
-            commonest = own.groupby("task")["commonest_prediction"].min()
+            constant = (own["commonest_prediction"] == 1).groupby(own["task"]).all()
             facts = own.groupby("task", sort=False)[["n", "majority"]].first()
             for task, (n, majority) in facts.iterrows():
                 row = {**place, "task": task, "n": int(n), "majority": majority, "label": label}
-                compared = task in outcome and own["method"].iloc[0] not in baselines
-                found = {"constant": commonest[task] == 1, "outcome": outcome[task] if compared else math.nan}
+                found = {"constant": constant[task], "baseline": baseline, "outcome": outcome.get(task, math.nan)}
                 rows.append({**row, "accuracy": accuracy[task], **found})
     return pd.DataFrame(rows)
 
@@ -259,8 +262,9 @@ def adapted(scores: pd.DataFrame) -> pd.DataFrame:
 
 def beatable(part: pd.DataFrame) -> list[str]:
     """Tasks on which some label, in the mean over its seeds, is right more often than the commonest answer would be."""
-    means = part.groupby(["task", "label", "steps"])[["accuracy", "majority"]].mean()
-    return sorted(means.index[means["accuracy"] > means["majority"] + 1e-12].get_level_values("task").unique())
+    means = part.groupby(["task", "label", "steps"])
+    beaten = _means(means["accuracy"]) > means["majority"].mean() + 1e-12
+    return sorted(beaten.index[beaten].get_level_values("task").unique())
 
 
 def groups(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -270,8 +274,13 @@ def groups(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]
 
 def task_values(own: pd.DataFrame, metric: Metric) -> pd.Series:
     """One label's value by task, the mean over seeds. NaN if a seed's is, unless the metric is a partial one."""
-    means = own.groupby("task")[metric.name].agg(lambda values: values.mean(skipna=metric.partial))
-    return means.dropna() if metric.partial else means
+    means = own.groupby("task")[metric.name]
+    return means.mean().dropna() if metric.partial else _means(means)
+
+
+def _means(values: SeriesGroupBy) -> pd.Series:
+    """NaN where one of the group's values is: what diverged in a seed has no mean over seeds."""
+    return values.agg(lambda own: own.mean(skipna=False))
 
 
 def estimates(

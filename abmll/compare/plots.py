@@ -26,6 +26,7 @@ WINDOW = 3  # validations in a point of the paper's Figure 2: the mean of the th
 COVERAGES = np.linspace(0.05, 1, 20)
 PARTS = 5  # of a task's examples, sorted by variance
 SWEPT = tuple(metric for metric in MAIN if metric.name in ("accuracy", "ece_excess", "nll_options", "aurc"))
+LEGEND_LINE = 0.175  # inches of the legend's font
 DASHES = ("-", "--", ":", "-.")
 Styles = dict[str, dict[str, Any]]  # matplotlib's, by label
 # what a reader of the report needs to know, by the start of the file's name
@@ -79,12 +80,13 @@ def styles_of(labels: Iterable[str]) -> Styles:
 
 def learning_curves(curves: pd.DataFrame, styles: Styles) -> Figure | None:
     """Validation accuracy and ECE after adaptation (as the paper's Figure 2), and the training NLL of an episode's last
-    batch, against episodes; mean over seeds, the band from the lowest to the highest. A curve ends where a seed's does.
+    batch, before its step, against episodes; mean over seeds, the band from the lowest to the highest. A curve ends
+    where a seed's does.
     """
     panels = [
         ("accuracy", f"validation accuracy %,\ntrailing mean of {WINDOW} validations", 100.0),
         ("ece", f"validation ECE,\ntrailing mean of {WINDOW} validations", 1.0),
-        ("nll", "training NLL of an episode's last batch, before its step,\ntrailing mean of a tenth of the run", 1.0),
+        ("nll", "training NLL, nats an example of an episode's last\nbatch, trailing mean of a tenth of the run", 1.0),
     ]
     panels = [panel for panel in panels if curves[panel[0]].notna().any()]
     if not panels:
@@ -257,15 +259,18 @@ def panel_axes(
 
 
 def with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
-    """One legend for all panels: below them, but beside a single one where it is long."""
+    """One legend for all panels: below them, but beside a single one where it is long. The figure grows by it."""
     handles, labels = axes[0].get_legend_handles_labels()
     letters = max(map(len, labels)) + 6  # and the handle; an inch takes about 15
-    columns = int(figure.get_figwidth() * 15 / letters)
+    columns = max(1, min(len(labels), int(figure.get_figwidth() * 15 / letters)))
     place = "outside lower center"
     if len(axes) == 1 and len(labels) > 3:
         place, columns = "outside right center", 1
-        figure.set_figwidth(figure.get_figwidth() + letters / 15)  # the panel keeps its own
-    figure.legend(handles, labels, loc=place, ncols=max(1, min(len(labels), columns)), fontsize=8, frameon=False)
+        figure.set_figwidth(figure.get_figwidth() + letters / 15)
+        figure.set_figheight(max(figure.get_figheight(), len(labels) * LEGEND_LINE + 0.4))  # and the title
+    else:
+        figure.set_figheight(figure.get_figheight() + (-(-len(labels) // columns) - 1) * LEGEND_LINE)
+    figure.legend(handles, labels, loc=place, ncols=columns, fontsize=8, frameon=False)
     return figure
 
 

@@ -42,8 +42,9 @@ class Results:
     scores: one row a run, score, steps and task: the columns of `runs`, label (run_label, and the score unless plain),
     the sweep, value and condition of the score's name, every metric of `Scores` and `Uncertainty`, the ECE in excess of
     what chance makes of it (ece_excess), and `GAPS`.
-    costs: one row a run. curves: one row an outer step or validation. configs: by run, the configuration that it was
-    trained and scored with. skipped: what is not there, and why. choices: what `abmll.compare.tuning` wrote down.
+    costs: one row a run. curves: one row an outer step (nll: nats an example) or validation. configs: by run, the
+    configuration that it was trained and scored with. skipped: what is not there, and why. choices: what
+    `abmll.compare.tuning` wrote down.
     """
 
     name: str
@@ -85,7 +86,10 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
         runs[number] = {key: run[key] for key in RUN}
         configs[number] = completed(facts["config"])
         costs.append({"run": number, **_costs(lines, facts)})
-        curves += [{"run": number, **point} for point in _curve(lines)]
+        summed = MethodConfig.model_validate(configs[number]["method"]).summed_examples(
+            configs[number]["tasks"]["batch_size"]
+        )
+        curves += [{"run": number, **point} for point in _curve(lines, summed)]
     if not predictions:
         raise ValueError(f"comparison {index}: none of {len(listed['runs'])} runs is finished; run compare.py again")
     frame = pd.DataFrame(runs.values(), index=pd.Index(runs, name="run"))
@@ -163,8 +167,11 @@ def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, floa
     }
 
 
-def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """NLL of the last inner step by outer step, and the validation's accuracy and ECE after adaptation."""
+def _curve(lines: list[dict[str, Any]], summed: int) -> list[dict[str, float]]:
+    """NLL an example of the last inner step by outer step, and the validation's accuracy and ECE after adaptation.
+
+    `summed`: the examples that the objective's NLL, which the lines have, is summed over.
+    """
     episode = {line["step"]: line["episode"] for line in lines if "seconds" in line}
     points = []
     for line in lines:
@@ -174,5 +181,5 @@ def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
             found = line[max(adapted, key=lambda key: int(key.split("_")[1]))]
             points.append({**place, "accuracy": found["accuracy"], "ece": found["ece"]})
         elif "nll_last" in line:
-            points.append({**place, "nll": line["nll_last"]})
+            points.append({**place, "nll": line["nll_last"] / summed})
     return points

@@ -148,6 +148,11 @@ def number(value: float, metric: Metric, sign: bool = False) -> str:
     return f"{value * metric.factor:{'+' if sign else ''}.{1 if metric.factor == 100 else 3}f}"
 
 
+def _or_nan(text: str) -> str:
+    """What is defined for every row has no number only where an adaptation diverged."""
+    return text or "NaN"
+
+
 def interval(row: pd.Series | dict[str, Any], metric: Metric, name: str | None = None, sign: bool = False) -> str:
     """`60.2 [55.1, 65.0]`; without the brackets where there is no interval; NaN where an adaptation diverged."""
     name = name or metric.name
@@ -194,7 +199,8 @@ _SUMMARY = (
     "Constant: tasks with one and the same prediction for all examples. Commonest: what would be right "
     "if each task's commonest answer were given to all its examples. Beatable: tasks on which some "
     "row is right more often than the commonest answer; chosen with these scores, so that luck is in it. ECE of 15 "
-    "bins by task; the excess over what a calibrated model with the same confidences would show there by chance; and "
+    "bins by task; the excess over what a calibrated model with the same confidences would show there by chance (below "
+    "0 for one and the same answer to labels that were balanced on purpose, where nothing is left to chance); and "
     "pooled: of all tasks' examples as one set, the mean over seeds (without an interval, which a resample's own noise "
     "would bias). NLL among the options. Rows of other seeds had other support sets."
 )
@@ -217,8 +223,8 @@ def _means(row: pd.Series) -> dict[str, str]:
         "method": row["label"],
         "steps": str(row["steps"]),
         **{metric.heading: interval(row, metric) for metric in MAIN},
-        POOLED_ECE.heading: number(row[POOLED_ECE.name], POOLED_ECE),
-        "constant %": f"{100 * row['constant']:.0f}",
+        POOLED_ECE.heading: _or_nan(number(row[POOLED_ECE.name], POOLED_ECE)),
+        "constant %": "NaN" if math.isnan(row["constant"]) else f"{100 * row['constant']:.0f}",
         "commonest %": f"{100 * row['commonest']:.1f}",
     }
 
@@ -244,7 +250,8 @@ def _conditions(part: pd.DataFrame) -> list[dict[str, str]]:
 _UNCERTAINTY = (
     "Coverage: only the surest answers count. NLL of the options = refinement (what the best temperature leaves) + "
     "calibration (what it takes away), in nats. AUROC: how well a wrong answer is told from a right one within a task, "
-    "0.5 by chance, tasks without either left out; variance and mutual information need samples. " + INTERVALS
+    "0.5 by chance, tasks without either and seeds that diverged left out; variance and mutual information need "
+    "samples. " + INTERVALS
 )
 
 
@@ -296,9 +303,8 @@ def _each(part: pd.DataFrame) -> list[dict[str, str]]:
         cells = {"method": label, "minus": rival}
         for metric in PAIRED:
             row = own[own["metric"] == metric.name].iloc[0]
-            cells[metric.heading] = (
-                f"{interval(row, metric, 'difference', sign=True)}, p {_p(row['p'])} ({_p(row['p_holm'])})"
-            )
+            tested = "" if math.isnan(row["p"]) else f", p {_p(row['p'])} ({_p(row['p_holm'])})"
+            cells[metric.heading] = interval(row, metric, "difference", sign=True) + tested
         cells["seeds"] = str(own["seeds"].iloc[0])
         rows.append(cells)
     return rows
@@ -309,19 +315,22 @@ def _p(p: float) -> str:
 
 
 _BY_TASK = (
-    "Accuracy % after adaptation, mean over seeds. + and -: better and worse than the baseline of the best mean; c: "
-    "the predictions are constant in every seed."
+    "Accuracy % after adaptation, mean over seeds. + and -: better and worse than the baseline of the best mean, which "
+    "stands in the first row, by the seeds of both alone, which may be fewer than those of the number; c: the "
+    "predictions are constant in every seed."
 )
 
 
 def _by_task(part: pd.DataFrame) -> list[dict[str, str]]:
     marks = {1: " +", -1: " -"}
-    rows: dict[str, dict[str, str]] = {}
+    head = {"task": "minus", "n": "", "majority %": "", **part.groupby("label", sort=False)["baseline"].first()}
+    rows: dict[str, dict[str, str]] = {"": head} if any(part["baseline"]) else {}
     for _, row in part.iterrows():
         facts = {"task": row["task"], "n": str(row["n"]), "majority %": number(row["majority"], ACCURACY)}
         cells = rows.setdefault(row["task"], {**facts, **dict.fromkeys(part["label"], "")})
         constant = " c" if row["constant"] else ""
-        cells[row["label"]] = f"{number(row['accuracy'], ACCURACY)}{marks.get(row['outcome'], '')}{constant}"
+        accuracy = _or_nan(number(row["accuracy"], ACCURACY))
+        cells[row["label"]] = f"{accuracy}{marks.get(row['outcome'], '')}{constant}"
     return list(rows.values())
 
 

@@ -117,6 +117,10 @@ class MethodConfig(Section):
     def adaptation_steps(self) -> int:
         return self.test_steps or self.inner_steps
 
+    def summed_examples(self, batch_size: int) -> int:
+        """How many examples' NLL the objective of a step sums: a batch's, or one where it takes their mean."""
+        return batch_size if self.nll_reduction == "sum" else 1
+
     @property
     def interpolates(self) -> bool:
         """Whether theta's step is a share of the way to phi, as Reptile's."""

@@ -51,7 +51,7 @@ def adapt_side_by_side(
     for number, support in enumerate(supports):
         alike[support.steps].append(number)
     predictor = base.predictor()
-    per_example = base.learner.batch_size if base.config.method.nll_reduction == "sum" else 1
+    summed = base.config.method.summed_examples(base.learner.batch_size)
     for steps, numbers in alike.items():
         for start in range(0, len(numbers), base.side_by_side):
             part = numbers[start : start + base.side_by_side]
@@ -60,4 +60,4 @@ def adapt_side_by_side(
             terms = predictor.adapt(base.method, [s.task for s in own], [s.prompts for s in own])
             tell(steps * len(part))
             for slot, number in enumerate(part):
-                yield number, slot, [float(term.nll[slot]) / per_example for term in terms]
+                yield number, slot, [float(term.nll[slot]) / summed for term in terms]

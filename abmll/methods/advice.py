@@ -19,7 +19,7 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
     """
     method, found, training_examples = config.method, [], sum(sizes.values())
     if method.name == "blob":
-        bound = (config.tasks.batch_size if method.nll_reduction == "sum" else 1) / training_examples
+        bound = method.summed_examples(config.tasks.batch_size) / training_examples
         if not bound / 2 < method.beta < 2 * bound:
             found.append(
                 f"method.beta: {method.beta:g}: weighs BLoB's KL; in the evidence lower bound it has batch size over "

@@ -41,8 +41,8 @@ def all_charts(
         "learning": (
             partial(learning_curves, runs),
             "In training, as trailing means over a tenth of the run: NLL of the batches at the first inner step "
-            "(dashed) and at the last one (solid), and beta KL of the outer step. Validation: scores before (dashed) "
-            "and after adaptation (solid).",
+            "(dashed) and at the last one (solid), as the objective has it, by default summed over a batch's examples, "
+            "and beta KL of the outer step. Validation: scores before (dashed) and after adaptation (solid).",
         ),
         "tasks": (
             partial(task_intervals, tasks, [label(one.label) for one in scored], [one.adapted for one in scored]),

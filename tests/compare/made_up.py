@@ -15,6 +15,7 @@ from abmll.summary import save_summary
 
 OPTIONS = (2, 3, 4)
 PARAMETERS = 24  # of every made-up theta
+BATCH_SIZE = 4  # of every made-up run
 
 
 def listed_run(method: str, seed: int = 0, setting: str = "default", scores: Sequence[str] = ("plain",)):
@@ -48,7 +49,8 @@ def write_run(
 
     `config`: sections of its configuration, `method` beside name and inner_steps.
     """
-    config = {"method": {}, "eval": {"samples": 0, "prune": {"fraction": 0.0}}, **(config or {})}
+    plain = {"method": {}, "tasks": {"batch_size": BATCH_SIZE}, "eval": {"samples": 0, "prune": {"fraction": 0.0}}}
+    config = {**plain, **(config or {})}
     config["method"] = {"name": method, "inner_steps": inner_steps, **config["method"]}
     facts = {"config": config, "parameters": PARAMETERS, "scores": []}
     save_summary(folder / "final", {"a": torch.zeros(2, 8), "b": torch.zeros(8, 1)}, facts)

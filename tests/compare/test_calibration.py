@@ -55,6 +55,16 @@ def test_pooled_ece_is_the_ece_of_all_examples():
     assert pooled_ece(pd.DataFrame(found)) == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("edge", range(8, 15))
+def test_a_confidence_on_an_edge_stands_in_the_bin_that_a_tasks_ece_has_it_in(edge):
+    """Ten right answers on the edge and ten wrong ones just below are two bins, and were one at 11/15."""
+    confidence = np.repeat([edge / 15, edge / 15 - 0.01], 10)
+    labels = np.repeat([0, 1], 10)
+    examples = as_predictions(examples_of(np.stack([confidence, 1 - confidence], axis=1), labels))
+    found = rows(task=[list(zip(confidence, labels == 0, strict=True))])
+    assert pooled_ece(found) == pytest.approx(score(examples).ece, abs=1e-12)
+
+
 def test_what_chance_makes_of_an_ece():
     """The mean ECE over all outcomes of four answers, each as likely as their confidences say."""
     confidence = [0.5, 0.52, 0.9, 1.0]

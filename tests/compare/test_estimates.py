@@ -202,6 +202,21 @@ def test_a_method_that_diverged_is_nobodys_best_and_has_no_mean():
     assert math.isnan(found.loc["abmll", "accuracy_seed_sd"])
 
 
+def test_what_diverged_in_a_seed_is_neither_constant_nor_beats_anything():
+    """The other seed alone says nothing of the mean over both; the commonest answer depends on the labels alone."""
+    scores = pd.concat([rows("lora", BASE), rows("abmll", OURS)])
+    lost = (scores["label"] == "abmll") & (scores["task"] == "task-3") & (scores["seed"] == 0)
+    names = [*(metric.name for metric in MAIN), "commonest_prediction"]
+    scores.loc[scores["task"] == "task-3", "commonest_prediction"] = 1
+    scores.loc[lost, names] = math.nan
+    assert beatable(scores) == ["task-0", "task-1"]
+    found = summary(scores).set_index("label")
+    assert math.isnan(found.loc["abmll", "constant"]) and found.loc["lora", "constant"] == 0.25
+    assert (found["commonest"] == 0.5).all()
+    tasks = by_task(scores, ("lora",)).set_index(["label", "task"])
+    assert not tasks.loc[("abmll", "task-3"), "constant"] and tasks.loc[("lora", "task-3"), "constant"]
+
+
 def test_tasks_without_errors_are_left_out_of_an_auroc():
     scores = rows("abmll", OURS)
     scores.loc[scores["task"] == "task-0", "auroc_variance"] = math.nan
@@ -214,6 +229,7 @@ def test_wins_and_losses_by_task():
     found = by_task(scores, ("lora",)).set_index(["label", "task"])
     assert found.loc["abmll", "outcome"].tolist() == [1, 0, 0, 1]
     assert found.loc["lora", "outcome"].isna().all()
+    assert (found.loc["abmll", "baseline"] == "lora").all() and (found.loc["lora", "baseline"] == "").all()
     assert found.loc["abmll", "constant"].tolist() == [False, False, True, False]
     assert found.loc["abmll", "accuracy"].tolist() == pytest.approx([0.6, 0.6, 0.3, 0.8])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 
@@ -12,12 +13,14 @@ from abmll.compare.plots import (
     adapted_examples,
     all_plots,
     learning_curves,
+    panel_axes,
     reliability,
     risk_coverage,
     smoothed,
     styles_of,
     sweep,
     variance_error,
+    with_legend,
 )
 
 STYLES = styles_of(["pretrained", "lora", "reptile", "abmll"])
@@ -113,6 +116,20 @@ def test_one_value_is_no_sweep(full):
 def test_styles_are_told_apart_beyond_ten():
     styles = styles_of([f"method {number}" for number in range(25)])
     assert len({tuple(style.items()) for style in styles.values()}) == 25
+
+
+@pytest.mark.parametrize(("count", "panels"), [(2, 1), (26, 1), (26, 2), (60, 4)])
+def test_a_long_legend_stays_within_its_figure(count, panels):
+    """And leaves the panels room; a line whose entry is cut off cannot be told."""
+    figure, axes = panel_axes(panels)
+    for number in range(count):
+        axes[0].plot([0, 1], [0, number], label=f"a method, setting-{number}")
+    (legend,) = with_legend(figure, axes).legends
+    figure.suptitle("tasks, model")
+    figure.savefig(io.BytesIO())
+    inner, outer = legend.get_window_extent(), figure.bbox
+    assert inner.x0 >= outer.x0 and inner.x1 <= outer.x1 and inner.y0 >= outer.y0 and inner.y1 <= outer.y1
+    assert axes[0].get_window_extent().height > 1.5 * figure.dpi
 
 
 def test_files_of_all_plots(full, tmp_path):

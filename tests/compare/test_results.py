@@ -5,7 +5,7 @@ import math
 
 import pandas as pd
 import pytest
-from made_up import PARAMETERS, examples_of, listed_run, steps_of, write_comparison, write_run
+from made_up import BATCH_SIZE, PARAMETERS, examples_of, listed_run, steps_of, write_comparison, write_run
 
 from abmll.compare.results import condition, load_results, parse_name
 
@@ -103,7 +103,17 @@ def test_curves_hold_steps_and_validations_at_their_episode(tmp_path):
     assert validated["episode"].tolist() == [10, 20]
     wanted = [line["validation_5_steps"]["accuracy"] for line in lines if "validation_5_steps" in line]
     assert validated["accuracy"].tolist() == wanted and validated["nll"].isna().all()
-    assert curves["nll"].dropna().tolist() == [line["nll_last"] for line in lines if "nll_last" in line]
+
+
+@pytest.mark.parametrize(("reduction", "summed"), [("sum", BATCH_SIZE), ("mean", 1)])
+def test_a_curves_nll_is_an_examples_whatever_the_objective_sums(tmp_path, reduction, summed):
+    lines = steps_of(4)
+    config = {"method": {"nll_reduction": reduction}}
+    scores = {"scores/plain": examples_of(TWO, [0, 1])}
+    write_run(tmp_path / "runs/abmll/default/seed-0", "abmll", scores, lines, config=config)
+    write_comparison(tmp_path, [listed_run("abmll")])
+    found = load_results(tmp_path).curves["nll"]
+    assert found.tolist() == [line["nll_last"] / summed for line in lines]
 
 
 def test_labels_name_settings_and_scores_that_do_not_go_without_saying(tmp_path):

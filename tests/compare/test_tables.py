@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from abmll.compare.calibration import GAPS
 from abmll.compare.estimates import ACCURACY, MAIN
 from abmll.compare.tables import all_tables, beside_paper, interval, markdown, number
 
@@ -93,6 +94,32 @@ def test_by_task_marks_wins_losses_and_constant_predictions(tables):
     for task in ("task-1", "task-2"):
         mark = {1: " +", 0: "", -1: " -"}[frame.loc[("abmll", task), "outcome"]]
         assert cells(tables["by_task"].text, task)[ours] == f"{100 * frame.loc[('abmll', task), 'accuracy']:.1f}{mark}"
+
+
+def test_by_task_names_what_the_marks_are_against(tables, full):
+    head = cells(tables["by_task"].text, "task", "n", "majority %")
+    frame = tables["by_task"].frame.groupby("label")["baseline"].first()
+    against = dict(zip(head, cells(tables["by_task"].text, "minus", "", ""), strict=True))
+    assert against["abmll"] == frame["abmll"] != "" and against["lora"] == ""
+    (alone,) = [table for table in all_tables(replace(full, baselines=())) if table.name == "by_task"]
+    assert "| minus |" not in alone.text
+
+
+def test_what_diverged_is_nan_in_every_table_and_nothing_is_empty(full):
+    """All of one method's first task and seed: its means are none, and no cell reads as if it had not been scored."""
+    (run,) = full.runs.index[(full.runs["run_label"] == "abmll") & (full.runs["seed"] == 0)]
+    lost = (full.scores["run"] == run) & (full.scores["task"] == "task-1") & (full.scores["steps"] == 5)
+    numbers = [*(metric.name for metric in MAIN), "commonest_prediction", *GAPS]
+    scores = full.scores.assign(**{name: full.scores[name].mask(lost) for name in numbers})
+    made = {table.name: table for table in all_tables(replace(full, scores=scores))}
+    head = cells(made["summary"].text, "method", "steps")
+    found = dict(zip(head, cells(made["summary"].text, "abmll", "5"), strict=True))
+    assert {found[name] for name in ("accuracy %", "ECE", "pooled ECE", "constant %")} == {"NaN"}
+    assert found["commonest %"] == cells(made["summary"].text, "lora", "5")[head.index("commonest %")]
+    each = cells(made["against_each"].text, "abmll", "lora")
+    assert each[2:6] == ["NaN"] * 4
+    head = cells(made["by_task"].text, "task", "n", "majority %")
+    assert cells(made["by_task"].text, "task-1")[head.index("abmll")] == "NaN -"
 
 
 def test_costs(tables):
