@@ -68,11 +68,16 @@ def peak_memory() -> int:
 class Progress:
     """Writes on the main rank only; on the others every call returns at once."""
 
-    def __init__(self, folder: Path, config: LoggingConfig, is_main: bool, engine: ThetaEngine):
+    def __init__(
+        self, folder: Path, config: LoggingConfig, is_main: bool, engine: ThetaEngine, pulled_to_theta: bool = True
+    ):
+        """`pulled_to_theta`: whether a KL that dwarfs the NLL is one of phi's steps, which is warned of. BLoB's, to a
+        fixed prior, is at its largest at the start, and is meant to be.
+        """
         self.path, self.config, self.is_main, self.engine = folder / "metrics.jsonl", config, is_main, engine
         self.episodes_path = folder / "episodes.jsonl"
         self.bar: tqdm | None = None
-        self.warned_of_kl = False
+        self.watches_kl = pulled_to_theta
 
     def rewind(self, step: int, unvalidated: bool = False) -> None:
         """Drop the lines behind the checkpoint that a run resumes from: they will be written again, and so will be the
@@ -99,8 +104,8 @@ class Progress:
         self.engine.write_events(events, report.step)
         if report.step % self.config.every == 0:
             self.say(_step_line(report, self.total, self._time_left(report.step)))
-        if report.terms and kl_dominates(report.terms["nll_outer"], report.weighted_kl) and not self.warned_of_kl:
-            self.warned_of_kl = True
+        if self.watches_kl and report.terms and kl_dominates(report.terms["nll_outer"], report.weighted_kl):
+            self.watches_kl = False  # once
             self.say(
                 f"warning: beta * KL = {report.weighted_kl:.3g} dwarfs the NLL {report.terms['nll_outer']:.3g}: the KL "
                 "grows with the square of phi's steps; lower method.beta as you raise the learning rates"

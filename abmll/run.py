@@ -277,7 +277,7 @@ def open_session(
     theta = learner.adapters.theta
     optimizer = method.outer_optimizer(theta.values())
     engine = ThetaEngine(theta, optimizer, deepspeed_config, config.logging, folder)
-    progress = Progress(folder, config.logging, ranks.is_main, engine)
+    progress = Progress(folder, config.logging, ranks.is_main, engine, method.pulled_to_theta)
     sampler = parts.tasks.sampler(config, method)
     trainer = Trainer(config, learner, method, sampler, engine, store, ranks, progress, made_with=trained_with)
     beside = config.trainer.parallel_episodes

@@ -18,7 +18,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
+from abmll.config.method_keys import unread_keys
 from abmll.config.schema import Config
+from abmll.config.settings import flat
 from abmll.dealing import deal, tasks_per_step
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
@@ -254,23 +256,26 @@ class Trainer:
 
     def _count_nonfinite(self, table: Tensor) -> None:
         position = self.position
-        for visited, finite in table[:, :2].bool().tolist():
+        for visited, finite in table[:, :2].tolist():
             if visited:
                 position.nonfinite_in_a_row = 0 if finite else position.nonfinite_in_a_row + 1
-                position.skipped_episodes += not finite
+                position.skipped_episodes += finite < 1
 
     def _stop_if_diverged(self) -> None:
         position = self.position
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
+            unread = unread_keys(flat(self.config.model_dump(mode="json")))
+            keys = ["method.inner_lr", self.method.rate_of_theta, "method.beta", "adapters.log_variance_alpha"]
+            *others, last = [key for key in keys if key not in unread]
+            lower = f"{', '.join(others)} or {last}" if others else last
             raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; start another run (output=FOLDER) "
-                f"with a lower method.inner_lr, {self.method.rate_of_theta}, method.beta or (abmll) "
-                "adapters.log_variance_alpha, or raise trainer.max_nonfinite and go on with --resume auto: the last "
+                f"with a lower {lower}, or raise trainer.max_nonfinite and go on with --resume auto: the last "
                 "checkpoint is unharmed"
             )
 
     def _report(self, table: Tensor, seconds: float) -> StepReport:
-        """Means over the step's finite episodes, sums of tokens."""
+        """Means over the step's episodes with a finite update, sums of tokens."""
         finite = table[table[:, COLUMNS.index("finite")].bool()]
         columns, by_layer = finite.mean(dim=0).split([len(COLUMNS), table.shape[1] - len(COLUMNS)])
         means = dict(zip(COLUMNS, columns.tolist(), strict=True)) if len(finite) else {}
@@ -290,13 +295,13 @@ class Trainer:
         )
 
     def _episode_records(self, table: Tensor) -> list[dict[str, Any]]:
-        """Each episode's own terms; of one with NaN or Inf the fact alone, as JSON has neither."""
+        """Each episode's own terms; of one with nothing but NaN or Inf the fact alone, as JSON has neither."""
         first, records = (self.position.step - 1) * self.tasks_per_step, []
         for slot, (visited, finite, *values) in enumerate(table[:, : len(COLUMNS)].tolist()):
             if visited:
                 place = {"step": self.position.step, "episode": first + slot, "task": self.sampler.task(first + slot)}
                 terms = {name: float(f"{v:.6g}") for name, v in zip(COLUMNS[2:], values, strict=True)} if finite else {}
-                records.append({**place, "finite": bool(finite), **terms})
+                records.append({**place, "finite": finite == 1, **terms})
         return records
 
     @phase("checkpoint")
@@ -331,11 +336,17 @@ def _sum(total: dict[str, Tensor], gradient: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _merge(tables: list[Tensor]) -> Tensor:
-    """One table for the updates of a step's episodes: finite where all were, tokens of all, the last one's terms."""
-    merged = tables[-1].clone()
+    """One table for the updates of a step's episodes: the share of them that were finite, tokens of all, the terms of
+    the last finite one, and the first NLL of the first.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    every = torch.stack(tables)
     first, finite, tokens = COLUMNS.index("nll_first"), COLUMNS.index("finite"), COLUMNS.index("real_tokens")
-    merged[:, first] = tables[0][:, first]
-    merged[:, finite] = torch.stack([table[:, finite] for table in tables]).amin(dim=0)
-    counted = slice(tokens, len(COLUMNS))
-    merged[:, counted] = torch.stack([table[:, counted] for table in tables]).sum(dim=0)
+    good, episodes = every[:, :, finite].bool(), torch.arange(every.shape[1])
+    number = torch.arange(len(tables))[:, None]
+    merged = every[torch.where(good, number, 0).amax(dim=0), episodes]
+    merged[:, first] = every[torch.where(good, number, len(tables) - 1).amin(dim=0), episodes, first]
+    merged[:, finite] = every[:, :, finite].mean(dim=0)
+    merged[:, tokens : len(COLUMNS)] = every[:, :, tokens : len(COLUMNS)].sum(dim=0)
     return merged

@@ -99,8 +99,8 @@ class MethodConfig(Section):
     )
     outer_batch: Literal["reuse", "query"] = Field(
         "reuse",
-        description="Of theta's step: the last inner batch again, or a fresh one of the same task (of a task with few "
-        "rows it may share some with the inner ones).",
+        description="Of theta's step: the last inner batch again, or a fresh one of the same task (where it "
+        "has fewer rows than an episode takes, shared with the inner ones).",
     )
     reset_inner_optimizer: bool = Field(True, description="Forget phi's AdamW moments between episodes.")
     adam_betas: tuple[AdamBeta, AdamBeta] = Field((0.9, 0.999), description="AdamW's decay rates, inner and outer.")

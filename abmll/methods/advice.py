@@ -43,7 +43,7 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
             f"method.test_lr: {method.test_lr:g}: MAML's theta was trained for steps of method.inner_lr: "
             f"{method.inner_lr:g}; set method.test_lr={method.inner_lr:g}"
         )
-    if METHODS[method.name].inner_loop and tasks_per_step > 1:
+    if (METHODS[method.name].inner_loop or METHODS[method.name].pooled) and tasks_per_step > 1:
         rate = build_method(method).rate_of_theta
         found.append(
             f"trainer.tasks_per_step: {tasks_per_step}: each outer step averages so many tasks, so that there are that "

@@ -95,6 +95,11 @@ class Method:
         return self.layers != "mean"
 
     @property
+    def pulled_to_theta(self) -> bool:
+        """Whether its KL is phi's to theta: 0 before phi's first step, and the larger the further phi goes."""
+        return self.layers == "gaussian"
+
+    @property
     def draws_weights(self) -> bool:
         """Whether a draw is a change to W0, the same for every token: then a draw's answers can agree with each other.
         (BLoB's is not: flipout gives every token signs of its own.)

@@ -91,7 +91,10 @@ def _exact(head: nn.Module, tokens: Tensor) -> RemovableHandle:
 
 @torch.no_grad()
 def check_supported(model: PreTrainedModel) -> None:
-    """ValueError where `answer_logits` would not give the model's own logits. Runs the model on four tokens."""
+    """ValueError where `answer_logits` would not give the model's own logits, or draws random numbers in training.
+
+    Runs the model, which is in evaluation mode, on four tokens.
+    """
     kind = f"model.name: a model of type {model.config.model_type!r}"
     for key in LOGIT_SCALES:
         scale = getattr(model.config.get_text_config(), key, None)
@@ -109,6 +112,22 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     # the names above cannot be complete: what is left shows here, far above the rounding of a 16-bit product
     last = torch.full((1,), 3, device=model.device)
-    ours = answer_logits(model, Rows({"input_ids": input_ids}, last, Groups.of([4], model.device), None))
+    before = _generator_state(model.device)
+    model.train()  # which inner steps run it in
+    try:
+        ours = answer_logits(model, Rows({"input_ids": input_ids}, last, Groups.of([4], model.device), None))
+    finally:
+        model.eval()
+    if not before.equal(_generator_state(model.device)):
+        raise ValueError(
+            f"{kind} draws random numbers in training mode (a router's, or a dropout that its configuration hides): no "
+            "seed would give a run again, and a layer computed anew for the backward pass would be another; choose "
+            "another model"
+        )
     if (ours - own).abs().max() > 0.05 * own.abs().max():
         raise ValueError(f"{kind} changes its logits behind the output embeddings in an unknown way; choose another")
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """Of the generator that a model's own random numbers on this device come from: it changes with each."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -118,7 +118,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def model_config(config: ModelConfig) -> PreTrainedConfig:
     """The architecture alone, without weights: reads config.json or the GGUF file's header.
 
-    Dropout is off, because the only randomness of a run is the posterior's.
+    Dropout and routers' jitter are off, because the only randomness of a run is the posterior's.
     """
     source = resolve(config)
     if source.kind == "random":
@@ -130,7 +130,7 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
             architecture = AutoConfig.from_pretrained(**source.pretrained, revision=config.revision or "main")
     text = architecture.get_text_config()
     for key, value in vars(text).items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+        if key.endswith(("dropout", "pdrop", "jitter_noise")) and isinstance(value, float):
             setattr(text, key, 0.0)
     return architecture
 

@@ -23,7 +23,8 @@ POOLED = "pooled"  # in the place of a task's name
 
 
 class EpisodeSampler:
-    """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen.
+    """Every epoch visits each task once, in a new order; a task's examples come back only after all were seen, and no
+    episode has one twice that could do without.
 
     (But for those that take the place of a row which does not fit: see `abmll.tasks.examples`.)
     """
@@ -46,7 +47,8 @@ class EpisodeSampler:
         self.query = query
         self._seed = seed
         self._order = EndlessShuffle(len(self.tasks), seed, "tasks")
-        self._data = [EndlessShuffle(len(task.train), seed, "train", task.name) for task in self.tasks]
+        visit = self.examples_per_visit
+        self._data = [EndlessShuffle(len(task.train), seed, "train", task.name, together=visit) for task in self.tasks]
 
     @property
     def episodes_per_epoch(self) -> int:
@@ -97,7 +99,7 @@ class PooledSampler(EpisodeSampler):
     ):
         super().__init__(tasks, letter_ids, seed, inner_steps, batch_size, query)
         *self._starts, size = accumulate((len(task.train) for task in self.tasks), initial=0)  # of each task's places
-        self._places = EndlessShuffle(size, seed, "pooled")
+        self._places = EndlessShuffle(size, seed, "pooled", together=self.examples_per_visit)
 
     def task(self, index: int) -> str:
         return POOLED

@@ -19,14 +19,17 @@ def permutation(size: int, *key: int | str) -> list[int]:
 
 
 class EndlessShuffle:
-    """An endless concatenation of shuffles of range(size); shuffle number p depends on the key and p only.
+    """An endless concatenation of shuffles of range(size), which are a function of the key and `together`.
 
-    Any stretch of it can be asked for in any order, so a position in the data is one integer.
+    Any stretch of it can be asked for in any order, so a position in the data is one integer. A stretch of `together`
+    elements that starts at a multiple of it holds none twice, if there are as many: where two shuffles meet in it, the
+    second one's first elements are those that it does not have from the first.
     """
 
-    def __init__(self, size: int, *key: int | str):
+    def __init__(self, size: int, *key: int | str, together: int = 1):
         self.size = size
         self.key = key
+        self.together = together
         self._passes: dict[int, list[int]] = {}
 
     def take(self, start: int, count: int) -> list[int]:
@@ -39,7 +42,27 @@ class EndlessShuffle:
 
     def _pass(self, number: int) -> list[int]:
         if number not in self._passes:
-            # two neighbours are enough for reading in order, and keep the memory bounded
-            self._passes = {near: order for near, order in self._passes.items() if abs(near - number) == 1}
-            self._passes[number] = permutation(self.size, *self.key, number)
+            # a pass's order may depend on the one before, and so on down to one that begins with a stretch
+            first = number
+            while self._straddled(first) and first - 1 not in self._passes:
+                first -= 1
+            for following in range(first, number + 1):
+                # two neighbours are enough for reading in order, and keep the memory bounded
+                order = self._shuffled(following)
+                self._passes = {near: own for near, own in self._passes.items() if abs(near - following) == 1}
+                self._passes[following] = order
         return self._passes[number]
+
+    def _straddled(self, number: int) -> int:
+        """How many elements of the pass before stand in the stretch that this pass begins in."""
+        return number * self.size % self.together if self.together <= self.size else 0
+
+    def _shuffled(self, number: int) -> list[int]:
+        order = permutation(self.size, *self.key, number)
+        before = self._straddled(number)
+        if not before:
+            return order
+        taken = set(self._passes[number - 1][-before:])
+        head = [element for element in order if element not in taken][: self.together - before]
+        chosen = set(head)
+        return head + [element for element in order if element not in chosen]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, PhimoeConfig, Qwen2Config
 
 from abmll.models.answers import Rows, answer_logits, check_supported
 from abmll.models.architectures import architecture_config, random_model
@@ -183,6 +183,16 @@ def test_logits_that_are_not_finite_are_refused():
     model.model.norm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"model\.dtype: 'float16': .*not finite; set model\.dtype=bfloat16"):
         check_supported(model)
+
+
+def test_a_model_that_is_random_in_training_is_refused():
+    """Phi-MoE's router draws its experts there, whatever its jitter; it stays as it was: in evaluation mode."""
+    sizes = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    config = PhimoeConfig(**sizes, num_local_experts=4, router_jitter_noise=0.0, input_jitter_noise=0.0)
+    model = random_model(config, torch.device("cpu"), torch.float32, "sdpa").requires_grad_(False).eval()
+    with pytest.raises(ValueError, match=r"model\.name: .*'phimoe' draws random numbers in training mode"):
+        check_supported(model)
+    assert not model.training
 
 
 def test_check_draws_no_random_numbers():

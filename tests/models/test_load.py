@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from transformers.utils import logging
 
@@ -74,6 +76,23 @@ def test_dropout_is_off(tmp_path):
     model, _ = load_model(ModelConfig(name=str(tmp_path)), "cpu")
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert rates and set(rates) == {0.0}
+
+
+def test_a_routers_jitter_is_off(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(
+        **sizes,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=300,
+        router_jitter_noise=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    load_model(ModelConfig(name="random:tiny"), "cpu")[1].save_pretrained(tmp_path)
+    model, _ = load_model(ModelConfig(name=str(tmp_path)), "cpu")  # refuses what is random in training
+    assert model.config.router_jitter_noise == 0
 
 
 def test_broken_folders(folder):

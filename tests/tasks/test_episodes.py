@@ -139,6 +139,31 @@ def test_endless_shuffle_in_any_order():
     assert Counter(whole) == dict.fromkeys(range(5), 12)
 
 
+@pytest.mark.parametrize("size", [8, 9, 13, 16, 20, 37])
+def test_a_stretch_holds_no_element_twice_that_it_can_do_without(size):
+    """Stretches of 8 straddle two shuffles of most sizes; every shuffle still holds each element once."""
+    together, shuffle = 8, EndlessShuffle(size, "key", together=8)
+    whole = shuffle.take(0, together * size * 3)
+    stretches = [whole[start : start + together] for start in range(0, len(whole), together)]
+    assert all(len(set(stretch)) == together for stretch in stretches)
+    assert all(sorted(whole[start : start + size]) == list(range(size)) for start in range(0, len(whole), size))
+    for number in (40, 2, 19, 0, 20, 21):  # in any order
+        start = number % len(stretches) * together
+        assert EndlessShuffle(size, "key", together=8).take(start, together) == whole[start : start + together]
+        assert shuffle.take(start, together) == whole[start : start + together]
+    first = EndlessShuffle(size, "key").take(0, size)
+    assert whole[:size] == first, "what nothing straddles is as it was"
+
+
+@pytest.mark.parametrize("kind", [EpisodeSampler, PooledSampler])
+def test_a_query_batch_is_of_rows_that_phi_was_not_trained_on(kind):
+    """Wherever a task has as many rows as an episode takes: 8 of 8, 9, 11 and 30."""
+    sampler = make(kind, query=True, sizes=(8, 9, 11, 30))
+    for index in range(200):
+        episode = sampler.episode(index)
+        assert len(set(numbers((*episode.support, episode.query)))) == 8
+
+
 def test_support_examples():
     def support(count, seed=0, size=12):
         return [example.token_ids[1] for example in support_examples(numbered_task("unseen", size), count, seed)]

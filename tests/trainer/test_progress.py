@@ -10,7 +10,8 @@ import warnings
 import pytest
 from runs import Run
 
-from abmll.config.schema import LoggingConfig
+from abmll.config.schema import LoggingConfig, MethodConfig
+from abmll.methods import METHODS
 from abmll.progress import Progress, StepReport
 
 TERMS = {
@@ -75,6 +76,18 @@ def test_the_kl_by_layer_is_written_and_no_monitor_gets_a_list(progress):
 def test_point_estimates_have_no_kl_to_tell(progress, capsys):
     progress.report(dataclasses.replace(REPORT, terms={**TERMS, "kl": 0.0, "kl_outer": 0.0, "prior": 0.0}))
     assert "KL" not in capsys.readouterr().out
+
+
+def test_only_a_kl_of_phis_steps_is_warned_of(tmp_path, capsys):
+    """BLoB's, to a fixed prior, dwarfs the NLL at the published beta before anything has moved."""
+    for pulled, told in ((True, 1), (False, 0)):
+        progress = Progress(tmp_path, LoggingConfig(progress_bar=False), True, Monitor(), pulled)
+        progress.start(0, 12)
+        for _ in range(2):
+            progress.report(dataclasses.replace(REPORT, weighted_kl=300.0))
+        assert capsys.readouterr().out.count("warning: beta * KL = 300 dwarfs the NLL 1.4") == told
+    pulled = {name: method(MethodConfig(name=name)).pulled_to_theta for name, method in METHODS.items()}
+    assert [name for name, is_so in pulled.items() if is_so] == ["abmll"]
 
 
 def test_a_step_without_a_finite_episode_is_valid_json(progress, capsys):

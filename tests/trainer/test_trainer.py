@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -240,12 +241,42 @@ def test_a_good_episode_ends_the_streak(run, monkeypatch):
     assert run.metrics[-1]["skipped_episodes"] == 4
 
 
-def test_a_nan_in_the_first_of_an_episodes_updates_counts(run, monkeypatch):
-    with run.session("method.name=structured_lora", "trainer.episodes=2") as session:
-        poison(session, monkeypatch, bad={0}, update=0)
+@pytest.mark.parametrize("update", [0, 1])
+def test_a_nan_in_one_of_an_episodes_updates_counts_and_the_others_train(run, make_run, monkeypatch, update):
+    """Three episodes in a row lose one of two steps of theta: no streak, and the good step's terms are told."""
+    settings = ("method.name=structured_lora", "method.inner_steps=2", "trainer.episodes=3", "trainer.max_nonfinite=2")
+    good = make_run("good")
+    good.train(*settings)
+    with run.session(*settings) as session:
+        poison(session, monkeypatch, bad={0, 1, 2}, update=update)
+        steps = record_gradients(session.trainer, monkeypatch)
         session.trainer.run()
-    assert [line["skipped_episodes"] for line in run.metrics] == [1, 1]
-    assert "nll_last" not in run.metrics[0] and "nll_last" in run.metrics[1]
+        assert len(steps) == 3 and session.trainer.position.nonfinite_in_a_row == 0
+    assert [line["skipped_episodes"] for line in run.metrics] == [1, 2, 3]
+    line, whole = run.metrics[0], good.metrics[0]
+    assert line["nll_first"] == line["nll_last"], "one batch is left"
+    assert update == 0 or line["nll_first"] == whole["nll_first"]  # theta is the same before the first step
+    records, of_good = (
+        [json.loads(text) for text in (one.folder / "episodes.jsonl").read_text().splitlines()] for one in (run, good)
+    )
+    assert [record["real_tokens"] for record in records] == [record["real_tokens"] for record in of_good]
+    assert [record["finite"] for record in records] == [False] * 3 and "nll_last" in records[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lower"),
+    [
+        ((), "method.inner_lr, method.outer_lr, method.beta or adapters.log_variance_alpha"),
+        (("method.name=reptile",), "method.inner_lr or method.reptile_step"),
+        (("method.name=structured_lora",), "method.outer_lr"),
+        (("method.name=blob",), "method.outer_lr or method.beta"),
+    ],
+)
+def test_what_to_lower_is_what_the_method_reads(run, monkeypatch, settings, lower):
+    with run.session(*settings, "method.inner_steps=1", "trainer.max_nonfinite=1", "trainer.episodes=1") as session:
+        poison(session, monkeypatch, bad={0})
+        with pytest.raises(TrainingDiverged, match=f"with a lower {re.escape(lower)}, or raise"):
+            session.trainer.run()
 
 
 def test_kept_inner_moments_are_dropped_after_a_nan(run, monkeypatch):
