@@ -18,9 +18,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from abmll.checkpoint import Checkpoint, CheckpointStore
-from abmll.config.method_keys import unread_keys
 from abmll.config.schema import Config
-from abmll.config.settings import flat
 from abmll.dealing import deal, tasks_per_step
 from abmll.distributed import Ranks
 from abmll.engine import ThetaEngine
@@ -28,6 +26,7 @@ from abmll.interrupt import Interrupted
 from abmll.kernels import NoiseKey, fold_seed
 from abmll.learner import Learner, StepTerms
 from abmll.methods import Method, Update, Visit
+from abmll.methods.advice import lower_after_nan
 from abmll.models.answers import rows_of_groups
 from abmll.profiling import phase
 from abmll.progress import Progress, StepReport
@@ -264,14 +263,10 @@ class Trainer:
     def _stop_if_diverged(self) -> None:
         position = self.position
         if position.nonfinite_in_a_row >= self.config.trainer.max_nonfinite:
-            unread = unread_keys(flat(self.config.model_dump(mode="json")))
-            keys = ["method.inner_lr", self.method.rate_of_theta, "method.beta", "adapters.log_variance_alpha"]
-            *others, last = [key for key in keys if key not in unread]
-            lower = f"{', '.join(others)} or {last}" if others else last
             raise TrainingDiverged(
                 f"{position.nonfinite_in_a_row} episodes in a row gave NaN or Inf; start another run (output=FOLDER) "
-                f"with a lower {lower}, or raise trainer.max_nonfinite and go on with --resume auto: the last "
-                "checkpoint is unharmed"
+                f"with a lower {lower_after_nan(self.config)}, or raise trainer.max_nonfinite and go on with "
+                "--resume auto: the last checkpoint is unharmed"
             )
 
     def _report(self, table: Tensor, seconds: float) -> StepReport:

@@ -85,10 +85,9 @@ def load_results(folder: Path, index: Path | None = None) -> Results:
         lines = _lines(place / "metrics.jsonl")
         runs[number] = {key: run[key] for key in RUN}
         configs[number] = completed(facts["config"])
-        costs.append({"run": number, **_costs(lines, facts)})
-        summed = MethodConfig.model_validate(configs[number]["method"]).summed_examples(
-            configs[number]["tasks"]["batch_size"]
-        )
+        method = MethodConfig.model_validate(facts["config"]["method"])
+        costs.append({"run": number, **_costs(lines, method, facts["parameters"])})
+        summed = method.summed_examples(facts["config"]["tasks"]["batch_size"])
         curves += [{"run": number, **point} for point in _curve(lines, summed)]
     if not predictions:
         raise ValueError(f"comparison {index}: none of {len(listed['runs'])} runs is finished; run compare.py again")
@@ -150,10 +149,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return whole_lines(path) if path.is_file() else []
 
 
-def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, float]:
+def _costs(lines: list[dict[str, Any]], settings: MethodConfig, parameters: int) -> dict[str, float]:
     """Of training alone: validation and scoring are no part of it. Parameters are theta's, and phi has as many."""
     steps = [line for line in lines if "seconds" in line]
-    settings = MethodConfig.model_validate(facts["config"]["method"])
     method = METHODS[settings.name](settings)
     episodes = max((line["episode"] for line in steps), default=0)
     return {
@@ -163,7 +161,7 @@ def _costs(lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, floa
         "outer_steps": len(steps) * method.updates_per_episode,
         "tokens": round(sum(line["real_tokens_per_second"] * line["seconds"] for line in steps)),
         "peak_memory_bytes": max((line["peak_memory_bytes"] for line in steps), default=np.nan),
-        "parameters": 0 if isinstance(method, Frequencies) else facts["parameters"],
+        "parameters": 0 if isinstance(method, Frequencies) else parameters,
     }
 
 

@@ -57,6 +57,16 @@ def unlike_published(config: Config, sizes: Mapping[str, int], tasks_per_step: i
     return found
 
 
+def lower_after_nan(config: Config) -> str:
+    """The keys whose lower values keep a run from NaN, of those that the method reads: `one, two or three`."""
+    unread = unread_keys(flat(config.model_dump(mode="json")))
+    rate = build_method(config.method).rate_of_theta
+    *others, last = [
+        key for key in ("method.inner_lr", rate, "method.beta", "adapters.log_variance_alpha") if key not in unread
+    ]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def unread_settings(config: Config) -> list[str]:
     """A line that names the keys which are set to other than their defaults and which the method does not read."""
     name, values = config.method.name, flat(config.model_dump(mode="json"))
